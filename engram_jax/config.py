@@ -1,0 +1,452 @@
+"""What a run is: a tree of frozen dataclasses, validated when built.
+
+A run is a value. Named runs are functions in `recipes.py`; variants use `dataclasses.replace`
+or, from the command line, `--set field=value` (`with_settings`). Nothing here imports jax.
+"""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from engram_jax.errors import UserError
+
+MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
+
+
+def require(condition: bool, field: str, value: object, right: str) -> None:
+    """Raise the one-line UserError for a setting unless `condition` holds."""
+    if not condition:
+        raise UserError(f"{field} = {value!r}: {right}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HashConfig:
+    """How tokens become row ids; shared by every memory that is addressed by n-grams.
+
+    Attributes:
+      rows_per_head: rows of each head's table, one entry for each order 2..N. Each head gets the
+        next unused prime that is not below it (SPEC "Hash").
+      heads: heads for each order.
+      compress: hash canonical ids (the compressed vocabulary) instead of raw token ids.
+      hash_seed: seed of the multipliers.
+      shards: virtual shards of a table `[shards, rows, dim]`; its bytes do not depend on the mesh.
+    """
+
+    rows_per_head: tuple[int, ...]
+    heads: int = 8
+    compress: bool = True
+    hash_seed: int = 0
+    shards: int = 64
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        rows = self.rows_per_head
+        require(len(rows) >= 1 and all(r >= 2 for r in rows), f"{name}.rows_per_head", rows,
+                "needs one entry for each n-gram order 2..N, each at least 2")
+        require(self.heads >= 1, f"{name}.heads", self.heads, "must be at least 1")
+        require(sum(rows) * self.heads < MAX_TABLE_ROWS, f"{name}.rows_per_head", rows,
+                f"times {self.heads} heads makes a table of over 2**31 - 1 rows")
+        require(1 <= self.shards <= 65536, f"{name}.shards", self.shards, "must be in 1..65536")
+        require(self.hash_seed >= 0, f"{name}.hash_seed", self.hash_seed, "must not be negative")
+
+    @property
+    def max_order(self) -> int:
+        """N, the longest n-gram."""
+        return len(self.rows_per_head) + 1
+
+    @property
+    def total_heads(self) -> int:
+        """Rows read for each token: (N - 1) * K."""
+        return len(self.rows_per_head) * self.heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngramConfig(HashConfig):
+    """The Engram module (SPEC section 1).
+
+    Attributes:
+      layers: 0-based blocks before whose attention the module stands.
+      head_dim: columns of a row.
+      kernel: taps of the causal depthwise convolution; 0 leaves the convolution out (V4.1).
+      dilation: dilation of the convolution; 0 means N, the longest n-gram.
+      signed_root: s <- sign(s) sqrt(max(|s|, 1e-6)) before the sigmoid (demo, V4.1); the paper's
+        text has the plain sigmoid.
+      bias: biases in W_K and W_V (demo only).
+      norm_eps: epsilon of the two norms inside the gate.
+      conv_norm_eps: epsilon of the norm before the convolution.
+      vocab_size, pad_id: raw ids are below `vocab_size`, and positions before the start count as
+        `pad_id`. Used by the drop-in module; inside a run the tokenizer decides.
+    """
+
+    layers: tuple[int, ...]
+    head_dim: int = 80
+    kernel: int = 4
+    dilation: int = 0
+    signed_root: bool = True
+    bias: bool = False
+    norm_eps: float = 1e-6
+    conv_norm_eps: float = 1e-5
+    vocab_size: int = 129_280
+    pad_id: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(len(self.layers) >= 1, "EngramConfig.layers", self.layers,
+                "names no block, so the memory would not be used; set model.engram to none instead")
+        require(list(self.layers) == sorted(set(self.layers)) and self.layers[0] >= 0,
+                "EngramConfig.layers", self.layers, "must be ascending block numbers, 0-based")
+        require(self.head_dim >= 1, "EngramConfig.head_dim", self.head_dim, "must be at least 1")
+        require(self.kernel >= 0, "EngramConfig.kernel", self.kernel, "must not be negative")
+        require(self.dilation >= 0, "EngramConfig.dilation", self.dilation, "must not be negative")
+
+    @property
+    def memory_dim(self) -> int:
+        """d_mem = (N - 1) * K * head_dim, the width of what one token retrieves."""
+        return self.total_heads * self.head_dim
+
+    @property
+    def conv_dilation(self) -> int:
+        return self.dilation or self.max_order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OverEncodingConfig(HashConfig):
+    """OverEncoding (arXiv 2501.16975): n-gram tables averaged into the input embedding.
+
+    A head's rows are width / ((N - 1) * K) wide.
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Multi-head latent attention without query compression (DeepSeek-V2)."""
+
+    heads: int = 32
+    kv_rank: int = 512
+    nope_dim: int = 128
+    rope_dim: int = 64
+    value_dim: int = 128
+    rope_theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for field in ("heads", "kv_rank", "nope_dim", "value_dim"):
+            value = getattr(self, field)
+            require(value >= 1, f"AttentionConfig.{field}", value, "must be at least 1")
+        require(self.rope_dim >= 0 and self.rope_dim % 2 == 0, "AttentionConfig.rope_dim",
+                self.rope_dim, "must be even")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """DeepSeekMoE, dropless, with loss-free balancing (arXiv 2408.15664).
+
+    Attributes:
+      experts: routed experts.
+      top_k: routed experts that each token visits.
+      shared: shared experts, one FFN of width shared * expert_ffn.
+      expert_ffn: hidden width of one expert.
+      dense_layers: this many first blocks keep a dense FFN.
+      scale: factor on the normalised routing weights.
+      balance_rate: step by which an expert's bias moves against its load; 0 turns balancing off.
+    """
+
+    experts: int
+    top_k: int = 6
+    shared: int = 2
+    expert_ffn: int = 1536
+    dense_layers: int = 1
+    scale: float = 1.0
+    balance_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(1 <= self.top_k <= self.experts, "MoEConfig.top_k", self.top_k,
+                f"must be in 1..{self.experts}, the number of experts")
+        require(self.shared >= 0, "MoEConfig.shared", self.shared, "must not be negative")
+        require(self.expert_ffn >= 1, "MoEConfig.expert_ffn", self.expert_ffn, "must be at least 1")
+        require(self.dense_layers >= 0, "MoEConfig.dense_layers", self.dense_layers,
+                "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model.
+
+    Attributes:
+      streams: residual streams M; 1 is the plain residual, more are mHC (arXiv 2512.24880).
+      compute_dtype: dtype of activations; parameters are kept in float32.
+      remat: "none" keeps every activation, "block" recomputes each block in the backward pass.
+      isolate_documents: attention, n-grams and convolution stop at document boundaries. Off is
+        the reference's behaviour.
+    """
+
+    vocab_size: int
+    width: int
+    depth: int
+    ffn: int
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig | None = None
+    streams: int = 1
+    sinkhorn_rounds: int = 20
+    engram: EngramConfig | None = None
+    over_encoding: OverEncodingConfig | None = None
+    tied_head: bool = False
+    norm_eps: float = 1e-6
+    compute_dtype: str = "bfloat16"
+    remat: str = "block"
+    isolate_documents: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "width", "depth", "ffn", "streams"):
+            value = getattr(self, field)
+            require(value >= 1, f"model.{field}", value, "must be at least 1")
+        require(self.compute_dtype in ("float32", "bfloat16"), "model.compute_dtype",
+                self.compute_dtype, "must be float32 or bfloat16")
+        require(self.remat in ("none", "block"), "model.remat", self.remat,
+                "must be none or block")
+        if self.engram is not None:
+            require(self.engram.layers[-1] < self.depth, "model.engram.layers", self.engram.layers,
+                    f"has a layer out of range: the model has blocks 0..{self.depth - 1}")
+        if self.over_encoding is not None:
+            heads = self.over_encoding.total_heads
+            require(self.width % heads == 0, "model.over_encoding.heads",
+                    self.over_encoding.heads,
+                    f"makes {heads} sub-tables, which do not divide the width {self.width}")
+        if self.moe is not None:
+            require(self.moe.dense_layers < self.depth, "model.moe.dense_layers",
+                    self.moe.dense_layers, f"must be below the depth {self.depth}, or no block "
+                    "would use an expert")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text to batches.
+
+    Attributes:
+      path: "stdlib" (the source of Python's standard library), a text file, a folder of text
+        files, a .jsonl file, "hf:NAME" (Hugging Face datasets) or a folder of token shards.
+      text_field: the field that holds the text, for JSONL and Hugging Face datasets.
+      tokenizer: "bpe:SIZE" trains a byte-level BPE of that size on the text; else a
+        tokenizer.json, a folder that holds one, or a hub name.
+      sequence_length: tokens that a sequence predicts (T).
+      batch_size: sequences in a step, over all devices (B).
+      validation_fraction: share of the text kept for validation.
+      seed: order of the training sequences.
+      cache_dir: where token shards and trained tokenizers are kept; "" is
+        $ENGRAM_CACHE, or else engram_jax in the user's cache folder.
+    """
+
+    path: str = "stdlib"
+    text_field: str = "text"
+    tokenizer: str = "bpe:4096"
+    sequence_length: int = 256
+    batch_size: int = 8
+    validation_fraction: float = 0.05
+    seed: int = 0
+    cache_dir: str = ""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "data.path", self.path, "must name a source of text")
+        for field in ("sequence_length", "batch_size"):
+            value = getattr(self, field)
+            require(value >= 1, f"data.{field}", value, "must be at least 1")
+        require(0 < self.validation_fraction < 1, "data.validation_fraction",
+                self.validation_fraction, "must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Muon for matrices, Adam for the rest, row Adam for tables (SPEC section 3).
+
+    The learning rate warms up linearly, then is multiplied by `decay_to[i]` from the share
+    `decay_at[i]` of the steps on.
+    """
+
+    learning_rate: float = 4e-4
+    warmup_steps: int = 2000
+    decay_at: tuple[float, ...] = (0.8, 0.9)
+    decay_to: tuple[float, ...] = (0.316, 0.1)
+    weight_decay: float = 0.1
+    muon_momentum: float = 0.95
+    muon_rms: float = 0.18
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_norm: float = 1.0
+    table_multiplier: float = 5.0
+    table_b1: float = 0.9
+    table_b2: float = 0.95
+    table_eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate,
+                "must be positive")
+        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps,
+                "must not be negative")
+        require(len(self.decay_at) == len(self.decay_to), "optimizer.decay_at", self.decay_at,
+                f"must have as many entries as optimizer.decay_to ({len(self.decay_to)})")
+        require(all(0 < share <= 1 for share in self.decay_at), "optimizer.decay_at",
+                self.decay_at, "must be shares of the run, in (0, 1]")
+        require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long to train and what to leave behind.
+
+    Attributes:
+      evaluate_every, checkpoint_every, log_every: in steps; 0 means only at the end.
+      evaluate_batches: validation batches that an evaluation reads; 0 reads all.
+      keep_checkpoints: how many of the latest checkpoints are kept.
+      tensorboard: also write TensorBoard events (extra `tensorboard`).
+    """
+
+    steps: int
+    seed: int = 0
+    evaluate_every: int = 0
+    evaluate_batches: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "training.steps", self.steps, "must be at least 1")
+        require(self.seed >= 0, "training.seed", self.seed, "must not be negative")
+        require(self.keep_checkpoints >= 1, "training.keep_checkpoints", self.keep_checkpoints,
+                "must be at least 1")
+        for field in ("evaluate_every", "evaluate_batches", "checkpoint_every", "log_every"):
+            value = getattr(self, field)
+            require(value >= 0, f"training.{field}", value, "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, whole.
+
+    Attributes:
+      baseline: the recipe whose sparse parameters this model divides anew between experts and
+        memory; the allocation ratio rho is measured against its budget.
+    """
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    baseline: str = ""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON values."""
+    return typing.cast(dict[str, Any], json.loads(to_json(config)))
+
+
+def to_json(config: Any) -> str:
+    """The config as JSON text, keys sorted: equal configs give equal text."""
+    return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=1)
+
+
+def from_dict(values: Mapping[str, Any], kind: Any = RunConfig, where: str = "") -> Any:
+    """Build `kind` from the plain values that `to_dict` wrote.
+
+    Raises:
+      UserError: an unknown field, a missing one, or a value of the wrong type.
+    """
+    hints = _fields(kind)
+    for name in values:
+        _known(name, hints, where)
+    missing = [f.name for f in dataclasses.fields(kind)
+               if f.name not in values and f.default is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{where}{missing[0]}: is missing")
+    return kind(**{name: _coerce(value, hints[name], where + name)
+                   for name, value in values.items()})
+
+
+def with_settings(config: Any, settings: Iterable[str]) -> Any:
+    """A copy of `config` with each "field.field=value" applied, in order.
+
+    Values are JSON where they parse as JSON (numbers, lists, true, null), plain text otherwise;
+    "none" stands for null.
+
+    Raises:
+      UserError: no "=", an unknown field, a part that the recipe does not have, a wrong type.
+    """
+    for setting in settings:
+        path, found, text = setting.partition("=")
+        if not found:
+            raise UserError(f"--set {setting}: write it as field=value, for example "
+                            "training.steps=100")
+        config = _replaced(config, path.strip().split("."), _parsed(text.strip()), "")
+    return config
+
+
+def _replaced(config: Any, path: list[str], value: Any, where: str) -> Any:
+    hints = _fields(type(config))
+    name, rest = path[0], path[1:]
+    _known(name, hints, where)
+    if not rest:
+        return dataclasses.replace(config, **{name: _coerce(value, hints[name], where + name)})
+    inner = getattr(config, name)
+    if inner is None:
+        raise UserError(f"{where}{name}: is not part of this recipe, so "
+                        f"{'.'.join(path)} cannot be set")
+    if not dataclasses.is_dataclass(inner):
+        raise UserError(f"{where}{'.'.join(path)}: {name} has no fields of its own")
+    return dataclasses.replace(
+        config, **{name: _replaced(inner, rest, value, f"{where}{name}.")})
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _known(name: str, hints: Mapping[str, Any], where: str) -> None:
+    if name not in hints:
+        raise UserError(f"{where}{name}: no such field; there are {', '.join(sorted(hints))}")
+
+
+def _parsed(text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type `hint`, or a UserError that names both."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _coerce(value, next(o for o in options if o is not type(None)), where)
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, Mapping), where, value, "must be an object with fields")
+        return from_dict(value, hint, f"{where}.")
+    if origin is tuple:
+        item = typing.get_args(hint)[0]
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value = [value]
+        require(isinstance(value, (list, tuple)), where, value,
+                f"must be a list of {item.__name__}, for example [1, 2]")
+        return tuple(_coerce(v, item, where) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    require(type(value) is hint, where, value, f"must be {_described(hint)}")
+    return value
+
+
+def _described(hint: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false",
+            str: "text"}.get(hint, str(hint))

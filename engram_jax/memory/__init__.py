@@ -1,0 +1,1 @@
+"""Where tables live, how rows are read and how they are updated."""

@@ -1,0 +1,1 @@
+"""A run: optimizers, state, step, loop, checkpoints and records."""
