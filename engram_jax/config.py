@@ -33,6 +33,7 @@ class HashConfig:
       compress: hash canonical ids (the compressed vocabulary) instead of raw token ids.
       hash_seed: seed of the multipliers.
       shards: virtual shards of a table `[shards, rows, dim]`; its bytes do not depend on the mesh.
+      table_std: standard deviation of a table's entries at the start (not published).
     """
 
     rows_per_head: tuple[int, ...]
@@ -40,6 +41,7 @@ class HashConfig:
     compress: bool = True
     hash_seed: int = 0
     shards: int = 64
+    table_std: float = 0.02
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -50,6 +52,7 @@ class HashConfig:
         require(sum(rows) * self.heads < MAX_TABLE_ROWS, f"{name}.rows_per_head", rows,
                 f"times {self.heads} heads makes a table of over 2**31 - 1 rows")
         require(1 <= self.shards <= 65536, f"{name}.shards", self.shards, "must be in 1..65536")
+        require(self.table_std >= 0, f"{name}.table_std", self.table_std, "must not be negative")
         require(self.hash_seed >= 0, f"{name}.hash_seed", self.hash_seed, "must not be negative")
 
     @property
