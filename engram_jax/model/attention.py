@@ -1,0 +1,86 @@
+"""Multi-head latent attention without query compression (DeepSeek-V2, arXiv 2405.04434).
+
+Shapes: B batch, T time (S the attended time), D width, H heads, C latent rank, N and R the parts of
+a head without and with rotary positions, V value dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from engram_jax.config import AttentionConfig
+from engram_jax.model.layers import Params, linear, matrix, rms_norm
+
+
+def init_attention(key: jax.Array, width: int, config: AttentionConfig) -> Params:
+    """query [D, H(N+R)], latent [D, C+R], latent_gain [C], expand [C, H(N+V)], output [HV, D]."""
+    keys = jax.random.split(key, 4)
+    head = config.nope_dim + config.rope_dim
+    return {
+        "query": matrix(keys[0], width, config.heads * head),
+        "latent": matrix(keys[1], width, config.kv_rank + config.rope_dim),
+        "latent_gain": jnp.ones(config.kv_rank, jnp.float32),
+        "expand": matrix(keys[2], config.kv_rank,
+                         config.heads * (config.nope_dim + config.value_dim)),
+        "output": matrix(keys[3], config.heads * config.value_dim, width),
+    }
+
+
+def attention(
+    params: Params,
+    x_BTD: jax.Array,
+    config: AttentionConfig,
+    eps: float,
+    documents_BT: jax.Array | None = None,
+) -> jax.Array:
+    """Causal attention of every position to itself and what came before.
+
+    Args:
+      params: as `init_attention` makes them.
+      x_BTD: normalised input.
+      config: sizes; positions are 0..T-1.
+      eps: epsilon of the latent's norm.
+      documents_BT: document numbers; attention then stays within a document.
+
+    Returns:
+      [B, T, D] in x's dtype; scores and softmax are float32.
+    """
+    batch, time, _ = x_BTD.shape
+    n, r, v, heads = config.nope_dim, config.rope_dim, config.value_dim, config.heads
+    query_BTHX = linear(x_BTD, params["query"]).reshape(batch, time, heads, n + r)
+    latent_BTC, shared_BTR = jnp.split(linear(x_BTD, params["latent"]), [config.kv_rank], axis=-1)
+    latent_BTC = rms_norm(latent_BTC, params["latent_gain"], eps)
+    expanded = linear(latent_BTC, params["expand"]).reshape(batch, time, heads, n + v)
+    key_BSHN, value_BSHV = jnp.split(expanded, [n], axis=-1)
+
+    positions_T = jnp.arange(time, dtype=jnp.float32)
+    rotated_BTHR = rope(query_BTHX[..., n:], positions_T, config.rope_theta)
+    shared_BS1R = rope(shared_BTR[:, :, None], positions_T, config.rope_theta)
+    query = jnp.concatenate([query_BTHX[..., :n], rotated_BTHR], axis=-1)
+    shared = jnp.broadcast_to(shared_BS1R, (batch, time, heads, r))
+    key = jnp.concatenate([key_BSHN, shared], axis=-1)
+
+    scores_BHTS = jnp.einsum("bthx,bshx->bhts", query, key, preferred_element_type=jnp.float32)
+    scores_BHTS = scores_BHTS * (n + r) ** -0.5
+    mask = visible(time, documents_BT)[:, None]
+    weights_BHTS = jax.nn.softmax(jnp.where(mask, scores_BHTS, -1e30), axis=-1)
+    mixed = jnp.einsum("bhts,bshv->bthv", weights_BHTS.astype(x_BTD.dtype), value_BSHV)
+    return linear(mixed.reshape(batch, time, heads * v), params["output"])
+
+
+def visible(time: int, documents_BT: jax.Array | None) -> jax.Array:
+    """bool [B or 1, T, S]: may position t look at position s?"""
+    causal_1TS = jnp.tril(jnp.ones((1, time, time), bool))
+    if documents_BT is None:
+        return causal_1TS
+    return causal_1TS & (documents_BT[:, :, None] == documents_BT[:, None, :])
+
+
+def rope(x_BTHR: jax.Array, positions_T: jax.Array, theta: float) -> jax.Array:
+    """Rotary positions, the two halves of the last axis as the pairs (not interleaved)."""
+    half = x_BTHR.shape[-1] // 2
+    frequency_R = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = (positions_T[:, None] * frequency_R[None])[None, :, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTHR.dtype)

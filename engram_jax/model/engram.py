@@ -1,0 +1,156 @@
+"""The Engram module: what the n-grams retrieved, gated by the hidden state (SPEC section 1).
+
+`fuse` is the module as a pure function with rows as an input; `Engram` is the drop-in Linen module
+that hashes, looks up in a table of its own and fuses.
+
+Shapes: B batch, T time, M streams, D width, H = (N - 1) * K rows of a token, C columns of a row,
+E = H * C, L taps of the convolution.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from engram_jax.config import EngramConfig
+from engram_jax.hashing.compression import CompressedVocabulary
+from engram_jax.hashing.ngrams import NgramHash
+from engram_jax.memory.layout import TableLayout
+from engram_jax.model.layers import Params, matrix, rms_norm
+
+GATE_CLAMP = 1e-6
+
+
+def init_engram(key: jax.Array, width: int, streams: int, config: EngramConfig) -> Params:
+    """Parameters beside the table, all float32.
+
+    project [M + 1, E, D]: the branches' W_K, then the one W_V; bias [M + 1, D] if set;
+    query_gain, key_gain [M, D]; with a convolution, conv_gain [M, D] and conv [L, M, D], zeros.
+    """
+    params = {
+        "project": matrix(key, streams + 1, config.memory_dim, width),
+        "query_gain": jnp.ones((streams, width), jnp.float32),
+        "key_gain": jnp.ones((streams, width), jnp.float32),
+    }
+    if config.bias:
+        params["bias"] = jnp.zeros((streams + 1, width), jnp.float32)
+    if config.kernel:
+        params["conv_gain"] = jnp.ones((streams, width), jnp.float32)
+        params["conv"] = jnp.zeros((config.kernel, streams, width), jnp.float32)
+    return params
+
+
+class Fused(NamedTuple):
+    """delta_BTMD, to be added to the streams, and the gates, float32 [B, T, M]."""
+
+    delta_BTMD: jax.Array
+    gate_BTM: jax.Array
+
+
+def fuse(
+    params: Params,
+    hidden_BTMD: jax.Array,
+    rows_BTHC: jax.Array,
+    config: EngramConfig,
+    position_BT: jax.Array | None = None,
+) -> Fused:
+    """Y of H <- H + Y (paper eq. 4 to 6).
+
+    Args:
+      params: as `init_engram` makes them.
+      hidden_BTMD: residual streams before the block's attention.
+      rows_BTHC: the rows of each token, any float dtype.
+      config: settings of the module.
+      position_BT: position of each token in its document; the convolution then stops at the
+        document's start.
+    """
+    memory_BTE = rows_BTHC.reshape(*rows_BTHC.shape[:2], -1).astype(hidden_BTMD.dtype)
+    projected = jnp.einsum("bte,med->btmd", memory_BTE, params["project"].astype(memory_BTE.dtype))
+    if config.bias:
+        projected = projected + params["bias"][None, None].astype(projected.dtype)
+    key_BTMD, value_BT1D = projected[:, :, :-1], projected[:, :, -1:]
+    gate_BTM = gate(params, hidden_BTMD, key_BTMD, config)
+    gated_BTMD = gate_BTM[..., None].astype(value_BT1D.dtype) * value_BT1D
+    if not config.kernel:
+        return Fused(gated_BTMD, gate_BTM)
+    normed_BTMD = rms_norm(gated_BTMD, params["conv_gain"], config.conv_norm_eps)
+    mixed_BTMD = causal_conv(normed_BTMD, params["conv"], config.conv_dilation, position_BT)
+    return Fused(jax.nn.silu(mixed_BTMD) + gated_BTMD, gate_BTM)
+
+
+def gate(
+    params: Params, hidden_BTMD: jax.Array, key_BTMD: jax.Array, config: EngramConfig
+) -> jax.Array:
+    """sigmoid of the scaled product of the normalised hidden state and key, float32 [B, T, M]."""
+    query = rms_norm(hidden_BTMD.astype(jnp.float32), params["query_gain"], config.norm_eps)
+    key = rms_norm(key_BTMD.astype(jnp.float32), params["key_gain"], config.norm_eps)
+    score_BTM = jnp.sum(query * key, axis=-1) * hidden_BTMD.shape[-1] ** -0.5
+    if config.signed_root:
+        score_BTM = jnp.sign(score_BTM) * jnp.sqrt(jnp.maximum(jnp.abs(score_BTM), GATE_CLAMP))
+    return jax.nn.sigmoid(score_BTM)
+
+
+def causal_conv(
+    x_BTMD: jax.Array, taps_LMD: jax.Array, dilation: int, position_BT: jax.Array | None
+) -> jax.Array:
+    """Depthwise convolution: out[t] = sum_l taps[l] x[t - (L - 1 - l) dilation]."""
+    taps, time = taps_LMD.shape[0], x_BTMD.shape[1]
+    total = jnp.zeros_like(x_BTMD)
+    for tap in range(taps):
+        back = (taps - 1 - tap) * dilation
+        if back >= time:
+            continue
+        shifted = jnp.pad(x_BTMD[:, : time - back], ((0, 0), (back, 0), (0, 0), (0, 0)))
+        if position_BT is not None:
+            shifted = jnp.where((position_BT >= back)[:, :, None, None], shifted, 0)
+        total = total + shifted * taps_LMD[tap][None, None].astype(x_BTMD.dtype)
+    return total
+
+
+class Engram(nn.Module):
+    """Engram for somebody else's Flax block: hashes, looks up and fuses.
+
+    The table is a parameter of the module, so its gradient is dense: right for small tables and
+    for trying things out. Large tables want the training loop of this library, where rows are an
+    input and only the touched rows are updated.
+
+    Attributes:
+      config: settings; the table's rows per head included.
+      vocabulary: canonical ids of the tokenizer; None hashes raw ids below `config.vocab_size`.
+      layer: which of `config.layers` this module stands for (it seeds the hash); None is the first.
+    """
+
+    config: EngramConfig
+    vocabulary: CompressedVocabulary | None = None
+    layer: int | None = None
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, token_ids: jax.Array) -> jax.Array:
+        """The hidden state with what the memory gave added.
+
+        Args:
+          hidden: [B, T, D], or [B, T, M, D] for M residual streams.
+          token_ids: raw ids, int32 [B, T].
+
+        Returns:
+          The shape and dtype of `hidden`.
+        """
+        config = self.config
+        layer = config.layers[0] if self.layer is None else self.layer
+        vocabulary = self.vocabulary or CompressedVocabulary.identity(config.vocab_size)
+        ngrams = NgramHash(
+            rows_per_head=config.rows_per_head, heads=config.heads, layers=config.layers,
+            vocab_size=vocabulary.size, pad_id=int(vocabulary.lookup[config.pad_id]),
+            seed=config.hash_seed)
+        layout = TableLayout(
+            rows=ngrams.table_rows[layer], dim=config.head_dim, shards=config.shards)
+        table = self.param("table", layout.init, config.table_std)
+        streams_BTMD = hidden if hidden.ndim == 4 else hidden[:, :, None]
+        params = self.param(
+            "fusion", init_engram, hidden.shape[-1], streams_BTMD.shape[2], config)
+        canonical_BT = jnp.asarray(vocabulary.lookup)[token_ids]
+        rows_BTHC = layout.gather(table, ngrams.table_ids(canonical_BT, layer))
+        fused = fuse(params, streams_BTMD, rows_BTHC, config)
+        self.sow("intermediates", "gate", fused.gate_BTM)
+        return (streams_BTMD + fused.delta_BTMD).reshape(hidden.shape)

@@ -1,0 +1,183 @@
+"""DeepSeekMoE: shared and routed experts, dropless, with loss-free balancing.
+
+Assignments (token, choice) are laid out expert after expert, each expert's share padded to whole
+blocks, so that every block meets one expert's weights and no token is ever dropped.
+
+Shapes: N tokens, A = N * K assignments (K choices a token), P padded slots, E experts, D width,
+F expert FFN.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from engram_jax.config import MoEConfig
+from engram_jax.model.layers import Params, ffn, init_ffn, matrix
+
+
+def init_moe(key: jax.Array, width: int, config: MoEConfig) -> dict[str, jax.Array | Params]:
+    """router [D, E]; experts gate, up [E, D, F], down [E, F, D]; shared, one FFN."""
+    router_key, shared_key, gate_key, up_key, down_key = jax.random.split(key, 5)
+    experts, hidden = config.experts, config.expert_ffn
+    params: dict[str, jax.Array | Params] = {
+        "router": matrix(router_key, width, experts),
+        "experts": {
+            "gate": matrix(gate_key, experts, width, hidden),
+            "up": matrix(up_key, experts, width, hidden),
+            "down": matrix(down_key, experts, hidden, width),
+        },
+    }
+    if config.shared:
+        params["shared"] = init_ffn(shared_key, width, config.shared * hidden)
+    return params
+
+
+def moe(
+    params: dict, x_BTD: jax.Array, bias_E: jax.Array, config: MoEConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Shared experts plus each token's routed experts.
+
+    Args:
+      params: as `init_moe` makes them.
+      x_BTD: normalised input.
+      bias_E: float32; added to the scores for picking only, never for weighing.
+      config: sizes.
+
+    Returns:
+      [B, T, D] in x's dtype, and the load of each expert, float32 [E], summing to 1.
+    """
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    choice_NK, weight_NK = route(params["router"], x_ND, bias_E, config)
+    groups = group(choice_NK, config.experts)
+    slots_PD = to_slots(x_ND, groups)
+    out_PD = grouped_ffn(params["experts"], slots_PD, groups)
+    out_NKD = from_slots(out_PD, groups)
+    out_ND = jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype))
+    if config.shared:
+        out_ND = out_ND + ffn(params["shared"], x_ND)
+    load_E = groups.count_E.astype(jnp.float32) / choice_NK.size
+    return out_ND.reshape(x_BTD.shape), load_E
+
+
+def route(
+    router_DE: jax.Array, x_ND: jax.Array, bias_E: jax.Array, config: MoEConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Experts int32 [N, K] and their weights float32 [N, K], normalised to 1, times the scale."""
+    scores_NE = jax.nn.sigmoid(x_ND.astype(jnp.float32) @ router_DE)
+    picking_NE = jax.lax.stop_gradient(scores_NE) + bias_E[None]
+    _, choice_NK = jax.lax.top_k(picking_NE, config.top_k)
+    picked_NK = jnp.take_along_axis(scores_NE, choice_NK, axis=1)
+    total_N1 = jnp.sum(picked_NK, axis=1, keepdims=True) + 1e-20
+    return choice_NK, config.scale * picked_NK / total_N1
+
+
+def rebalanced(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
+    """Loss-free balancing (arXiv 2408.15664): each bias moves by `rate` against its load."""
+    return bias_LE + rate * jnp.sign(1.0 / load_LE.shape[-1] - load_LE)
+
+
+class Groups(NamedTuple):
+    """Where each assignment lies among the slots.
+
+    Attributes:
+      slot_NK: int32, the slot of each assignment.
+      source_P: int32, the assignment in each slot; A in empty slots.
+      padded_E: int32, slots of each expert, whole blocks.
+      count_E: int32, assignments of each expert.
+      expert_Q: int32, the expert of each block.
+    """
+
+    slot_NK: jax.Array
+    source_P: jax.Array
+    padded_E: jax.Array
+    count_E: jax.Array
+    expert_Q: jax.Array
+
+
+def block_size(assignments: int, experts: int) -> int:
+    """Slots of a block: about a quarter of an expert's even share, a power of two in 8..128."""
+    share = max(1, assignments // (4 * experts))
+    return min(128, max(8, 1 << (share.bit_length() - 1)))
+
+
+def group(choice_NK: jax.Array, experts: int) -> Groups:
+    """Lay the assignments out expert after expert, in the order of the tokens."""
+    choice_A = choice_NK.reshape(-1)
+    size = choice_A.size
+    block = block_size(size, experts)
+    blocks = -(-size // block) + experts
+    sorted_A, order_A = jax.lax.sort_key_val(choice_A, jnp.arange(size, dtype=jnp.int32))
+    count_E = jnp.bincount(choice_A, length=experts).astype(jnp.int32)
+    padded_E = -(-count_E // block) * block
+    shift_E = (jnp.cumsum(padded_E) - padded_E) - (jnp.cumsum(count_E) - count_E)
+    slot_of_sorted_A = jnp.arange(size, dtype=jnp.int32) + shift_E[sorted_A]
+    slot_A = jnp.zeros(size, jnp.int32).at[order_A].set(slot_of_sorted_A, unique_indices=True)
+    source_P = jnp.full(blocks * block, size, jnp.int32)
+    source_P = source_P.at[slot_of_sorted_A].set(order_A, unique_indices=True)
+    expert_Q = jnp.repeat(
+        jnp.arange(experts, dtype=jnp.int32), padded_E // block, total_repeat_length=blocks)
+    return Groups(slot_A.reshape(choice_NK.shape), source_P, padded_E, count_E, expert_Q)
+
+
+@jax.custom_vjp
+def to_slots(x_ND: jax.Array, groups: Groups) -> jax.Array:
+    """Each token at the slots of its K assignments, [P, D]; zeros in empty slots."""
+    choices = groups.slot_NK.shape[1]
+    return x_ND.at[groups.source_P // choices].get(mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def from_slots(out_PD: jax.Array, groups: Groups) -> jax.Array:
+    """The slot of each assignment, [N, K, D]."""
+    return out_PD.at[groups.slot_NK].get(mode="promise_in_bounds")
+
+
+def _to_slots_backward(groups: Groups, grad_PD: jax.Array) -> tuple[jax.Array, None]:
+    return jnp.sum(from_slots(grad_PD, groups), axis=1), None
+
+
+def _from_slots_backward(groups: Groups, grad_NKD: jax.Array) -> tuple[jax.Array, None]:
+    grad_AD = grad_NKD.reshape(-1, grad_NKD.shape[-1])
+    return grad_AD.at[groups.source_P].get(mode="fill", fill_value=0), None
+
+
+# Both are bijections between assignments and filled slots, so the gradient is a gather by the
+# inverse: no scatter, no atomics, the same bits each run.
+to_slots.defvjp(lambda x, groups: (to_slots(x, groups), groups), _to_slots_backward)
+from_slots.defvjp(lambda out, groups: (from_slots(out, groups), groups), _from_slots_backward)
+
+
+def grouped_ffn(experts: Params, x_PD: jax.Array, groups: Groups) -> jax.Array:
+    """The gated FFN of each slot's expert, [P, D]."""
+    times = functools.partial(grouped_matmul, groups=groups)
+    hidden_PF = jax.nn.silu(times(x_PD, experts["gate"])) * times(x_PD, experts["up"])
+    return times(hidden_PF, experts["down"])
+
+
+def grouped_matmul(x_PD: jax.Array, weight_EDF: jax.Array, groups: Groups) -> jax.Array:
+    """Each slot times its expert's matrix, [P, F].
+
+    `ragged_dot` where it is a real kernel (TPU). Elsewhere XLA expands it to a dense product with
+    every expert, so each block is multiplied with its own expert's matrix instead.
+    """
+    weight_EDF = weight_EDF.astype(x_PD.dtype)
+    return jax.lax.platform_dependent(
+        x_PD, weight_EDF, groups.padded_E, groups.expert_Q, tpu=_ragged, default=_blocked)
+
+
+def _ragged(
+    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    del expert_Q
+    return jax.lax.ragged_dot(x_PD, weight_EDF, padded_E)
+
+
+def _blocked(
+    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    del padded_E
+    x_QXD = x_PD.reshape(expert_Q.size, -1, x_PD.shape[-1])
+    out_QXF = jnp.einsum("qxd,qdf->qxf", x_QXD, weight_EDF[expert_Q])
+    return out_QXF.reshape(x_PD.shape[0], -1)

@@ -1,0 +1,258 @@
+"""The language model: embed -> segment -> segment -> ... -> head, with rows as an input.
+
+A segment is an optional Engram fusion followed by a run of alike blocks (one scan). Training
+composes the chain in one jit; inference may dispatch it segment by segment.
+
+Parameters, all float32:
+  embedding [V, D]; head [D, V] unless tied; final_gain [D]; over_encoding, if any;
+  segments: a list with, for each segment, `blocks` (every leaf stacked over the segment's L
+  blocks) and `engram`, if it begins with one.
+
+Shapes: B batch, T time, M streams, D width, V vocabulary, H rows of a token, C columns of a row,
+L blocks of a segment, E experts.
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from engram_jax.config import ModelConfig
+from engram_jax.memory.sites import INPUT_SITE, engram_site
+from engram_jax.model import hyper_connections, over_encoding
+from engram_jax.model.attention import attention, init_attention
+from engram_jax.model.documents import Documents, documents
+from engram_jax.model.engram import fuse, init_engram
+from engram_jax.model.layers import ffn, init_ffn, linear, normal, rms_norm
+from engram_jax.model.moe import init_moe, moe
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Blocks start..stop-1, all dense or all with experts; `engram`: a fusion comes first."""
+
+    start: int
+    stop: int
+    experts: bool
+    engram: bool
+
+    @property
+    def depth(self) -> int:
+        return self.stop - self.start
+
+
+def segments(config: ModelConfig) -> tuple[Segment, ...]:
+    """The chain of a model: cut before each Engram layer and where experts begin."""
+    fused = set(config.engram.layers) if config.engram else set()
+    first_expert = config.moe.dense_layers if config.moe else config.depth
+    cuts = sorted({0, first_expert, config.depth} | fused)
+    return tuple(Segment(start, stop, start >= first_expert, start in fused)
+                 for start, stop in itertools.pairwise(cuts))
+
+
+def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """The parameter tree, without tables."""
+    embed_key, head_key, over_key, blocks_key, engram_key = jax.random.split(key, 5)
+    width = config.width
+    params: dict[str, Any] = {
+        "embedding": normal(embed_key, (config.vocab_size, width), 0.02),
+        "final_gain": jnp.ones(width, jnp.float32),
+        "segments": [_init_segment(config, segment, blocks_key, engram_key)
+                     for segment in segments(config)],
+    }
+    if not config.tied_head:
+        params["head"] = normal(head_key, (width, config.vocab_size), width**-0.5)
+    if config.over_encoding is not None:
+        params["over_encoding"] = over_encoding.init_over_encoding(
+            over_key, width, config.over_encoding)
+    return params
+
+
+def _init_segment(
+    config: ModelConfig, segment: Segment, blocks_key: jax.Array, engram_key: jax.Array
+) -> dict[str, Any]:
+    # Keys depend on the block's number alone: models that differ in their memory start alike.
+    numbers = jnp.arange(segment.start, segment.stop)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, blocks_key))(numbers)
+    params = {"blocks": jax.vmap(functools.partial(_init_block, config, segment))(keys)}
+    if segment.engram:
+        assert config.engram is not None
+        params["engram"] = init_engram(
+            jax.random.fold_in(engram_key, segment.start), config.width, config.streams,
+            config.engram)
+    return params
+
+
+def _init_block(config: ModelConfig, segment: Segment, key: jax.Array) -> dict[str, Any]:
+    attention_key, ffn_key, mix_a, mix_f = jax.random.split(key, 4)
+    width = config.width
+    if segment.experts:
+        assert config.moe is not None
+        second = {"moe": init_moe(ffn_key, width, config.moe)}
+    else:
+        second = {"ffn": init_ffn(ffn_key, width, config.ffn)}
+    return {
+        "attention": init_attention(attention_key, width, config.attention),
+        "attention_gain": jnp.ones(width, jnp.float32),
+        "attention_mixing": hyper_connections.init_mixing(mix_a, width, config.streams),
+        "ffn_gain": jnp.ones(width, jnp.float32),
+        "ffn_mixing": hyper_connections.init_mixing(mix_f, width, config.streams),
+        **second,
+    }
+
+
+def init_router_bias(config: ModelConfig) -> list[jax.Array | None]:
+    """The balancing biases, float32 [L, E] for each segment with experts, None for others."""
+    return [jnp.zeros((segment.depth, config.moe.experts), jnp.float32)
+            if segment.experts and config.moe else None for segment in segments(config)]
+
+
+class Observed(NamedTuple):
+    """What a forward pass lets one see.
+
+    Attributes:
+      loads: for each segment, the share of assignments of each expert, float32 [L, E], or None.
+      gates: for each Engram layer's site, float32 [B, T, M].
+    """
+
+    loads: list[jax.Array | None]
+    gates: dict[str, jax.Array]
+
+
+def embed(
+    params: dict[str, Any], tokens_BT: jax.Array, rows: dict[str, jax.Array], config: ModelConfig
+) -> jax.Array:
+    """The residual streams before the first block, [B, T, M, D] in the compute dtype."""
+    table = params["embedding"].astype(config.compute_dtype)
+    embedded_BTD = table.at[tokens_BT].get(mode="promise_in_bounds")
+    if config.over_encoding is not None:
+        embedded_BTD = over_encoding.encode(
+            params["over_encoding"], embedded_BTD, rows[INPUT_SITE])
+    return hyper_connections.split(embedded_BTD, config.streams)
+
+
+def run_segment(
+    params: dict[str, Any],
+    x_BTMD: jax.Array,
+    rows_BTHC: jax.Array | None,
+    bias_LE: jax.Array | None,
+    segment: Segment,
+    config: ModelConfig,
+    docs: Documents | None,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """One segment: (streams, loads [L, E] or None, gates [B, T, M] or None)."""
+    gate_BTM = None
+    if segment.engram:
+        assert config.engram is not None
+        assert rows_BTHC is not None
+        fused = fuse(params["engram"], x_BTMD, rows_BTHC, config.engram,
+                     None if docs is None else docs.position_BT)
+        x_BTMD, gate_BTM = x_BTMD + fused.delta_BTMD, fused.gate_BTM
+    block = functools.partial(_block, config=config, docs=docs)
+    if config.remat == "block":
+        block = jax.checkpoint(block)
+
+    def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array | None]:
+        return block(inputs[0], x, inputs[1])
+
+    x_BTMD, load_LE = jax.lax.scan(step, x_BTMD, (params["blocks"], bias_LE))
+    return x_BTMD, load_LE, gate_BTM
+
+
+def _block(
+    params: dict[str, Any],
+    x_BTMD: jax.Array,
+    bias_E: jax.Array | None,
+    *,
+    config: ModelConfig,
+    docs: Documents | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    number_BT = None if docs is None else docs.number_BT
+
+    def attend(x_BTD: jax.Array) -> tuple[jax.Array, None]:
+        normed = rms_norm(x_BTD, params["attention_gain"], config.norm_eps)
+        return attention(
+            params["attention"], normed, config.attention, config.norm_eps, number_BT), None
+
+    def feed(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        normed = rms_norm(x_BTD, params["ffn_gain"], config.norm_eps)
+        if bias_E is None:
+            return ffn(params["ffn"], normed), None
+        assert config.moe is not None
+        return moe(params["moe"], normed, bias_E, config.moe)
+
+    connect = functools.partial(
+        hyper_connections.connect, rounds=config.sinkhorn_rounds, eps=config.norm_eps)
+    x_BTMD, _ = connect(params["attention_mixing"], x_BTMD, attend)
+    return connect(params["ffn_mixing"], x_BTMD, feed)
+
+
+def head(params: dict[str, Any], x_BTMD: jax.Array, config: ModelConfig) -> jax.Array:
+    """Logits, float32 [B, T, V]."""
+    merged_BTD = hyper_connections.merge(x_BTMD)
+    normed_BTD = rms_norm(merged_BTD, params["final_gain"], config.norm_eps)
+    weight_DV = params["embedding"].T if config.tied_head else params["head"]
+    return linear(normed_BTD, weight_DV).astype(jnp.float32)
+
+
+def apply(
+    params: dict[str, Any],
+    tokens_BT: jax.Array,
+    rows: dict[str, jax.Array],
+    router_bias: list[jax.Array | None],
+    config: ModelConfig,
+    starts_BT: jax.Array | None = None,
+) -> tuple[jax.Array, Observed]:
+    """Tokens and rows to logits.
+
+    Args:
+      params: as `init` makes them.
+      tokens_BT: int32 ids below the vocabulary's size.
+      rows: for each site of `memory.sites`, its rows [B, T, H, C].
+      router_bias: as `init_router_bias` makes them.
+      config: the model.
+      starts_BT: bool, true on the first token of a document; read only when the model isolates
+        documents.
+
+    Returns:
+      Logits float32 [B, T, V], and what could be observed on the way.
+    """
+    docs = None
+    if config.isolate_documents:
+        assert starts_BT is not None, "a model that isolates documents needs starts_BT"
+        docs = documents(starts_BT)
+    x_BTMD = embed(params, tokens_BT, rows, config)
+    loads, gates = [], {}
+    for segment, part, bias_LE in zip(
+        segments(config), params["segments"], router_bias, strict=True
+    ):
+        site = engram_site(segment.start)
+        x_BTMD, load_LE, gate_BTM = run_segment(
+            part, x_BTMD, rows.get(site), bias_LE, segment, config, docs)
+        loads.append(load_LE)
+        if gate_BTM is not None:
+            gates[site] = gate_BTM
+    return head(params, x_BTMD, config), Observed(loads, gates)
+
+
+class Transformer(nn.Module):
+    """The model as a Linen module: the same tree, kept under the parameter `model`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        rows: dict[str, jax.Array],
+        starts_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits float32 [B, T, V]; router biases live in the collection `router_bias`."""
+        params = self.param("model", lambda key: init(self.config, key))
+        bias = self.variable("router_bias", "bias", init_router_bias, self.config)
+        logits_BTV, _ = apply(params, tokens_BT, rows, bias.value, self.config, starts_BT)
+        return logits_BTV
