@@ -1,0 +1,141 @@
+"""The named runs: every model of the paper, and small ones for a laptop.
+
+A recipe is a function that returns a `RunConfig`. Sizes are SPEC section 3 (arXiv 2601.07372
+table 5, arXiv 2512.24880 table 5).
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from engram_jax.config import (
+    AttentionConfig,
+    DataConfig,
+    EngramConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    OverEncodingConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from engram_jax.errors import UserError
+
+PAPER_LAYERS = (1, 14)
+
+
+def _paper(name: str, moe: MoEConfig | None, engram: EngramConfig | None) -> RunConfig:
+    return RunConfig(
+        name=name,
+        model=ModelConfig(
+            vocab_size=129_280, width=2560, depth=30, ffn=12_288, attention=AttentionConfig(),
+            moe=moe, streams=4, engram=engram),
+        data=DataConfig(path="hf:HuggingFaceFW/fineweb-edu", tokenizer="deepseek-ai/DeepSeek-V3",
+                        sequence_length=4096, batch_size=1280),
+        optimizer=OptimizerConfig(),
+        training=TrainingConfig(steps=50_000, checkpoint_every=1000, evaluate_every=1000),
+    )
+
+
+def _paper_engram(rows_per_head: int) -> EngramConfig:
+    return EngramConfig(
+        layers=PAPER_LAYERS, rows_per_head=(rows_per_head, rows_per_head), heads=8, head_dim=80)
+
+
+def dense_4b() -> RunConfig:
+    """Dense: an FFN of 12288 in every block."""
+    return _paper("dense-4b", None, None)
+
+
+def moe_27b() -> RunConfig:
+    """Pure mixture-of-experts: 72 routed experts, no memory."""
+    return _paper("moe-27b", MoEConfig(experts=72), None)
+
+
+def engram_27b() -> RunConfig:
+    """moe-27b's parameters divided anew: 55 routed experts and 5.8B in memory."""
+    run = _paper("engram-27b", MoEConfig(experts=55), _paper_engram(2_262_400))
+    return dataclasses.replace(run, baseline="moe-27b")
+
+
+def engram_40b() -> RunConfig:
+    """engram-27b with 18.5B in memory."""
+    return _paper("engram-40b", MoEConfig(experts=55), _paper_engram(7_239_680))
+
+
+def tiny() -> RunConfig:
+    """The demo's size: a mixture-of-experts with Engram that trains in a minute on two cores."""
+    return RunConfig(
+        name="tiny",
+        model=ModelConfig(
+            vocab_size=4096, width=96, depth=3, ffn=256,
+            attention=AttentionConfig(heads=2, kv_rank=32, nope_dim=32, rope_dim=16, value_dim=32),
+            moe=MoEConfig(experts=8, top_k=2, shared=1, expert_ffn=64, dense_layers=1),
+            streams=1, compute_dtype="float32", remat="none",
+            engram=EngramConfig(
+                layers=(1,), rows_per_head=(16_384, 16_384), heads=4, head_dim=16)),
+        data=DataConfig(sequence_length=128, batch_size=16),
+        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
+        training=TrainingConfig(steps=300, evaluate_batches=0, checkpoint_every=100),
+    )
+
+
+def small() -> RunConfig:
+    """Every part switched on (four streams, two Engram layers), for a GPU or a patient CPU."""
+    return RunConfig(
+        name="small",
+        model=ModelConfig(
+            vocab_size=16_384, width=512, depth=8, ffn=1536,
+            attention=AttentionConfig(heads=8, kv_rank=128, nope_dim=64, rope_dim=32,
+                                      value_dim=64),
+            moe=MoEConfig(experts=16, top_k=4, shared=1, expert_ffn=256),
+            streams=4,
+            engram=EngramConfig(
+                layers=(1, 4), rows_per_head=(65_536, 65_536), heads=8, head_dim=32)),
+        data=DataConfig(tokenizer="bpe:16384", sequence_length=512, batch_size=32),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200),
+        training=TrainingConfig(steps=5000, checkpoint_every=500, evaluate_every=500,
+                                evaluate_batches=16),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "tiny": tiny,
+    "small": small,
+    "dense-4b": dense_4b,
+    "moe-27b": moe_27b,
+    "engram-27b": engram_27b,
+    "engram-40b": engram_40b,
+}
+
+
+def recipe(name: str) -> RunConfig:
+    """The named run.
+
+    Raises:
+      UserError: no recipe has that name.
+    """
+    if name not in RECIPES:
+        raise UserError(f"recipe = {name!r}: no such recipe; there are {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+def without_memory(run: RunConfig) -> RunConfig:
+    """The same backbone with no memory."""
+    model = dataclasses.replace(run.model, engram=None, over_encoding=None)
+    return dataclasses.replace(run, model=model)
+
+
+def with_over_encoding(run: RunConfig) -> RunConfig:
+    """The same backbone with OverEncoding of the same hash in the place of Engram.
+
+    Raises:
+      UserError: the run has no Engram to replace.
+    """
+    engram = run.model.engram
+    if engram is None:
+        raise UserError("model.engram = None: there is no memory to replace by OverEncoding")
+    over = OverEncodingConfig(
+        rows_per_head=engram.rows_per_head, heads=engram.heads, compress=engram.compress,
+        hash_seed=engram.hash_seed, shards=engram.shards, table_std=engram.table_std)
+    model = dataclasses.replace(run.model, engram=None, over_encoding=over)
+    return dataclasses.replace(run, model=model)
