@@ -1,0 +1,153 @@
+"""Orbax checkpoints of the state and the data iterator, together and asynchronous.
+
+Each checkpoint also carries the fingerprints of the hash and of the vocabulary: rows are worth
+nothing to a model that hashes otherwise.
+"""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+
+from engram_jax.errors import MachineError, UserError
+from engram_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run; use as a context manager.
+
+    Args:
+      directory: where they are kept; made if it is not there.
+      keep: how many of the latest are kept.
+      fingerprints: for each memory site, the addressing's fingerprint.
+    """
+
+    def __init__(self, directory: epath.Path, keep: int, fingerprints: Mapping[str, str]):
+        self._directory = directory
+        self._fingerprints = dict(fingerprints)
+        self._saving: tuple[int, Any] | None = None
+        self._checkpointer = ocp.training.Checkpointer(
+            directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last whole checkpoint."""
+        found = self._checkpointer.latest
+        return None if found is None else found.step
+
+    def save(self, step: int, state: TrainState, batches: Any) -> None:
+        """Copy state and iterator off the device now, write them in the background.
+
+        Raises:
+          MachineError: this checkpoint or the one before could not be written.
+        """
+        self.wait()
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                step, {"state": state, "batches": batches},
+                custom_metadata={"addressing": self._fingerprints})
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(step, error) from error
+        self._saving = (step, response)
+
+    def wait(self) -> None:
+        """Until what is being written is whole.
+
+        Raises:
+          MachineError: it could not be written; earlier checkpoints are as they were.
+        """
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            if response is not None:
+                response.result()
+        except Exception as error:  # tensorstore's errors have no common base
+            raise self._failed(step, error) from error
+
+    def restore(
+        self, abstract: TrainState, batches: Any | None = None, step: int | None = None
+    ) -> TrainState:
+        """The state of a checkpoint (the latest by default); `batches` is wound to its place.
+
+        Raises:
+          UserError: no checkpoint, another hash or tokenizer, or other shapes.
+          MachineError: the checkpoint cannot be read.
+        """
+        step = self.latest if step is None else step
+        if step is None:
+            raise UserError(f"{self._directory}: holds no whole checkpoint")
+        self._check(step, abstract)
+        wanted: dict[str, Any] = {"state": _on_device(abstract)}
+        if batches is not None:
+            wanted["batches"] = batches
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of a private orbax API
+                return self._checkpointer.load_checkpointables(step, wanted)["state"]
+        except Exception as error:  # as in `wait`
+            raise MachineError(f"{self._directory / str(step)}: cannot be read: "
+                               f"{first_line(error)}") from error
+
+    def _check(self, step: int, abstract: TrainState) -> None:
+        """Refuse a checkpoint whose rows or shapes mean something else."""
+        place = self._directory / str(step)
+        try:
+            metadata = self._checkpointer.checkpointables_metadata(step)
+            saved = metadata.metadata["state"]
+            carried = (metadata.custom_metadata or {}).get("addressing", {})
+        except Exception as error:
+            raise MachineError(f"{place}: cannot be read: {first_line(error)}") from error
+        if carried != self._fingerprints:
+            name = min(set(carried.items()) ^ set(self._fingerprints.items()))[0]
+            raise UserError(
+                f"{place}: its memory {name!r} was trained with another tokenizer or hash "
+                f"(digest {_ends(carried.get(name))}, here {_ends(self._fingerprints.get(name))}); "
+                "use the data and hash settings that it was trained with")
+        expected, found = _shapes(abstract), _shapes(saved)
+        for path in sorted(expected.keys() | found.keys()):
+            if expected.get(path) != found.get(path):
+                raise UserError(f"{place}: {path} has shape {found.get(path, 'none')}, "
+                                f"the model wants {expected.get(path, 'none')}")
+
+    def _failed(self, step: int, error: Exception) -> MachineError:
+        kept = self.latest
+        last = "there is no earlier one" if kept is None else f"the last good one is of step {kept}"
+        return MachineError(f"{self._directory}: the checkpoint of step {step} could not be "
+                            f"written ({first_line(error)}); {last}")
+
+
+def first_line(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+
+
+def _ends(digest: str | None) -> str:
+    if digest is None:
+        return "none"
+    return ":".join(part[:8] for part in digest.split(":"))
+
+
+def _on_device(abstract: TrainState) -> TrainState:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each array by its path; a path's parts are the same for any container."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+                     for key in path): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,0 +1,37 @@
+"""The loss of a state on the fixed validation split."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from engram_jax.config import RunConfig
+from engram_jax.data.batches import validation_batches
+from engram_jax.training.inputs import Inputs
+from engram_jax.training.records import bits_per_byte
+from engram_jax.training.state import TrainState
+from engram_jax.training.step import evaluation_step
+
+
+class Evaluation(NamedTuple):
+    """loss in nats a token, bits_per_byte of text, and the tokens that were predicted."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+
+
+def evaluator(run: RunConfig, inputs: Inputs) -> Callable[[TrainState], Evaluation]:
+    """A function that evaluates states of the run; compiles on its first call."""
+    step = jax.jit(evaluation_step(run, inputs.addressing))
+
+    def evaluate(state: TrainState) -> Evaluation:
+        total, weight = 0.0, 0.0
+        batches = validation_batches(inputs.tokens, run.data, run.training.evaluate_batches)
+        for loss_sum, weight_sum in [step(state, batch) for batch in batches]:
+            total, weight = total + float(loss_sum), weight + float(weight_sum)
+        loss = total / weight
+        per_byte = bits_per_byte(loss, inputs.tokens.validation_bytes_per_token)
+        return Evaluation(loss, per_byte, int(weight))
+
+    return evaluate

@@ -1,0 +1,170 @@
+"""Train a run to its end, from wherever it stopped."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from engram_jax.accounting import account
+from engram_jax.config import RunConfig
+from engram_jax.data.batches import train_batches
+from engram_jax.training.checkpoints import Checkpoints
+from engram_jax.training.evaluation import Evaluation, evaluator
+from engram_jax.training.inputs import Inputs, open_inputs
+from engram_jax.training.progress import Progress
+from engram_jax.training.records import RunDirectory, environment
+from engram_jax.training.state import TrainState, abstract_state, init_state
+from engram_jax.training.step import train_step
+from engram_jax.training.tensorboard import TensorBoard
+
+
+def train(
+    run: RunConfig, directory: epath.PathLike, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Train `run` in `directory` and return what result.json holds.
+
+    A finished run is not run again; an interrupted one goes on from its last checkpoint with the
+    same bits.
+
+    Raises:
+      UserError: bad data settings, or a directory that holds another run.
+      MachineError: something could not be read or written.
+    """
+    records = RunDirectory(directory)
+    if (result := records.result()) is not None:
+        records.check(run)
+        say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
+        return result
+    inputs = open_inputs(run, say)
+    records.start(run, environment(
+        data_fingerprint=inputs.tokens.fingerprint,
+        tokenizer_digest=inputs.tokens.tokenizer_digest))
+    return _Loop(run, inputs, records, say).run_to_end()
+
+
+class _Loop:
+    """The state of the loop itself: iterator, compiled step, clock, logs."""
+
+    def __init__(
+        self, run: RunConfig, inputs: Inputs, records: RunDirectory, say: Callable[[str], None]
+    ):
+        self.run, self.inputs, self.records, self.say = run, inputs, records, say
+        self.batches = train_batches(inputs.tokens, run.data)
+        self.step = jax.jit(train_step(run, inputs.addressing), donate_argnums=0)
+        self.evaluate = evaluator(run, inputs)
+        self.batch_tokens = run.data.batch_size * run.data.sequence_length
+        self.clock = _Clock()
+
+    def run_to_end(self) -> dict[str, Any]:
+        training = self.run.training
+        fingerprints = self.inputs.addressing.fingerprints()
+        with Checkpoints(
+            self.records.checkpoints, training.keep_checkpoints, fingerprints
+        ) as checkpoints:
+            state, start = self._begin(checkpoints)
+            with (Progress(self.run.name, start, training.steps, self.say) as self.progress,
+                  TensorBoard(self.records.path, training.tensorboard) as self.board):
+                state = self._steps(state, start, checkpoints)
+                evaluation = self._evaluated(state, training.steps)
+            if checkpoints.latest != training.steps:
+                checkpoints.save(training.steps, state, self.batches)
+            checkpoints.wait()
+        result = self._result(evaluation)
+        self.records.finish(result)
+        return result
+
+    def _begin(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+        start = checkpoints.latest or 0
+        self.records.truncate_metrics(start)
+        if start == 0:
+            return jax.jit(lambda: init_state(self.run))(), 0
+        self.say(f"{self.run.name}: going on from step {start}")
+        return checkpoints.restore(abstract_state(self.run), self.batches), start
+
+    def _steps(self, state: TrainState, start: int, checkpoints: Checkpoints) -> TrainState:
+        training, pending = self.run.training, None
+        for number in range(start + 1, training.steps + 1):
+            state, metrics = self.step(state, next(self.batches))
+            if pending:  # log step n - 1 while step n runs
+                self._log(*pending)
+            pending = number, metrics
+            if number < training.steps and due(number, training.checkpoint_every):
+                checkpoints.save(number, state, self.batches)
+            if number < training.steps and due(number, training.evaluate_every):
+                self._evaluated(state, number)
+        if pending:
+            self._log(*pending)
+        return state
+
+    def _log(self, number: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}  # waits for the step
+        seconds = self.clock.tick()
+        values["perf/step_time_seconds"] = seconds
+        values["perf/per_device_tokens_per_sec"] = (
+            self.batch_tokens / seconds / jax.device_count() if seconds else 0.0)
+        self.progress.step(number, values)
+        training = self.run.training
+        if number == training.steps or due(number, training.log_every):
+            self.records.log({"step": number, **values})
+            self.board.log(number, values)
+
+    def _evaluated(self, state: TrainState, number: int) -> Evaluation:
+        evaluation = self.evaluate(state)
+        values = {"evaluation/loss": evaluation.loss,
+                  "evaluation/bits_per_byte": evaluation.bits_per_byte}
+        self.records.log({"step": number, **values})
+        self.board.log(number, values)
+        self.clock.skip()
+        return evaluation
+
+    def _result(self, evaluation: Evaluation) -> dict[str, Any]:
+        numbers, run = account(self.run), self.run
+        per_second = self.clock.mean_rate() * self.batch_tokens
+        memory = run.model.engram or run.model.over_encoding
+        return {
+            "name": run.name,
+            "slots": memory.rows_per_head[0] if memory else 0,
+            "memory_params": numbers.engram_params,
+            "total_params": numbers.total_params,
+            "active_params": numbers.active_params,
+            "loss": evaluation.loss,
+            "bits_per_byte": evaluation.bits_per_byte,
+            "validation_tokens": evaluation.tokens,
+            "tokens_per_s": per_second,
+            "seed": run.training.seed,
+            "steps": run.training.steps,
+            "tokens": run.training.steps * self.batch_tokens,
+        }
+
+
+def due(number: int, every: int) -> bool:
+    """Does something that happens every so many steps (0: never) happen at this one?"""
+    return every > 0 and number % every == 0
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Time between steps; the first step after a start or a pause (it compiles) does not count."""
+
+    last: float | None = None
+    total: float = 0.0
+    steps: int = 0
+
+    def tick(self) -> float:
+        now = time.perf_counter()
+        seconds = 0.0 if self.last is None else now - self.last
+        if self.last is not None:
+            self.total, self.steps = self.total + seconds, self.steps + 1
+        self.last = now
+        return seconds
+
+    def skip(self) -> None:
+        self.last = None
+
+    def mean_rate(self) -> float:
+        """Steps a second."""
+        return self.steps / self.total if self.total else 0.0
+

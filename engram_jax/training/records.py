@@ -1,0 +1,170 @@
+"""A run directory: what was run, on what, and what came out.
+
+    config.json     the run, whole
+    env.json        git revision, versions, devices, fingerprints of text and tokenizer
+    metrics.jsonl   one object for each logged step
+    checkpoints/    Orbax
+    result.json     written last: its presence means that the run is done
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from engram_jax import __version__
+from engram_jax.config import RunConfig, from_dict, to_dict
+from engram_jax.errors import MachineError, UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+class RunDirectory:
+    """Reads and writes the records of one run; `path` may be object storage."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return self.path / "checkpoints"
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json, or None while the run is not done."""
+        place = self.path / "result.json"
+        return json.loads(place.read_text()) if place.exists() else None
+
+    def config(self) -> RunConfig:
+        """config.json.
+
+        Raises:
+          UserError: the folder does not hold a run.
+        """
+        place = self.path / "config.json"
+        if not place.exists():
+            raise UserError(f"{self.path}: holds no run (there is no config.json)")
+        try:
+            return from_dict(json.loads(place.read_text()))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{place}: is not JSON ({error})") from error
+
+    def start(self, run: RunConfig, env: Mapping[str, Any]) -> None:
+        """Record what is about to run, or check that it is what was recorded before.
+
+        Raises:
+          UserError: the folder holds another run, or is something else than a folder.
+          MachineError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(f"out = {str(self.path)!r}: is not a folder") from error
+        except OSError as error:
+            raise MachineError(f"{self.path}: cannot be written ({error.strerror})") from error
+        if (self.path / "config.json").exists():
+            self.check(run)
+        else:
+            write_json(self.path / "config.json", to_dict(run))
+        write_json(self.path / "env.json", env)
+
+    def check(self, run: RunConfig) -> None:
+        """Refuse a folder that holds another run (UserError)."""
+        if difference := first_difference(to_dict(self.config()), to_dict(run)):
+            field, before, now = difference
+            raise UserError(f"{field} = {now!r}: {self.path} holds a run with {before!r}; "
+                            "choose another folder or delete this one")
+
+    def truncate_metrics(self, last_step: int) -> None:
+        """Forget what was logged after `last_step`, and any half-written line."""
+        kept = [row for row in self.metrics() if row["step"] <= last_step]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Append one row to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a line that was cut off is left out."""
+        place = self.path / "metrics.jsonl"
+        rows = []
+        for line in place.read_text().splitlines() if place.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json: the run is done."""
+        write_json(self.path / "result.json", result)
+
+
+def environment(**fingerprints: str) -> dict[str, Any]:
+    """Where a run happens: code, versions, devices, and the given fingerprints."""
+    return {
+        "engram_jax": __version__,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "command": sys.argv,
+        **fingerprints,
+    }
+
+
+def git_revision() -> str:
+    """The checkout's commit, with "+changes" if it is not clean; "" outside a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return ""
+    try:
+        head = _git(here, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(here, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(where: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(where), *words], check=True, capture_output=True)
+    return done.stdout.decode().strip()
+
+
+def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Replace a file whole: a reader sees the old text or the new."""
+    part = path.parent / f"{path.name}.part"
+    try:
+        part.write_text(text)
+        part.replace(path)
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two trees of plain values differ: (name, before, now)."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            found = first_difference(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if before == now else (where, before, now)
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Nats a token to bits a byte of text."""
+    return loss / math.log(2) / bytes_per_token

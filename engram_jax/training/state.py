@@ -1,0 +1,62 @@
+"""Everything that a step changes, as one pytree."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from engram_jax.config import RunConfig
+from engram_jax.memory.row_optimizers import RowOptimizer, row_adam
+from engram_jax.memory.sites import sites
+from engram_jax.model import transformer
+from engram_jax.training.optimizers import optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a run.
+
+    Attributes:
+      step: int32 scalar, steps taken.
+      params: the model's parameters, float32.
+      router_bias: the balancing biases, as `transformer.init_router_bias` makes them.
+      opt_state: of `params`.
+      tables: for each memory site, its table [S, R, D].
+      table_state: for each memory site, the row optimizer's state.
+    """
+
+    step: jax.Array
+    params: Any
+    router_bias: Any
+    opt_state: Any
+    tables: dict[str, jax.Array]
+    table_state: dict[str, Any]
+
+
+def row_optimizer(run: RunConfig) -> RowOptimizer:
+    """The optimizer of the run's tables."""
+    config = run.optimizer
+    return row_adam(b1=config.table_b1, b2=config.table_b2, eps=config.table_eps)
+
+
+def init_state(run: RunConfig) -> TrainState:
+    """The state before the first step; a pure function of the config, to be jitted."""
+    params_key, tables_key = jax.random.split(jax.random.key(run.training.seed))
+    params = transformer.init(run.model, params_key)
+    rows = row_optimizer(run)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        router_bias=transformer.init_router_bias(run.model),
+        opt_state=optimizer(run.optimizer, run.training.steps).init(params),
+        tables={site.name: site.layout.init(
+            jax.random.fold_in(tables_key, site.layer), site.hash_config.table_std)
+            for site in sites(run.model)},
+        table_state={site.name: rows.init(site.layout) for site in sites(run.model)},
+    )
+
+
+def abstract_state(run: RunConfig) -> TrainState:
+    """Shapes and dtypes of the run's state."""
+    return jax.eval_shape(lambda: init_state(run))
