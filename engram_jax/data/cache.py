@@ -1,0 +1,69 @@
+"""The folder that keeps what is made from text once: trained tokenizers and token shards."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+
+from etils import epath
+
+from engram_jax.config import DataConfig
+from engram_jax.errors import MachineError
+
+FORMAT = 1  # raise it when the same text would be trained on or packed differently
+
+
+def cache_folder(config: DataConfig) -> epath.Path:
+    """`config.cache_dir`, or else $ENGRAM_CACHE, or else engram_jax in the user's cache."""
+    named = config.cache_dir or os.environ.get("ENGRAM_CACHE")
+    if named:
+        return epath.Path(named).expanduser()
+    user = os.environ.get("XDG_CACHE_HOME") or (
+        "~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
+    return epath.Path(user).expanduser() / "engram_jax"
+
+
+def cache_key(*parts: object) -> str:
+    """A name for what was made from `parts`, plain JSON values."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def working_folder(config: DataConfig) -> Iterator[pathlib.Path]:
+    """A fresh local folder, gone afterwards; beside the cache where that is local.
+
+    Raises:
+      MachineError: the machine refuses what is done to the cache within.
+    """
+    root = cache_folder(config)
+    try:
+        if is_local(root):
+            root.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=".making-", dir=root if is_local(root) else None)
+        try:
+            yield pathlib.Path(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise MachineError(f"data.cache_dir = {os.fspath(root)!r}: could not be written: "
+                           f"{error}") from error
+
+
+def publish(folder: pathlib.Path, target: epath.Path, names: Sequence[str]) -> None:
+    """Move files from `folder` into `target` in order, each appearing whole or not at all."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if is_local(target):
+            os.replace(folder / name, target / name)
+        else:
+            (target / name).write_bytes((folder / name).read_bytes())
+
+
+def is_local(path: epath.Path) -> bool:
+    """Whether `path` is on a disk and not in object storage."""
+    return "://" not in os.fspath(path)
