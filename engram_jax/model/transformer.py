@@ -78,7 +78,7 @@ def _init_segment(
     # Keys depend on the block's number alone: models that differ in their memory start alike.
     numbers = jnp.arange(segment.start, segment.stop)
     keys = jax.vmap(functools.partial(jax.random.fold_in, blocks_key))(numbers)
-    params = {"blocks": jax.vmap(functools.partial(_init_block, config, segment))(keys)}
+    params: dict[str, Any] = {"blocks": jax.vmap(functools.partial(_init_block, config, segment))(keys)}
     if segment.engram:
         assert config.engram is not None
         params["engram"] = init_engram(
@@ -90,6 +90,7 @@ def _init_segment(
 def _init_block(config: ModelConfig, segment: Segment, key: jax.Array) -> dict[str, Any]:
     attention_key, ffn_key, mix_a, mix_f = jax.random.split(key, 4)
     width = config.width
+    second: dict[str, Any]
     if segment.experts:
         assert config.moe is not None
         second = {"moe": init_moe(ffn_key, width, config.moe)}
@@ -152,9 +153,8 @@ def run_segment(
         fused = fuse(params["engram"], x_BTMD, rows_BTHC, config.engram,
                      None if docs is None else docs.position_BT)
         x_BTMD, gate_BTM = x_BTMD + fused.delta_BTMD, fused.gate_BTM
-    block = functools.partial(_block, config=config, docs=docs)
-    if config.remat == "block":
-        block = jax.checkpoint(block)
+    plain = functools.partial(_block, config=config, docs=docs)
+    block = jax.checkpoint(plain) if config.remat == "block" else plain
 
     def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array | None]:
         return block(inputs[0], x, inputs[1])

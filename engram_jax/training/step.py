@@ -136,7 +136,7 @@ def _rebalanced(run: RunConfig, router_bias: Any, seen: Observed) -> Any:
     if run.model.moe is None:
         return router_bias
     rate = run.model.moe.balance_rate
-    return [None if bias is None else moe.rebalanced(bias, load, rate)
+    return [None if bias is None or load is None else moe.rebalanced(bias, load, rate)
             for bias, load in zip(router_bias, seen.loads, strict=True)]
 
 
@@ -160,7 +160,7 @@ def _metrics(
             jnp.stack([jnp.max(load) * load.shape[-1] for load in loads]))
     if unique:
         asked = sum(u.ids_U.size for u in unique.values())
-        touched = sum(u.count for u in unique.values())
+        touched = sum(u.used for u in unique.values())
         metrics["engram/rows_touched"] = jnp.asarray(touched, jnp.float32)
         metrics["engram/unique_share"] = jnp.asarray(touched / asked, jnp.float32)
     if seen.gates:

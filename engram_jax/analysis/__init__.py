@@ -1,0 +1,1 @@
+"""What came out of runs: fits, tables and figures."""

@@ -1,0 +1,123 @@
+"""Does a train step's time depend on the size of the table?
+
+Row-wise: this library's step, gradients of rows and row Adam. Dense: the same model with the table
+differentiated as a parameter and updated by optax's Adam, as frameworks do by default.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from engram_jax import recipes
+from engram_jax.config import RunConfig
+from engram_jax.hashing.compression import CompressedVocabulary
+from engram_jax.memory.sites import Addressing, address
+from engram_jax.training.state import init_state
+from engram_jax.training.step import Batch, mean_loss, read, row_ids, train_step
+
+ROWS = (100_000, 1_000_000, 10_000_000)
+STEPS = 5
+
+
+def table_benchmark(rows: tuple[int, ...] = ROWS, steps: int = STEPS) -> dict[str, Any]:
+    """Milliseconds of a step of `tiny` by the table's rows, row-wise and dense.
+
+    Returns:
+      `rows`, `dim`, and by size `row_wise_ms` and `dense_ms` (medians of `steps` steps); `growth`,
+      the slowest row-wise step over the fastest.
+    """
+    row_wise, dense = [], []
+    for size in rows:
+        run = _with_rows(recipes.tiny(), size)
+        row_wise.append(_milliseconds(_row_wise(run), steps))
+        dense.append(_milliseconds(_dense(run), steps))
+    engram = recipes.tiny().model.engram
+    assert engram is not None
+    return {
+        "rows": list(rows),
+        "dim": engram.head_dim,
+        "row_wise_ms": row_wise,
+        "dense_ms": dense,
+        "growth": max(row_wise) / min(row_wise),
+        "dense_over_row_wise": [d / r for d, r in zip(dense, row_wise, strict=True)],
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+    }
+
+
+def _with_rows(run: RunConfig, rows: int) -> RunConfig:
+    engram = run.model.engram
+    assert engram is not None
+    orders = len(engram.rows_per_head)
+    engram = dataclasses.replace(engram, rows_per_head=(rows // engram.total_heads,) * orders)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, engram=engram))
+
+
+def _milliseconds(step: Callable[[Batch], Any], steps: int) -> float:
+    """Median time of a step, on another batch each time, after one that compiles."""
+    run, times = recipes.tiny(), []
+    for number in range(steps + 1):
+        batch = jax.device_put(_batch(run, number))
+        jax.block_until_ready(batch)
+        start = time.perf_counter()
+        jax.block_until_ready(step(batch))
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[1:])
+
+
+def _batch(run: RunConfig, seed: int) -> dict[str, np.ndarray]:
+    """Tokens with the frequencies of text (Zipf), so that rows repeat as they do there."""
+    shape = (run.data.batch_size, run.data.sequence_length + 1)
+    drawn = np.random.default_rng(seed).zipf(1.2, shape)
+    tokens = (drawn % run.model.vocab_size).astype(np.int32)
+    return {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:],
+            "starts_BT": np.zeros((shape[0], shape[1] - 1), bool)}
+
+
+def _addressing(run: RunConfig) -> Addressing:
+    return address(run.model, CompressedVocabulary.identity(run.model.vocab_size), 0)
+
+
+def _row_wise(run: RunConfig) -> Callable[[Batch], Any]:
+    state = jax.jit(lambda: init_state(run))()
+    step = jax.jit(train_step(run, _addressing(run)), donate_argnums=0)
+
+    def once(batch: Batch) -> jax.Array:
+        nonlocal state
+        state, metrics = step(state, batch)
+        return metrics["learning/loss"]
+
+    return once
+
+
+def _dense(run: RunConfig) -> Callable[[Batch], Any]:
+    addressing, transform = _addressing(run), optax.adam(1e-3)
+    state = jax.jit(lambda: init_state(run))()
+    trained, bias = (state.params, state.tables), state.router_bias
+    del state
+    opt_state = jax.jit(transform.init)(trained)
+
+    def step(trained: Any, opt_state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+        def loss(trained: Any) -> jax.Array:
+            params, tables = trained
+            rows = read(run, tables, row_ids(run, addressing, batch))
+            return mean_loss(params, rows, bias, batch, run)[0]
+
+        value, grads = jax.value_and_grad(loss)(trained)
+        updates, opt_state = transform.update(grads, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, value
+
+    compiled = jax.jit(step, donate_argnums=(0, 1))
+
+    def once(batch: Batch) -> jax.Array:
+        nonlocal trained, opt_state
+        trained, opt_state, value = compiled(trained, opt_state, batch)
+        return value
+
+    return once

@@ -1,0 +1,235 @@
+"""The command line: `engram-jax COMMAND --help` teaches each command.
+
+Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the user can mend it; the reason is one
+line on standard error.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+from engram_jax import __version__
+from engram_jax.config import RunConfig, with_settings
+from engram_jax.errors import MachineError, UserError
+
+SET_HELP = ("change a field of the config, for example --set training.steps=100 or "
+            "--set data.path=my.txt; may be repeated")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = parser().parse_args(words)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        options.command(options)
+    except UserError as error:
+        return _failed(error, 2)
+    except MachineError as error:
+        return _failed(error, 1)
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        return _failed(error, 1)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _failed(error: Exception, code: int) -> int:
+    print(f"engram-jax: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    top = argparse.ArgumentParser(
+        prog="engram-jax",
+        description="Engram: conditional memory for language models, on JAX meshes.",
+        epilog="Start with: engram-jax describe tiny; engram-jax sweep memory_scaling --out runs")
+    top.add_argument("--version", action="version", version=f"engram-jax {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_describe(commands)
+    _add_train(commands)
+    _add_sweep(commands)
+    _add_evaluate(commands)
+    _add_generate(commands)
+    _add_bench(commands)
+    return top
+
+
+def _command(commands, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"Example: engram-jax {example}")
+    made.set_defaults(command=run)
+    return made
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                         dest="settings", help=SET_HELP)
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    from engram_jax.recipes import RECIPES
+
+    command.add_argument("recipe", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
+
+
+def _add_describe(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(commands, "describe", describe,
+                       "count a model's parameters, FLOPs and table bytes", "describe engram-27b")
+    _add_recipe(command)
+    _add_set(command)
+    _add_json(command)
+
+
+def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "train", train,
+        "train one model; the same command goes on where a stopped run was",
+        "train tiny --out runs/mine --set data.path=my.txt --set training.steps=200")
+    _add_recipe(command)
+    command.add_argument("--out", required=True, metavar="DIR", help="the run's own folder")
+    _add_set(command)
+
+
+def _add_sweep(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "sweep", sweep,
+        "train every model of an experiment and set them side by side",
+        "sweep memory_scaling --out runs/scaling --set data.path=my.txt")
+    command.add_argument("experiment", metavar="EXPERIMENT", help="a folder of experiments/")
+    command.add_argument("--out", required=True, metavar="DIR", help="gets one folder a run")
+    _add_set(command)
+
+
+def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "evaluate", evaluate,
+        "loss and bits per byte of a trained run on its validation text",
+        "evaluate runs/mine --set data.path=other.txt --set data.tokenizer=tokenizer.json")
+    command.add_argument("directory", metavar="DIR", help="a run's folder")
+    _add_set(command)
+    _add_json(command)
+
+
+def _add_generate(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(commands, "generate", generate, "continue a text with a trained run",
+                       "generate runs/mine --prompt 'def read(' --tokens 60")
+    command.add_argument("directory", metavar="DIR", help="a run's folder")
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    command.add_argument("--tokens", type=int, default=64, metavar="N",
+                         help="how many tokens to generate (default 64)")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="X",
+                         help="0 takes the likeliest token (default), 1 samples the model")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+
+
+def _add_bench(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(commands, "bench", bench,
+                       "measure this machine: hash (jitted against NumPy), table (row updates "
+                       "against the table's size)", "bench hash --json")
+    command.add_argument("what", choices=["hash", "table"])
+    _add_json(command)
+
+
+def describe(options: argparse.Namespace) -> None:
+    from engram_jax import accounting
+
+    run = _recipe(options)
+    if options.json:
+        print(json.dumps({"name": run.name, **accounting.account(run).to_dict()}, indent=1))
+    else:
+        print(accounting.described(run))
+
+
+def train(options: argparse.Namespace) -> None:
+    from engram_jax.training.loop import train as run_to_end
+
+    result = run_to_end(_recipe(options), options.out, _say)
+    _say(f"loss {result['loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
+    _say(f"next: engram-jax generate {options.out} --prompt 'import '")
+
+
+def sweep(options: argparse.Namespace) -> None:
+    from engram_jax import sweeps
+
+    results = sweeps.sweep(options.experiment, options.out, options.settings, _say)
+    best = min(results, key=lambda result: result["loss"])
+    _say(f"next: engram-jax generate {options.out}/{best['name']} --prompt 'import ', or the same "
+         "sweep on your own text: add --set data.path=FILE and another --out")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from engram_jax.training.evaluation import evaluator
+
+    run, inputs, state = _trained(options.directory, options.settings)
+    loss, per_byte, tokens = evaluator(run, inputs)(state)
+    if options.json:
+        print(json.dumps({"loss": loss, "bits_per_byte": per_byte, "tokens": tokens}))
+    else:
+        print(f"loss {loss:.4f} nats a token, {per_byte:.4f} bits per byte, {tokens:,} tokens")
+
+
+def generate(options: argparse.Namespace) -> None:
+    from engram_jax.inference.generate import generate as pieces
+
+    run, inputs, state = _trained(options.directory, [])
+    made = pieces(run, inputs, state, options.prompt, tokens=options.tokens,
+                  temperature=options.temperature, seed=options.seed)
+    print(options.prompt, end="", flush=True)
+    for piece in made:
+        print(piece, end="", flush=True)
+    print()
+
+
+def bench(options: argparse.Namespace) -> None:
+    from engram_jax.benchmarks.hashing import hash_benchmark
+    from engram_jax.benchmarks.table import table_benchmark
+
+    result = {"hash": hash_benchmark, "table": table_benchmark}[options.what]()
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        for name, value in result.items():
+            print(f"{name:<28} {value:,.4g}" if isinstance(value, float) else f"{name:<28} {value}")
+
+
+def _recipe(options: argparse.Namespace) -> RunConfig:
+    from engram_jax.recipes import recipe
+
+    run: RunConfig = with_settings(recipe(options.recipe), options.settings)
+    return run
+
+
+def _trained(directory: str, settings: Sequence[str]):  # type: ignore[no-untyped-def]
+    """The config, the inputs and the last checkpoint of a run."""
+    from engram_jax.training.checkpoints import Checkpoints
+    from engram_jax.training.inputs import open_inputs
+    from engram_jax.training.records import RunDirectory
+    from engram_jax.training.state import abstract_state
+
+    records = RunDirectory(directory)
+    run = with_settings(records.config(), settings)
+    if not records.checkpoints.exists():
+        raise UserError(f"{directory}: has no checkpoint yet; train it first")
+    inputs = open_inputs(run, _say)
+    fingerprints = inputs.addressing.fingerprints()
+    with Checkpoints(records.checkpoints, run.training.keep_checkpoints, fingerprints) as found:
+        return run, inputs, found.restore(abstract_state(run))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

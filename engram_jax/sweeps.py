@@ -1,0 +1,86 @@
+"""A sweep: a named list of full configs, run one after another and set side by side.
+
+An experiment is a folder `experiments/NAME` whose `configs.py` has `runs() -> list[RunConfig]`.
+Finished runs are skipped, interrupted ones go on.
+"""
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from engram_jax.analysis import figures, scaling
+from engram_jax.config import RunConfig, require, with_settings
+from engram_jax.errors import UserError
+from engram_jax.training.loop import train
+from engram_jax.training.records import write_text
+
+
+def experiment(name: str) -> list[RunConfig]:
+    """The runs of an experiment.
+
+    Raises:
+      UserError: no experiment has that name.
+    """
+    if name not in (names := experiments()):
+        raise UserError(f"experiment = {name!r}: no such experiment; there are {', '.join(names)}")
+    runs: list[RunConfig] = importlib.import_module(f"experiments.{name}.configs").runs()
+    return runs
+
+
+def experiments() -> list[str]:
+    """The names of all experiments that are installed beside the library."""
+    try:
+        package = importlib.import_module("experiments")
+    except ImportError:
+        return []
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__)
+                  if module.ispkg)
+
+
+def sweep(
+    name: str, directory: epath.PathLike, settings: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Run an experiment in `directory` and write results.json, table.txt and the figure there.
+
+    Args:
+      name: the experiment.
+      directory: gets one folder a run.
+      settings: "field=value", applied to every run.
+      say: gets lines for people.
+
+    Returns:
+      One dict a run, as results.json holds them.
+    """
+    runs = [with_settings(run, settings) for run in experiment(name)]
+    names = [run.name for run in runs]
+    require(len(set(names)) == len(names), "name", names, "every run of a sweep needs its own")
+    place, results = epath.Path(directory), []
+    for number, run in enumerate(runs, start=1):
+        say(f"run {number} of {len(runs)}: {run.name}")
+        results.append(train(run, place / run.name, say))
+    report(results, place, say)
+    return results
+
+
+def report(
+    results: Sequence[dict[str, Any]], place: epath.Path, say: Callable[[str], None]
+) -> None:
+    """Set finished runs side by side: results.json, table.txt, and a figure where sizes vary."""
+    write_text(place / "results.json", json.dumps(list(results), indent=1) + "\n")
+    lines = [scaling.table(results)]
+    line = scaling.fit(results)
+    if line is not None:
+        lines += ["", str(line)]
+        figure = place / "loss_against_slots.png"
+        figures.memory_scaling(results, Path(figure))
+    text = "\n".join(lines)
+    write_text(place / "table.txt", text + "\n")
+    say("\n" + text)
+    if line is not None:
+        say(f"figure: {figure}")

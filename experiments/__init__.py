@@ -1,0 +1,1 @@
+"""One folder a question; each has a README, its configs and its results."""
