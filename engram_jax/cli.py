@@ -195,7 +195,7 @@ def bench(options: argparse.Namespace) -> None:
     from engram_jax.benchmarks.hashing import hash_benchmark
     from engram_jax.benchmarks.table import table_benchmark
 
-    result = {"hash": hash_benchmark, "table": table_benchmark}[options.what]()
+    result = hash_benchmark() if options.what == "hash" else table_benchmark()
     if options.json:
         print(json.dumps(result, indent=1))
     else:

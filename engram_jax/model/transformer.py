@@ -78,7 +78,8 @@ def _init_segment(
     # Keys depend on the block's number alone: models that differ in their memory start alike.
     numbers = jnp.arange(segment.start, segment.stop)
     keys = jax.vmap(functools.partial(jax.random.fold_in, blocks_key))(numbers)
-    params: dict[str, Any] = {"blocks": jax.vmap(functools.partial(_init_block, config, segment))(keys)}
+    init_block = functools.partial(_init_block, config, segment)
+    params: dict[str, Any] = {"blocks": jax.vmap(init_block)(keys)}
     if segment.engram:
         assert config.engram is not None
         params["engram"] = init_engram(
