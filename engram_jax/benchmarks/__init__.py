@@ -1,0 +1,1 @@
+"""What the parts cost, each measured beside its plain counterpart."""
