@@ -58,16 +58,20 @@ def row_adam(*, b1: float, b2: float, eps: float) -> RowOptimizer:
         learning_rate: jax.Array,
     ) -> tuple[jax.Array, RowAdamState]:
         ids_U, grads_UD = rows.ids_U, rows.grads_UD
-        gap_U1 = (step - layout.gather(state.touched_SR, ids_U)).astype(jnp.float32)[:, None]
+        touched_U = layout.gather(state.touched_SR, ids_U)
+        gap_U1 = (step - touched_U).astype(jnp.float32)[:, None]
         m_UD = layout.gather(state.m_SRD, ids_U) * b1**gap_U1 + (1 - b1) * grads_UD
         v_UD = layout.gather(state.v_SRD, ids_U) * b2**gap_U1 + (1 - b2) * grads_UD**2
         t = step.astype(jnp.float32)
         step_UD = (m_UD / (1 - b1**t)) / (jnp.sqrt(v_UD / (1 - b2**t)) + eps)
         new_UD = layout.gather(table_SRD, ids_U) - learning_rate * step_UD
+        # The maximum is always `step`, but makes the write wait for the read, as it does for the
+        # moments and the table; otherwise XLA copies all of touched_SR.
+        now_U = jnp.maximum(touched_U, step)
         return layout.put(table_SRD, ids_U, new_UD), RowAdamState(
             m_SRD=layout.put(state.m_SRD, ids_U, m_UD),
             v_SRD=layout.put(state.v_SRD, ids_U, v_UD),
-            touched_SR=layout.put(state.touched_SR, ids_U, jnp.full_like(ids_U, step)),
+            touched_SR=layout.put(state.touched_SR, ids_U, now_U),
         )
 
     return RowOptimizer(init, update)

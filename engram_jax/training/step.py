@@ -90,8 +90,19 @@ def losses(
     """Cross-entropy of every target in nats, float32 [B, T], and what could be observed."""
     logits_BTV, seen = transformer.apply(
         params, batch["tokens_BT"], rows, router_bias, run.model, batch["starts_BT"])
-    loss_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch["targets_BT"])
-    return loss_BT, seen
+    return cross_entropy(logits_BTV, batch["targets_BT"]), seen
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target], float32 [B, T].
+
+    The target's logit is picked by a masked sum: its gradient then fuses with the softmax's, where
+    that of an indexed read is a scatter into an array of the logits' size.
+    """
+    vocabulary_11V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.int32)[None, None]
+    hit_BTV = vocabulary_11V == targets_BT[..., None]
+    picked_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1)
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
 
 
 def mean_loss(
