@@ -17,8 +17,13 @@ import numpy as np
 import pytest
 import tokenizers
 
+from engram_jax.config import AttentionConfig, EngramConfig, MoEConfig
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash, reach_from_dead
+from engram_jax.memory.layout import TableLayout
+from engram_jax.model.attention import attention
+from engram_jax.model.engram import fuse, init_engram
+from engram_jax.model.moe import moe
 
 HERE = pathlib.Path(__file__).resolve().parent
 GOLDEN = pathlib.Path(os.environ.get("ENGRAM_GOLDEN") or HERE / "golden")
@@ -221,3 +226,133 @@ def test_v41_long_text_with_and_without_dead_positions(path):
     differ = np.flatnonzero((masked != rows).any(axis=(1, 2)))
     assert differ.tolist() == dead["rows_that_differ_from_unmasked"]
     assert _digest(masked) == dead["sha256_hash_ids_int64[T,2,24]"]
+
+
+# --- The module and the backbone ---
+
+CLOSE = 2e-5  # of the largest output
+
+
+def _arrays(path):
+    """(meta, arrays, weights): weights without their "w.", linear ones as [in, out]."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    meta = json.loads(str(arrays.pop("meta")))
+    weights = {name.removeprefix("w."): arrays.pop(name)
+               for name in list(arrays) if name.startswith("w.")}
+    return meta, arrays, weights
+
+
+def _check_output(function, expected, *arguments):
+    """`function` gives the golden output, jitted and eagerly."""
+    arguments = jax.tree.map(jnp.asarray, arguments)
+    for way in (function, jax.jit(function)):
+        output = way(*arguments)
+        assert output.shape == expected.shape
+        np.testing.assert_allclose(output, expected, rtol=0, atol=CLOSE * np.abs(expected).max())
+
+
+def _eps(value):
+    """A number, or a text that ends in "=number"."""
+    return float(str(value).rpartition("=")[2])
+
+
+def _module_config(meta, weights):
+    kernel = meta["kernel"] if "short_conv.conv.weight" in weights else 0
+    return EngramConfig(
+        layers=(0,), rows_per_head=tuple(meta["rows"]), heads=meta["heads"],
+        head_dim=meta["embed_per_order"] // meta["heads"], kernel=kernel,
+        dilation=meta["dilation"] if kernel else 0, bias=meta["bias"],
+        signed_root="sqrt" in meta["gate"], norm_eps=_eps(meta["qk_norm_eps"]),
+        conv_norm_eps=_eps(meta["conv_norm_eps"]))
+
+
+def _module_params(weights, config, streams):
+    projections = [f"key_projs.{stream}" for stream in range(streams)] + ["value_proj"]
+
+    def stacked(name):
+        return np.stack([weights[name.format(stream)] for stream in range(streams)])
+
+    params = {"project": np.stack([weights[f"{name}.weight"].T for name in projections]),
+              "key_gain": stacked("norm1.{}.weight"), "query_gain": stacked("norm2.{}.weight")}
+    if config.bias:
+        params["bias"] = np.stack([weights[f"{name}.bias"] for name in projections])
+    if config.kernel:
+        taps_LC = weights["short_conv.conv.weight"][:, 0].T
+        params["conv"] = taps_LC.reshape(config.kernel, streams, -1)
+        params["conv_gain"] = stacked("short_conv.norms.{}.weight")
+    return params
+
+
+@pytest.mark.parametrize("path", golden_files("module_*.npz"))
+def test_module(path):
+    meta, arrays, weights = _arrays(path)
+    config, streams = _module_config(meta, weights), meta["hc_mult"]
+    params = _module_params(weights, config, streams)
+    template = jax.eval_shape(
+        lambda: init_engram(jax.random.key(0), meta["hidden"], streams, config))
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, template)
+
+    batch, time, heads = arrays["row_ids"].shape
+    assert heads == config.total_heads
+    assert config.max_order == meta["max_ngram"]
+    table_ids = arrays["row_ids"] + weights["multi_head_embedding.offsets"]
+    table = weights["multi_head_embedding.embedding.weight"]
+    layout = TableLayout(rows=table.shape[0], dim=table.shape[1], shards=7)
+    table_SRD = layout.put(jnp.zeros(layout.shape), jnp.arange(layout.rows), jnp.asarray(table))
+    rows_BTHC = layout.gather(table_SRD, jnp.asarray(table_ids, jnp.int32))
+    np.testing.assert_array_equal(rows_BTHC, table[table_ids])
+
+    shape = (batch, time, streams, meta["hidden"])
+    _check_output(
+        lambda *arguments: fuse(*arguments, config).delta_BTMD, arrays["output"].reshape(shape),
+        params, arrays["hidden"].reshape(shape), rows_BTHC)
+
+
+@pytest.mark.parametrize("path", golden_files("module_*.npz"))
+def test_module_primes(path):
+    """The rows of the heads are those of one layer of a hash, laid end to end in the table."""
+    meta, arrays, weights = _arrays(path)
+    hashing = NgramHash(rows_per_head=tuple(meta["rows"]), heads=meta["heads"], layers=(0, 1, 2, 3),
+                        vocab_size=int(arrays["compressed"].max()) + 1, pad_id=0)
+    layer = next(layer for layer in hashing.layers
+                 if np.array_equal(hashing.primes[layer], arrays["primes"]))
+    np.testing.assert_array_equal(
+        weights["multi_head_embedding.offsets"], hashing.offsets[layer])
+    assert len(weights["multi_head_embedding.embedding.weight"]) == hashing.table_rows[layer]
+    assert (arrays["row_ids"] < arrays["primes"].reshape(-1)).all()
+
+
+@pytest.mark.parametrize("path", golden_files("backbone_mla_*.npz"))
+def test_attention(path):
+    meta, arrays, weights = _arrays(path)
+    config = AttentionConfig(**{name: meta[name] for name in (
+        "heads", "kv_rank", "nope_dim", "rope_dim", "value_dim", "rope_theta")})
+    params = {
+        "query": weights["q_proj.weight"].T,
+        "latent": weights["kv_a_proj_with_mqa.weight"].T,
+        "latent_gain": weights["kv_a_layernorm.weight"],
+        "expand": weights["kv_b_proj.weight"].T,
+        "output": weights["o_proj.weight"].T,
+    }
+    _check_output(lambda *arguments: attention(*arguments, config, _eps(meta["kv_norm_eps"])),
+                  arrays["output"], params, arrays["input"])
+
+
+@pytest.mark.parametrize("path", golden_files("backbone_moe_*.npz"))
+def test_experts(path):
+    meta, arrays, weights = _arrays(path)
+    config = MoEConfig(**{name: meta[name] for name in (
+        "experts", "top_k", "shared", "expert_ffn", "scale")})
+    gate_EDF, up_EDF = np.split(weights["experts.gate_up_proj"].swapaxes(1, 2), 2, axis=2)
+    params = {
+        "router": weights["gate.weight"].T,
+        "experts": {"gate": gate_EDF, "up": up_EDF,
+                    "down": weights["experts.down_proj"].swapaxes(1, 2)},
+    }
+    if config.shared:
+        params["shared"] = {part: weights[f"shared_experts.{part}_proj.weight"].T
+                            for part in ("gate", "up", "down")}
+    bias_E = weights["gate.e_score_correction_bias"]
+    _check_output(lambda *arguments: moe(*arguments, config)[0], arrays["output"],
+                  params, arrays["input"], bias_E)
