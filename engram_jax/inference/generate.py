@@ -52,6 +52,7 @@ def _pieces(
     temperature: float, seed: int,
 ) -> Iterator[str]:
     window, end = run.data.sequence_length, inputs.tokens.end_id
+    known = inputs.tokens.vocab_size  # the model may have room for more
 
     @jax.jit
     def next_token(tokens_1T: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
@@ -62,7 +63,7 @@ def _pieces(
         rows = read(run, state.tables, row_ids(run, inputs.addressing, batch))
         logits_1TV, _ = transformer.apply(
             state.params, tokens_1T, rows, state.router_bias, run.model, starts_1T)
-        return sample(logits_1TV[0, last], key, jnp.float32(temperature))
+        return sample(logits_1TV[0, last, :known], key, jnp.float32(temperature))
 
     text = inputs.tokens.tokenizer.decode(ids)
     for number in range(tokens):
