@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import sys
+import typing
 from collections.abc import Sequence
 
 from engram_jax import __version__
@@ -21,7 +22,7 @@ SET_HELP = ("change a field of the config, for example --set training.steps=100 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = parser().parse_args(words)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what matters is raised as well
     try:
         options.command(options)
     except UserError as error:
@@ -30,8 +31,12 @@ def main(words: Sequence[str] | None = None) -> int:
         return _failed(error, 1)
     except BrokenPipeError:
         return 1
-    except OSError as error:
+    except (OSError, MemoryError) as error:
         return _failed(error, 1)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _failed(MachineError(f"out of memory: {error}"), 1)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -39,13 +44,21 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _failed(error: Exception, code: int) -> int:
-    print(f"engram-jax: {' '.join(str(error).split())}", file=sys.stderr)
+    reason = str(error) or type(error).__name__
+    print(f"engram-jax: {' '.join(reason.split())}", file=sys.stderr)
     return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of every command."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="engram-jax",
         description="Engram: conditional memory for language models, on JAX meshes.",
         epilog="Start with: engram-jax describe tiny; engram-jax sweep memory_scaling --out runs")
@@ -221,9 +234,9 @@ def _trained(directory: str, settings: Sequence[str]):  # type: ignore[no-untype
     run = with_settings(records.config(), settings)
     if not records.checkpoints.exists():
         raise UserError(f"{directory}: has no checkpoint yet; train it first")
-    inputs = open_inputs(run, _say)
-    fingerprints = inputs.addressing.fingerprints()
-    with Checkpoints(records.checkpoints, run.training.keep_checkpoints, fingerprints) as found:
+    inputs = open_inputs(run)  # in silence: standard output is the answer
+    kept = run.training.keep_checkpoints
+    with Checkpoints(records.checkpoints, kept, inputs.fingerprints()) as found:
         return run, inputs, found.restore(abstract_state(run))
 
 

@@ -1,7 +1,7 @@
 """Orbax checkpoints of the state and the data iterator, together and asynchronous.
 
-Each checkpoint also carries the fingerprints of the hash and of the vocabulary: rows are worth
-nothing to a model that hashes otherwise.
+Each checkpoint also carries the fingerprints of the tokenizer and of each memory's hash: embedding
+and rows are worth nothing to a model that reads or hashes otherwise.
 """
 
 import warnings
@@ -22,7 +22,7 @@ class Checkpoints:
     Args:
       directory: where they are kept; made if it is not there.
       keep: how many of the latest are kept.
-      fingerprints: for each memory site, the addressing's fingerprint.
+      fingerprints: what the state is worth nothing without (`Inputs.fingerprints`).
     """
 
     def __init__(self, directory: epath.Path, keep: int, fingerprints: Mapping[str, str]):
@@ -37,8 +37,12 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._checkpointer.close()
+        except Exception:  # of the write that was under way; `error` says more
+            if error is None:
+                raise
 
     @property
     def latest(self) -> int | None:
@@ -56,7 +60,7 @@ class Checkpoints:
         try:
             response = self._checkpointer.save_checkpointables_async(
                 step, {"state": state, "batches": batches},
-                custom_metadata={"addressing": self._fingerprints})
+                custom_metadata={"fingerprints": self._fingerprints})
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(step, error) from error
         self._saving = (step, response)
@@ -106,13 +110,14 @@ class Checkpoints:
         try:
             metadata = self._checkpointer.checkpointables_metadata(step)
             saved = metadata.metadata["state"]
-            carried = (metadata.custom_metadata or {}).get("addressing", {})
+            carried = (metadata.custom_metadata or {}).get("fingerprints", {})
         except Exception as error:
             raise MachineError(f"{place}: cannot be read: {first_line(error)}") from error
         if carried != self._fingerprints:
             name = min(set(carried.items()) ^ set(self._fingerprints.items()))[0]
+            what = "" if name == "tokenizer" else f"the memory {name!r} of "
             raise UserError(
-                f"{place}: its memory {name!r} was trained with another tokenizer or hash "
+                f"{place}: {what}this model was trained with another tokenizer or hash "
                 f"(digest {_ends(carried.get(name))}, here {_ends(self._fingerprints.get(name))}); "
                 "use the data and hash settings that it was trained with")
         expected, found = _shapes(abstract), _shapes(saved)

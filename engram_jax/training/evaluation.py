@@ -22,7 +22,12 @@ class Evaluation(NamedTuple):
 
 
 def evaluator(run: RunConfig, inputs: Inputs) -> Callable[[TrainState], Evaluation]:
-    """A function that evaluates states of the run; compiles on its first call."""
+    """A function that evaluates states of the run; compiles on its first call.
+
+    Raises:
+      UserError: there is not enough text to validate on.
+    """
+    validation_batches(inputs.tokens, run.data)  # now, and not when the training is done
     step = jax.jit(evaluation_step(run, inputs.addressing))
 
     def evaluate(state: TrainState) -> Evaluation:

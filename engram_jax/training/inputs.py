@@ -1,6 +1,8 @@
 """What a run reads: its packed text, and the addressing that its tokenizer gives its memories."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable
 
 from engram_jax.config import RunConfig, require
@@ -15,6 +17,12 @@ class Inputs:
 
     tokens: TokenData
     addressing: Addressing
+
+    def fingerprints(self) -> dict[str, str]:
+        """What a checkpoint must carry: digests of the tokenizer and of each memory's hash."""
+        words = sorted(self.tokens.tokenizer.get_vocab().items())
+        digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+        return {"tokenizer": digest, **self.addressing.fingerprints()}
 
 
 def open_inputs(run: RunConfig, progress: Callable[[str], None] | None = None) -> Inputs:

@@ -1,6 +1,7 @@
 """Train a run to its end, from wherever it stopped."""
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,10 +40,11 @@ def train(
         say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
         return result
     inputs = open_inputs(run, say)
+    loop = _Loop(run, inputs, records, say)  # refuses bad settings before the folder is claimed
     records.start(run, environment(
         data_fingerprint=inputs.tokens.fingerprint,
         tokenizer_digest=inputs.tokens.tokenizer_digest))
-    return _Loop(run, inputs, records, say).run_to_end()
+    return loop.run_to_end()
 
 
 class _Loop:
@@ -60,7 +62,7 @@ class _Loop:
 
     def run_to_end(self) -> dict[str, Any]:
         training = self.run.training
-        fingerprints = self.inputs.addressing.fingerprints()
+        fingerprints = self.inputs.fingerprints()
         with Checkpoints(
             self.records.checkpoints, training.keep_checkpoints, fingerprints
         ) as checkpoints:
@@ -68,10 +70,11 @@ class _Loop:
             with (Progress(self.run.name, start, training.steps, self.say) as self.progress,
                   TensorBoard(self.records.path, training.tensorboard) as self.board):
                 state = self._steps(state, start, checkpoints)
-                evaluation = self._evaluated(state, training.steps)
-            if checkpoints.latest != training.steps:
-                checkpoints.save(training.steps, state, self.batches)
-            checkpoints.wait()
+                evaluation = self.evaluate(state)
+                if start < training.steps:  # else it was recorded before the last checkpoint
+                    self._record(training.steps, evaluation)
+                    checkpoints.save(training.steps, state, self.batches)
+                    checkpoints.wait()
         result = self._result(evaluation)
         self.records.finish(result)
         return result
@@ -91,12 +94,17 @@ class _Loop:
             if pending:  # log step n - 1 while step n runs
                 self._log(*pending)
             pending = number, metrics
-            if number < training.steps and due(number, training.checkpoint_every):
+            evaluates = due(number, training.evaluate_every) and number < training.steps
+            saves = due(number, training.checkpoint_every) and number < training.steps
+            if evaluates or saves or number == training.steps:
+                # What is in a checkpoint is in the records: whoever goes on from it repeats nothing
+                # and misses nothing.
+                self._log(*pending)
+                pending = None
+            if evaluates:
+                self._record(number, self.evaluate(state))
+            if saves:
                 checkpoints.save(number, state, self.batches)
-            if number < training.steps and due(number, training.evaluate_every):
-                self._evaluated(state, number)
-        if pending:
-            self._log(*pending)
         return state
 
     def _log(self, number: int, metrics: dict[str, jax.Array]) -> None:
@@ -111,18 +119,17 @@ class _Loop:
             self.records.log({"step": number, **values})
             self.board.log(number, values)
 
-    def _evaluated(self, state: TrainState, number: int) -> Evaluation:
-        evaluation = self.evaluate(state)
+    def _record(self, number: int, evaluation: Evaluation) -> None:
         values = {"evaluation/loss": evaluation.loss,
                   "evaluation/bits_per_byte": evaluation.bits_per_byte}
         self.records.log({"step": number, **values})
         self.board.log(number, values)
         self.clock.skip()
-        return evaluation
 
     def _result(self, evaluation: Evaluation) -> dict[str, Any]:
         numbers, run = account(self.run), self.run
-        per_second = self.clock.mean_rate() * self.batch_tokens
+        seconds = [row["perf/step_time_seconds"] for row in self.records.metrics()
+                   if row.get("perf/step_time_seconds")]
         memory = run.model.engram or run.model.over_encoding
         return {
             "name": run.name,
@@ -133,7 +140,7 @@ class _Loop:
             "loss": evaluation.loss,
             "bits_per_byte": evaluation.bits_per_byte,
             "validation_tokens": evaluation.tokens,
-            "tokens_per_s": per_second,
+            "tokens_per_s": self.batch_tokens / statistics.median(seconds) if seconds else 0.0,
             "seed": run.training.seed,
             "steps": run.training.steps,
             "tokens": run.training.steps * self.batch_tokens,
@@ -150,21 +157,14 @@ class _Clock:
     """Time between steps; the first step after a start or a pause (it compiles) does not count."""
 
     last: float | None = None
-    total: float = 0.0
-    steps: int = 0
 
     def tick(self) -> float:
+        """Seconds since the last tick; 0 where there is none to count from."""
         now = time.perf_counter()
         seconds = 0.0 if self.last is None else now - self.last
-        if self.last is not None:
-            self.total, self.steps = self.total + seconds, self.steps + 1
         self.last = now
         return seconds
 
     def skip(self) -> None:
         self.last = None
-
-    def mean_rate(self) -> float:
-        """Steps a second."""
-        return self.steps / self.total if self.total else 0.0
 

@@ -52,15 +52,19 @@ class RunDirectory:
         if not place.exists():
             raise UserError(f"{self.path}: holds no run (there is no config.json)")
         try:
-            return from_dict(json.loads(place.read_text()))
-        except json.JSONDecodeError as error:
+            values = json.loads(place.read_text())
+        except ValueError as error:
             raise UserError(f"{place}: is not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{place}: is not the config of a run")
+        config: RunConfig = from_dict(values)
+        return config
 
     def start(self, run: RunConfig, env: Mapping[str, Any]) -> None:
         """Record what is about to run, or check that it is what was recorded before.
 
         Raises:
-          UserError: the folder holds another run, or is something else than a folder.
+          UserError: the folder holds another run or one of another text, or is no folder.
           MachineError: the folder cannot be written.
         """
         try:
@@ -73,6 +77,7 @@ class RunDirectory:
             self.check(run)
         else:
             write_json(self.path / "config.json", to_dict(run))
+        self._check_text(run, env)
         write_json(self.path / "env.json", env)
 
     def check(self, run: RunConfig) -> None:
@@ -81,6 +86,13 @@ class RunDirectory:
             field, before, now = difference
             raise UserError(f"{field} = {now!r}: {self.path} holds a run with {before!r}; "
                             "choose another folder or delete this one")
+
+    def _check_text(self, run: RunConfig, env: Mapping[str, Any]) -> None:
+        place = self.path / "env.json"
+        before = json.loads(place.read_text()) if place.exists() else env
+        if before.get("data_fingerprint") != env.get("data_fingerprint"):
+            raise UserError(f"data.path = {run.data.path!r}: is no longer the text that the run in "
+                            f"{self.path} began with; choose another folder or delete this one")
 
     def truncate_metrics(self, last_step: int) -> None:
         """Forget what was logged after `last_step`, and any half-written line."""
