@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from engram_jax.config import EngramConfig
+from engram_jax.config import EngramConfig, require
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash
 from engram_jax.memory.layout import TableLayout
@@ -135,10 +135,21 @@ class Engram(nn.Module):
 
         Returns:
           The shape and dtype of `hidden`.
+
+        Raises:
+          UserError: a layer or pad id that there is not, or shapes that do not go together.
         """
         config = self.config
         layer = config.layers[0] if self.layer is None else self.layer
         vocabulary = self.vocabulary or CompressedVocabulary.identity(config.vocab_size)
+        raw_ids = vocabulary.lookup.size
+        require(layer in config.layers, "Engram.layer", layer, f"must be one of {config.layers}")
+        require(0 <= config.pad_id < raw_ids, "EngramConfig.pad_id", config.pad_id,
+                f"must be a raw token id, in 0..{raw_ids - 1}")
+        require(hidden.ndim in (3, 4), "hidden.shape", hidden.shape,
+                "must be [B, T, D] or [B, T, M, D]")
+        require(token_ids.shape == hidden.shape[:2], "token_ids.shape", token_ids.shape,
+                f"must be {hidden.shape[:2]}, the first two of hidden's")
         ngrams = NgramHash(
             rows_per_head=config.rows_per_head, heads=config.heads, layers=config.layers,
             vocab_size=vocabulary.size, pad_id=int(vocabulary.lookup[config.pad_id]),
@@ -149,8 +160,8 @@ class Engram(nn.Module):
         streams_BTMD = hidden if hidden.ndim == 4 else hidden[:, :, None]
         params = self.param(
             "fusion", init_engram, hidden.shape[-1], streams_BTMD.shape[2], config)
-        canonical_BT = jnp.asarray(vocabulary.lookup)[token_ids]
-        rows_BTHC = layout.gather(table, ngrams.table_ids(canonical_BT, layer))
+        rows_BTHC = layout.gather(
+            table, ngrams.table_ids(vocabulary.canonical(token_ids), layer))
         fused = fuse(params, streams_BTMD, rows_BTHC, config)
         self.sow("intermediates", "gate", fused.gate_BTM)
         return (streams_BTMD + fused.delta_BTMD).reshape(hidden.shape)
