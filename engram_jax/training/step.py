@@ -43,7 +43,7 @@ def train_step(
             state.params, rows, state.router_bias, batch, run)
         unique = {name: exchange.combine(ids[name].reshape(-1), _flat(row_grads[name]))
                   for name in ids}
-        norm = optax.global_norm((grads, {n: u.grads_UD for n, u in unique.items()}))
+        norm = optax.tree.norm((grads, {n: u.grads_UD for n, u in unique.items()}))
         finite, scale = jnp.isfinite(norm), jnp.minimum(1.0, run.optimizer.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
