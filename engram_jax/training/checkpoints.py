@@ -47,8 +47,14 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The step of the last whole checkpoint."""
-        found = self._checkpointer.latest
-        return None if found is None else found.step
+        return max(filter(self._is_whole, self._steps()), default=None)
+
+    def discard_unfinished(self) -> None:
+        """Remove what a kill left half-written; for the run that writes here, at its start."""
+        for step in self._steps():
+            if not self._is_whole(step):
+                (self._directory / str(step)).rmtree()
+        self._checkpointer.reload()
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         """Copy state and iterator off the device now, write them in the background.
@@ -104,12 +110,20 @@ class Checkpoints:
             raise MachineError(f"{self._directory / str(step)}: cannot be read: "
                                f"{first_line(error)}") from error
 
+    def _steps(self) -> list[int]:
+        return [found.step for found in self._checkpointer.checkpoints]
+
+    def _is_whole(self, step: int) -> bool:
+        # Written last; where renaming a folder is not atomic, the name alone proves nothing.
+        return (self._directory / str(step) / "commit_success.txt").exists()
+
     def _check(self, step: int, abstract: TrainState) -> None:
         """Refuse a checkpoint whose rows or shapes mean something else."""
         place = self._directory / str(step)
         try:
             metadata = self._checkpointer.checkpointables_metadata(step)
-            saved = metadata.metadata["state"]
+            if (saved := metadata.metadata["state"]) is None:
+                raise ValueError("the description of its arrays is damaged or missing")
             carried = (metadata.custom_metadata or {}).get("fingerprints", {})
         except Exception as error:
             raise MachineError(f"{place}: cannot be read: {first_line(error)}") from error

@@ -80,6 +80,7 @@ class _Loop:
         return result
 
     def _begin(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+        checkpoints.discard_unfinished()
         start = checkpoints.latest or 0
         self.records.truncate_metrics(start)
         if start == 0:
