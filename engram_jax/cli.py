@@ -15,6 +15,11 @@ from engram_jax import __version__
 from engram_jax.config import RunConfig, with_settings
 from engram_jax.errors import MachineError, UserError
 
+if typing.TYPE_CHECKING:
+    from engram_jax.training.inputs import Reader
+    from engram_jax.training.records import RunDirectory
+    from engram_jax.training.state import TrainState
+
 SET_HELP = ("change a field of the config, for example --set training.steps=100 or "
             "--set data.path=my.txt; may be repeated")
 
@@ -128,7 +133,7 @@ def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
     command = _command(
         commands, "evaluate", evaluate,
         "loss and bits per byte of a trained run on its validation text",
-        "evaluate runs/mine --set data.path=other.txt --set data.tokenizer=tokenizer.json")
+        "evaluate runs/mine --set data.path=other.txt")
     command.add_argument("directory", metavar="DIR", help="a run's folder")
     _add_set(command)
     _add_json(command)
@@ -183,9 +188,14 @@ def sweep(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     from engram_jax.training.evaluation import evaluator
+    from engram_jax.training.inputs import open_inputs
+    from engram_jax.training.records import RunDirectory
 
-    run, inputs, state = _trained(options.directory, options.settings)
-    loss, per_byte, tokens = evaluator(run, inputs)(state)
+    records = RunDirectory(options.directory)
+    own = f"data.tokenizer={records.tokenizer_path}"
+    run = with_settings(records.config(), [own, *options.settings])
+    inputs = open_inputs(run)  # in silence: standard output is the answer
+    loss, per_byte, tokens = evaluator(run, inputs)(_restored(records, run, inputs))
     if options.json:
         print(json.dumps({"loss": loss, "bits_per_byte": per_byte, "tokens": tokens}))
     else:
@@ -194,10 +204,14 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     from engram_jax.inference.generate import generate as pieces
+    from engram_jax.training.inputs import open_reader
+    from engram_jax.training.records import RunDirectory
 
-    run, inputs, state = _trained(options.directory, [])
-    made = pieces(run, inputs, state, options.prompt, tokens=options.tokens,
-                  temperature=options.temperature, seed=options.seed)
+    records = RunDirectory(options.directory)
+    run = records.config()
+    reader = open_reader(run, records.tokenizer())
+    made = pieces(run, reader, _restored(records, run, reader), options.prompt,
+                  tokens=options.tokens, temperature=options.temperature, seed=options.seed)
     print(options.prompt, end="", flush=True)
     for piece in made:
         print(piece, end="", flush=True)
@@ -223,21 +237,18 @@ def _recipe(options: argparse.Namespace) -> RunConfig:
     return run
 
 
-def _trained(directory: str, settings: Sequence[str]):  # type: ignore[no-untyped-def]
-    """The config, the inputs and the last checkpoint of a run."""
+def _restored(
+    records: "RunDirectory", run: RunConfig, reader: "Reader"
+) -> "TrainState":
+    """The last checkpoint of a run."""
     from engram_jax.training.checkpoints import Checkpoints
-    from engram_jax.training.inputs import open_inputs
-    from engram_jax.training.records import RunDirectory
     from engram_jax.training.state import abstract_state
 
-    records = RunDirectory(directory)
-    run = with_settings(records.config(), settings)
     if not records.checkpoints.exists():
-        raise UserError(f"{directory}: has no checkpoint yet; train it first")
-    inputs = open_inputs(run)  # in silence: standard output is the answer
+        raise UserError(f"{records.path}: has no checkpoint yet; train it first")
     kept = run.training.keep_checkpoints
-    with Checkpoints(records.checkpoints, kept, inputs.fingerprints()) as found:
-        return run, inputs, found.restore(abstract_state(run))
+    with Checkpoints(records.checkpoints, kept, reader.fingerprints()) as found:
+        return found.restore(abstract_state(run))
 
 
 def _say(line: str) -> None:

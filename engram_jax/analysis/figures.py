@@ -40,8 +40,9 @@ def memory_scaling(results: Sequence[Result], path: Path) -> None:
     axes.set_xlabel("slots (rows of one head's table)")
     axes.set_ylabel("validation loss (nats a token)")
     active = next(r["active_params"] for r in results)
-    axes.set_title(f"More memory, lower loss: {short(active)} active parameters, "
+    axes.set_title(f"Memory size at {short(active)} active parameters and "
                    f"{short(results[0]['tokens'])} tokens", loc="left", fontsize=11)
+    axes.margins(y=0.1)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
@@ -58,7 +59,9 @@ def _line(axes: Axes, results: Sequence[Result]) -> None:
     sizes = [r["slots"] for r in results if kind(r) == "Engram"]
     xs = np.geomspace(min(sizes), max(sizes), 50)
     axes.plot(xs, line(xs), color=COLOURS["Engram"], linewidth=1.3, alpha=0.7)
-    axes.annotate(f"{line.slope:+.3f} nats for each tenfold", (xs[18], line(xs[18:19])[0]),
+    margin = (line.high - line.low) / 2
+    slope = f"{line.slope:+.3f} ± {margin:.3f}".replace("-", "\N{MINUS SIGN}")
+    axes.annotate(f"{slope} nats a tenfold (95 %)", (xs[18], line(xs[18:19])[0]),
                   xytext=(8, 8), textcoords="offset points", color=COLOURS["Engram"])
 
 

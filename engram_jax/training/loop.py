@@ -44,6 +44,7 @@ def train(
     records.start(run, environment(
         data_fingerprint=inputs.tokens.fingerprint,
         tokenizer_digest=inputs.tokens.tokenizer_digest))
+    records.keep_tokenizer(inputs.tokenizer)
     return loop.run_to_end()
 
 

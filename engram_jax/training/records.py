@@ -1,6 +1,7 @@
 """A run directory: what was run, on what, and what came out.
 
     config.json     the run, whole
+    tokenizer.json  its tokenizer, in the format of HF `tokenizers`
     env.json        git revision, versions, devices, fingerprints of text and tokenizer
     metrics.jsonl   one object for each logged step
     checkpoints/    Orbax
@@ -19,6 +20,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from tokenizers import Tokenizer
 
 from engram_jax import __version__
 from engram_jax.config import RunConfig, from_dict, to_dict
@@ -36,6 +38,10 @@ class RunDirectory:
     @property
     def checkpoints(self) -> epath.Path:
         return self.path / "checkpoints"
+
+    @property
+    def tokenizer_path(self) -> epath.Path:
+        return self.path / "tokenizer.json"
 
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while the run is not done."""
@@ -79,6 +85,22 @@ class RunDirectory:
             write_json(self.path / "config.json", to_dict(run))
         self._check_text(run, env)
         write_json(self.path / "env.json", env)
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Write tokenizer.json, so that the run can be read wherever it is taken."""
+        write_text(self.tokenizer_path, tokenizer.to_str())
+
+    def tokenizer(self) -> Tokenizer:
+        """tokenizer.json.
+
+        Raises:
+          UserError: it is not there or no tokenizer.
+        """
+        try:
+            return Tokenizer.from_str(self.tokenizer_path.read_text())
+        except Exception as error:  # of `tokenizers`: a bare Exception
+            raise UserError(f"{self.tokenizer_path}: is missing or no tokenizer "
+                            f"({error})") from error
 
     def check(self, run: RunConfig) -> None:
         """Refuse a folder that holds another run (UserError)."""
