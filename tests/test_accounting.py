@@ -156,6 +156,9 @@ def test_rows_cost_no_flops_and_idle_experts_neither():
     more_rows = with_settings(run, ["model.engram.rows_per_head=[50000,50000]"])
     assert account(more_rows).flops_per_token == account(run).flops_per_token
     assert account(more_rows).active_params == account(run).active_params
+    fusion = account(run).parts["engram fusion"].total
+    assert account(run).flops_per_token == (
+        account(without_memory(run)).flops_per_token + 6 * fusion)
     more_experts = with_settings(run, ["model.moe.experts=16"])
     router = 2 * 8 * run.model.width  # of two blocks
     assert account(more_experts).active_params == account(run).active_params + router
