@@ -29,6 +29,7 @@ class HashConfig:
     Attributes:
       rows_per_head: rows of each head's table, one entry for each order 2..N. Each head gets the
         next unused prime that is not below it (SPEC "Hash").
+      max_order: N, the longest n-gram; `rows_per_head` has an entry for each order up to it.
       heads: heads for each order.
       compress: hash canonical ids (the compressed vocabulary) instead of raw token ids.
       hash_seed: seed of the multipliers.
@@ -37,6 +38,7 @@ class HashConfig:
     """
 
     rows_per_head: tuple[int, ...]
+    max_order: int = 3
     heads: int = 8
     compress: bool = True
     hash_seed: int = 0
@@ -46,19 +48,17 @@ class HashConfig:
     def __post_init__(self) -> None:
         name = type(self).__name__
         rows = self.rows_per_head
-        require(len(rows) >= 1 and all(r >= 2 for r in rows), f"{name}.rows_per_head", rows,
-                "needs one entry for each n-gram order 2..N, each at least 2")
+        require(self.max_order >= 2, f"{name}.max_order", self.max_order, "must be at least 2")
+        require(len(rows) == self.max_order - 1, f"{name}.rows_per_head", rows,
+                f"needs {self.max_order - 1} entries, one for each n-gram order "
+                f"2..{self.max_order} ({name}.max_order = {self.max_order})")
+        require(min(rows) >= 2, f"{name}.rows_per_head", rows, "must be at least 2 each")
         require(self.heads >= 1, f"{name}.heads", self.heads, "must be at least 1")
         require(sum(rows) * self.heads < MAX_TABLE_ROWS, f"{name}.rows_per_head", rows,
                 f"times {self.heads} heads makes a table of over 2**31 - 1 rows")
         require(1 <= self.shards <= 65536, f"{name}.shards", self.shards, "must be in 1..65536")
         require(self.table_std >= 0, f"{name}.table_std", self.table_std, "must not be negative")
         require(self.hash_seed >= 0, f"{name}.hash_seed", self.hash_seed, "must not be negative")
-
-    @property
-    def max_order(self) -> int:
-        """N, the longest n-gram."""
-        return len(self.rows_per_head) + 1
 
     @property
     def total_heads(self) -> int:
@@ -370,37 +370,47 @@ def from_dict(values: Mapping[str, Any], kind: Any = RunConfig, where: str = "")
 
 
 def with_settings(config: Any, settings: Iterable[str]) -> Any:
-    """A copy of `config` with each "field.field=value" applied, in order.
+    """A copy of `config` with every "field.field=value" applied, checked as a whole at the end.
 
-    Values are JSON where they parse as JSON (numbers, lists, true, null), plain text otherwise;
+    Values of text fields are taken as they are; others are JSON (numbers, lists, true, null), and
     "none" stands for null.
 
     Raises:
-      UserError: no "=", an unknown field, a part that the recipe does not have, a wrong type.
+      UserError: no "=", an unknown field, a part that the recipe does not have, a wrong type, or
+        settings that do not fit together.
     """
+    values = dataclasses.asdict(config)
     for setting in settings:
         path, found, text = setting.partition("=")
         if not found:
             raise UserError(f"--set {setting}: write it as field=value, for example "
                             "training.steps=100")
-        config = _replaced(config, path.strip().split("."), _parsed(text.strip()), "")
-    return config
+        _put(values, type(config), path.strip().split("."), text.strip(), "")
+    return from_dict(values, type(config))
 
 
-def _replaced(config: Any, path: list[str], value: Any, where: str) -> Any:
-    hints = _fields(type(config))
+def _put(values: dict[str, Any], kind: Any, path: list[str], text: str, where: str) -> None:
+    """Put one value, read as the field's type, into the tree of plain values of a `kind`."""
+    hints = _fields(kind)
     name, rest = path[0], path[1:]
     _known(name, hints, where)
     if not rest:
-        return dataclasses.replace(config, **{name: _coerce(value, hints[name], where + name)})
-    inner = getattr(config, name)
-    if inner is None:
-        raise UserError(f"{where}{name}: is not part of this recipe, so "
-                        f"{'.'.join(path)} cannot be set")
+        made = _coerce(_parsed(text, hints[name]), hints[name], where + name)
+        values[name] = to_dict(made) if dataclasses.is_dataclass(made) else made
+        return
+    inner = _not_none(hints[name])
     if not dataclasses.is_dataclass(inner):
         raise UserError(f"{where}{'.'.join(path)}: {name} has no fields of its own")
-    return dataclasses.replace(
-        config, **{name: _replaced(inner, rest, value, f"{where}{name}.")})
+    if values[name] is None:
+        raise UserError(f"{where}{name}: is not part of this recipe, so "
+                        f"{'.'.join(path)} cannot be set")
+    _put(values[name], inner, rest, text, f"{where}{name}.")
+
+
+def _not_none(hint: Any) -> Any:
+    """The type T of T | None; any other type as it is."""
+    options = [option for option in typing.get_args(hint) if option is not type(None)]
+    return options[0] if isinstance(hint, types.UnionType) else hint
 
 
 def _fields(kind: Any) -> dict[str, Any]:
@@ -413,7 +423,9 @@ def _known(name: str, hints: Mapping[str, Any], where: str) -> None:
         raise UserError(f"{where}{name}: no such field; there are {', '.join(sorted(hints))}")
 
 
-def _parsed(text: str) -> Any:
+def _parsed(text: str, hint: Any) -> Any:
+    if hint is str:
+        return text
     if text.lower() in ("none", "null"):
         return None
     if text.lower() in ("true", "false"):
@@ -427,11 +439,10 @@ def _parsed(text: str) -> Any:
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """`value` as the annotated type `hint`, or a UserError that names both."""
     origin = typing.get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
+    if isinstance(hint, types.UnionType):
+        if value is None and type(None) in typing.get_args(hint):
             return None
-        return _coerce(value, next(o for o in options if o is not type(None)), where)
+        return _coerce(value, _not_none(hint), where)
     if dataclasses.is_dataclass(hint):
         require(isinstance(value, Mapping), where, value, "must be an object with fields")
         return from_dict(value, hint, f"{where}.")

@@ -135,7 +135,8 @@ def with_over_encoding(run: RunConfig) -> RunConfig:
     if engram is None:
         raise UserError("model.engram = None: there is no memory to replace by OverEncoding")
     over = OverEncodingConfig(
-        rows_per_head=engram.rows_per_head, heads=engram.heads, compress=engram.compress,
-        hash_seed=engram.hash_seed, shards=engram.shards, table_std=engram.table_std)
+        rows_per_head=engram.rows_per_head, max_order=engram.max_order, heads=engram.heads,
+        compress=engram.compress, hash_seed=engram.hash_seed, shards=engram.shards,
+        table_std=engram.table_std)
     model = dataclasses.replace(run.model, engram=None, over_encoding=over)
     return dataclasses.replace(run, model=model)

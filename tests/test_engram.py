@@ -89,7 +89,7 @@ def oracle(params, hidden, rows, config):
     (4, {"bias": True, "kernel": 0}),
     (1, {"kernel": 3, "dilation": 5, "bias": True}),
     (1, {"kernel": 1}),
-    (2, {"rows_per_head": (11, 13, 17), "heads": 1}),
+    (2, {"rows_per_head": (11, 13, 17), "max_order": 4, "heads": 1}),
     (1, {"norm_eps": 0.5, "conv_norm_eps": 0.25}),
 ], ids=str)
 def test_fuse(streams, changes):

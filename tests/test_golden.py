@@ -260,7 +260,8 @@ def _eps(value):
 def _module_config(meta, weights):
     kernel = meta["kernel"] if "short_conv.conv.weight" in weights else 0
     return EngramConfig(
-        layers=(0,), rows_per_head=tuple(meta["rows"]), heads=meta["heads"],
+        layers=(0,), rows_per_head=tuple(meta["rows"]),
+        max_order=meta["max_ngram"], heads=meta["heads"],
         head_dim=meta["embed_per_order"] // meta["heads"], kernel=kernel,
         dilation=meta["dilation"] if kernel else 0, bias=meta["bias"],
         signed_root="sqrt" in meta["gate"], norm_eps=_eps(meta["qk_norm_eps"]),
