@@ -6,6 +6,7 @@ or, from the command line, `--set field=value` (`with_settings`). Nothing here i
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,15 @@ from typing import Any
 from engram_jax.errors import UserError
 
 MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
+
+
+def require_at_least(config: Any, least: float, where: str, *fields: str) -> None:
+    """Raise the one-line UserError for the first field that is below `least`, infinite or NaN."""
+    for field in fields:
+        value, name = getattr(config, field), f"{where}.{field}"
+        require(math.isfinite(value), name, value, "must be finite")
+        require(value >= least, name, value,
+                f"must be at least {least}" if least else "must not be negative")
 
 
 def require(condition: bool, field: str, value: object, right: str) -> None:
@@ -56,9 +66,8 @@ class HashConfig:
         require(self.heads >= 1, f"{name}.heads", self.heads, "must be at least 1")
         require(sum(rows) * self.heads < MAX_TABLE_ROWS, f"{name}.rows_per_head", rows,
                 f"times {self.heads} heads makes a table of over 2**31 - 1 rows")
+        require_at_least(self, 0, name, "hash_seed", "table_std")
         require(1 <= self.shards <= 65536, f"{name}.shards", self.shards, "must be in 1..65536")
-        require(self.table_std >= 0, f"{name}.table_std", self.table_std, "must not be negative")
-        require(self.hash_seed >= 0, f"{name}.hash_seed", self.hash_seed, "must not be negative")
 
     @property
     def total_heads(self) -> int:
@@ -101,9 +110,9 @@ class EngramConfig(HashConfig):
                 "names no block, so the memory would not be used; set model.engram to none instead")
         require(list(self.layers) == sorted(set(self.layers)) and self.layers[0] >= 0,
                 "EngramConfig.layers", self.layers, "must be ascending block numbers, 0-based")
-        require(self.head_dim >= 1, "EngramConfig.head_dim", self.head_dim, "must be at least 1")
-        require(self.kernel >= 0, "EngramConfig.kernel", self.kernel, "must not be negative")
-        require(self.dilation >= 0, "EngramConfig.dilation", self.dilation, "must not be negative")
+        require_at_least(self, 1, "EngramConfig", "head_dim", "vocab_size")
+        require_at_least(self, 0, "EngramConfig", "kernel", "dilation", "norm_eps",
+                         "conv_norm_eps", "pad_id")
 
     @property
     def memory_dim(self) -> int:
@@ -135,9 +144,8 @@ class AttentionConfig:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        for field in ("heads", "kv_rank", "nope_dim", "value_dim"):
-            value = getattr(self, field)
-            require(value >= 1, f"AttentionConfig.{field}", value, "must be at least 1")
+        require_at_least(self, 1, "AttentionConfig", "heads", "kv_rank", "nope_dim", "value_dim",
+                         "rope_theta")
         require(self.rope_dim >= 0 and self.rope_dim % 2 == 0, "AttentionConfig.rope_dim",
                 self.rope_dim, "must be even")
 
@@ -167,10 +175,8 @@ class MoEConfig:
     def __post_init__(self) -> None:
         require(1 <= self.top_k <= self.experts, "MoEConfig.top_k", self.top_k,
                 f"must be in 1..{self.experts}, the number of experts")
-        require(self.shared >= 0, "MoEConfig.shared", self.shared, "must not be negative")
-        require(self.expert_ffn >= 1, "MoEConfig.expert_ffn", self.expert_ffn, "must be at least 1")
-        require(self.dense_layers >= 0, "MoEConfig.dense_layers", self.dense_layers,
-                "must not be negative")
+        require_at_least(self, 1, "MoEConfig", "expert_ffn")
+        require_at_least(self, 0, "MoEConfig", "shared", "dense_layers", "scale", "balance_rate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,9 +208,8 @@ class ModelConfig:
     isolate_documents: bool = False
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "width", "depth", "ffn", "streams"):
-            value = getattr(self, field)
-            require(value >= 1, f"model.{field}", value, "must be at least 1")
+        require_at_least(self, 1, "model", "vocab_size", "width", "depth", "ffn", "streams")
+        require_at_least(self, 0, "model", "sinkhorn_rounds", "norm_eps")
         require(self.compute_dtype in ("float32", "bfloat16"), "model.compute_dtype",
                 self.compute_dtype, "must be float32 or bfloat16")
         require(self.remat in ("none", "block"), "model.remat", self.remat,
@@ -252,9 +257,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", self.path, "must name a source of text")
-        for field in ("sequence_length", "batch_size"):
-            value = getattr(self, field)
-            require(value >= 1, f"data.{field}", value, "must be at least 1")
+        require_at_least(self, 1, "data", "sequence_length", "batch_size")
+        require_at_least(self, 0, "data", "seed")
         require(0 < self.validation_fraction < 1, "data.validation_fraction",
                 self.validation_fraction, "must be between 0 and 1")
 
@@ -284,15 +288,21 @@ class OptimizerConfig:
     table_eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate,
-                "must be positive")
-        require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps,
-                "must not be negative")
+        require_at_least(self, 0, "optimizer", "warmup_steps", "weight_decay", "muon_rms",
+                         "adam_eps", "table_multiplier", "table_eps")
+        for field in ("learning_rate", "clip_norm"):
+            value = getattr(self, field)
+            require(0 < value < math.inf, f"optimizer.{field}", value, "must be positive")
+        for field in ("muon_momentum", "adam_b1", "adam_b2", "table_b1", "table_b2"):
+            value = getattr(self, field)
+            require(0 <= value < 1, f"optimizer.{field}", value, "must be in [0, 1)")
         require(len(self.decay_at) == len(self.decay_to), "optimizer.decay_at", self.decay_at,
                 f"must have as many entries as optimizer.decay_to ({len(self.decay_to)})")
-        require(all(0 < share <= 1 for share in self.decay_at), "optimizer.decay_at",
-                self.decay_at, "must be shares of the run, in (0, 1]")
-        require(self.clip_norm > 0, "optimizer.clip_norm", self.clip_norm, "must be positive")
+        require(all(0 < share <= 1 for share in self.decay_at)
+                and list(self.decay_at) == sorted(self.decay_at), "optimizer.decay_at",
+                self.decay_at, "must be ascending shares of the run, in (0, 1]")
+        require(all(0 <= factor < math.inf for factor in self.decay_to), "optimizer.decay_to",
+                self.decay_to, "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -316,13 +326,9 @@ class TrainingConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, "training.steps", self.steps, "must be at least 1")
-        require(self.seed >= 0, "training.seed", self.seed, "must not be negative")
-        require(self.keep_checkpoints >= 1, "training.keep_checkpoints", self.keep_checkpoints,
-                "must be at least 1")
-        for field in ("evaluate_every", "evaluate_batches", "checkpoint_every", "log_every"):
-            value = getattr(self, field)
-            require(value >= 0, f"training.{field}", value, "must not be negative")
+        require_at_least(self, 1, "training", "steps", "keep_checkpoints")
+        require_at_least(self, 0, "training", "seed", "evaluate_every", "evaluate_batches",
+                         "checkpoint_every", "log_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -358,6 +364,8 @@ def from_dict(values: Mapping[str, Any], kind: Any = RunConfig, where: str = "")
     Raises:
       UserError: an unknown field, a missing one, or a value of the wrong type.
     """
+    require(isinstance(values, Mapping), where.rstrip(".") or "config", values,
+            "must be an object with fields")
     hints = _fields(kind)
     for name in values:
         _known(name, hints, where)
@@ -444,7 +452,6 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return None
         return _coerce(value, _not_none(hint), where)
     if dataclasses.is_dataclass(hint):
-        require(isinstance(value, Mapping), where, value, "must be an object with fields")
         return from_dict(value, hint, f"{where}.")
     if origin is tuple:
         item = typing.get_args(hint)[0]
