@@ -75,7 +75,7 @@ def tiny() -> RunConfig:
                 layers=(1,), rows_per_head=(16_384, 16_384), heads=4, head_dim=16)),
         data=DataConfig(sequence_length=128, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
-        training=TrainingConfig(steps=300, evaluate_batches=0, checkpoint_every=100),
+        training=TrainingConfig(steps=150, checkpoint_every=100),
     )
 
 

@@ -170,6 +170,7 @@ def test_settings_are_applied_in_order():
     ("optimizer.decay_at=[0.5,1.5]", ["optimizer.decay_at", "1.5", "(0, 1]"]),
     ("optimizer.clip_norm=0", ["optimizer.clip_norm", "0.0", "positive"]),
     ("training.steps=0", ["training.steps", "0", "at least 1"]),
+    ("data.seed=-1", ["data.seed", "-1", "not be negative"]),
     ("training.seed=-1", ["training.seed", "-1", "negative"]),
     ("training.keep_checkpoints=0", ["training.keep_checkpoints", "0", "at least 1"]),
     ("training.log_every=-1", ["training.log_every", "-1", "negative"]),

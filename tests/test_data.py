@@ -710,7 +710,6 @@ def test_validation_predicts_each_token_once_in_order(settings, length, batch_si
     ({"batch_size": 1000}, 1, r"^data\.batch_size = 1000: is more than the \d+ sequences of "
                               r"data\.sequence_length = 16 in \d{4} tokens"),
     ({"batch_size": 3}, 2, r"^data\.batch_size = 3: does not divide among 2 processes"),
-    ({"seed": -1}, 1, r"^data\.seed = -1: must not be negative"),
 ])
 def test_batches_that_cannot_be(settings, values, count, message):
     config = changed(settings, **values)

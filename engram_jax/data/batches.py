@@ -36,7 +36,6 @@ def train_batches(data: TokenData, config: DataConfig, *, process_index: int = 0
         among the processes.
     """
     rows = _rows(config, process_index, process_count)
-    require(config.seed >= 0, "data.seed", config.seed, "must not be negative")
     windows = _whole_windows(data, config)
     stream = data.train  # opened here, not in a thread
 
