@@ -103,7 +103,7 @@ def test_with_settings(setting, field, value):
 def test_settings_are_applied_in_order():
     run = with_settings(TINY, ["training.steps=1", "model.engram.layers=[0]", "training.steps=2"])
     assert (run.training.steps, run.model.engram.layers) == (2, (0,))
-    assert TINY.training.steps == 300
+    assert TINY.training.steps not in (1, 2)
 
 
 # Each line must hold every one of the words: the field, the value, and what would be right.

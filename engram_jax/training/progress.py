@@ -32,10 +32,10 @@ class Progress:
         """A step is done."""
         loss = metrics["learning/loss"]
         rate = metrics["perf/per_device_tokens_per_sec"]
+        speed = f"{rate:,.0f} tokens/s" if rate else "compiled"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {speed}", refresh=False)
             self._bar.update(1)
         elif time.monotonic() >= self._next_line:
-            self._say(f"{self._name}: step {number} of {self._steps}, loss {loss:.3f}, "
-                      f"{rate:,.0f} tokens/s")
+            self._say(f"{self._name}: step {number} of {self._steps}, loss {loss:.3f}, {speed}")
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES

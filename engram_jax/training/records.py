@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from engram_jax import __version__
 from engram_jax.config import RunConfig, from_dict, to_dict
+from engram_jax.data.cache import is_local
 from engram_jax.errors import MachineError, UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
@@ -33,7 +34,8 @@ class RunDirectory:
     """Reads and writes the records of one run; `path` may be object storage."""
 
     def __init__(self, path: epath.PathLike):
-        self.path = epath.Path(path)
+        place = epath.Path(path).expanduser()
+        self.path = place.absolute() if is_local(place) else place  # orbax wants it whole
 
     @property
     def checkpoints(self) -> epath.Path:
