@@ -201,9 +201,10 @@ def test_a_gradient_that_is_not_finite_changes_the_step_alone(first, take, batch
     assert_same_bits(state.replace(step=bad.step), bad)
 
 
-def test_a_good_step_changes_everything(first, take, batch):
+def test_good_steps_change_every_parameter(first, take, batch):
     state, metrics = take(first, batch)
     assert float(metrics["learning/skipped"]) == 0
+    state, _ = take(state, batch)  # at the start the convolution's zeros hide its gain
     before, after = leaves(first.params), leaves(state.params)
     same = [name for name in before if (before[name] == after[name]).all()]
     assert same == []
@@ -470,6 +471,12 @@ def test_settings_that_the_data_refuses_leave_no_folder(run, tmp_path, fields, l
     assert not (tmp_path / "run").exists()
 
 
+def test_records_that_cannot_be_written_are_the_machines_fault(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(MachineError, match=r"metrics.jsonl: cannot be written \(Is a directory\)"):
+        RunDirectory(tmp_path).log({"step": 1})
+
+
 def test_first_difference_names_the_field():
     assert first_difference({"a": {"b": 1}}, {"a": {"b": 2}}) == ("a.b", 1, 2)
     assert first_difference({"a": [1]}, {"a": [1]}) is None
@@ -625,9 +632,9 @@ from engram_jax.training import loop
 
 def limited(self, step, state, batches):
     self.wait()
-    if step == 6:  # no file may be longer than a sector from now on
+    if step == 6:  # no file may be longer than this from now on; the records are shorter
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, 2**14))
     save(self, step, state, batches)
 
 save, loop.Checkpoints.save = loop.Checkpoints.save, limited

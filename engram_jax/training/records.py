@@ -125,8 +125,12 @@ class RunDirectory:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append one row to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        place = self.path / "metrics.jsonl"
+        try:
+            with place.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise MachineError(f"{place}: cannot be written ({error.strerror})") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a line that was cut off is left out."""
