@@ -9,7 +9,7 @@ import json
 import logging
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engram_jax import __version__
 from engram_jax.config import RunConfig, with_settings
@@ -27,7 +27,7 @@ SET_HELP = ("change a field of the config, for example --set training.steps=100 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = parser().parse_args(words)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # what matters is raised as well
+    _quieten()
     try:
         options.command(options)
     except UserError as error:
@@ -46,6 +46,28 @@ def main(words: Sequence[str] | None = None) -> int:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _quieten() -> None:
+    """Keep what orbax says beside its exceptions off standard error: what matters is raised.
+
+    After a read that failed, its other reads go on and find their event loop closed.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if not isinstance(sys.unraisablehook, _OrphansAside):
+        sys.unraisablehook = _OrphansAside(sys.unraisablehook)
+
+
+class _OrphansAside:
+    """The hook for exceptions that nobody can catch, without those of orphaned reads."""
+
+    def __init__(self, before: Callable[[typing.Any], object]):
+        self._before = before
+
+    def __call__(self, unraisable: typing.Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._before(unraisable)
 
 
 def _failed(error: Exception, code: int) -> int:
