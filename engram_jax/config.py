@@ -184,6 +184,7 @@ class ModelConfig:
     """A decoder-only language model.
 
     Attributes:
+      embedding_std: standard deviation of the token embedding at the start (not published).
       streams: residual streams M; 1 is the plain residual, more are mHC (arXiv 2512.24880).
       compute_dtype: dtype of activations; parameters are kept in float32.
       remat: "none" keeps every activation, "block" recomputes each block in the backward pass.
@@ -202,6 +203,7 @@ class ModelConfig:
     engram: EngramConfig | None = None
     over_encoding: OverEncodingConfig | None = None
     tied_head: bool = False
+    embedding_std: float = 0.02
     norm_eps: float = 1e-6
     compute_dtype: str = "bfloat16"
     remat: str = "block"
@@ -209,7 +211,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "model", "vocab_size", "width", "depth", "ffn", "streams")
-        require_at_least(self, 0, "model", "sinkhorn_rounds", "norm_eps")
+        require_at_least(self, 0, "model", "sinkhorn_rounds", "norm_eps", "embedding_std")
         require(self.compute_dtype in ("float32", "bfloat16"), "model.compute_dtype",
                 self.compute_dtype, "must be float32 or bfloat16")
         require(self.remat in ("none", "block"), "model.remat", self.remat,

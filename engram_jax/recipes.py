@@ -70,9 +70,10 @@ def tiny() -> RunConfig:
             vocab_size=4096, width=96, depth=3, ffn=256,
             attention=AttentionConfig(heads=2, kv_rank=32, nope_dim=32, rope_dim=16, value_dim=32),
             moe=MoEConfig(experts=8, top_k=2, shared=1, expert_ffn=64, dense_layers=1),
-            streams=1, compute_dtype="float32", remat="none",
+            streams=1, embedding_std=1.0, compute_dtype="float32", remat="none",
             engram=EngramConfig(
-                layers=(1,), rows_per_head=(16_384, 16_384), heads=4, head_dim=16)),
+                layers=(1,), rows_per_head=(16_384, 16_384), heads=4, head_dim=16,
+                table_std=0.0)),
         data=DataConfig(sequence_length=128, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
         training=TrainingConfig(steps=150, checkpoint_every=100),

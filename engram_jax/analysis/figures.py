@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from engram_jax.accounting import short
-from engram_jax.analysis.scaling import Result, fit, kind
+from engram_jax.analysis.scaling import Result, fit
 
 COLOURS = {"Engram": "#0072B2", "OverEncoding": "#D55E00", "no memory": "#444444"}
 MARKERS = {"Engram": "o", "OverEncoding": "s"}
@@ -25,7 +25,7 @@ def memory_scaling(results: Sequence[Result], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 4.3), dpi=150)
     axes.set_xscale("log")
     for name in ("Engram", "OverEncoding"):
-        points = [(r["slots"], r["loss"]) for r in results if kind(r) == name]
+        points = [(r["slots"], r["loss"]) for r in results if r["memory"] == name]
         if points:
             slots, losses = np.array(points, np.float64).T
             axes.plot(slots, losses, MARKERS[name], color=COLOURS[name], markersize=7, zorder=3)
@@ -56,7 +56,7 @@ def _line(axes: Axes, results: Sequence[Result]) -> None:
     line = fit(results)
     if line is None:
         return
-    sizes = [r["slots"] for r in results if kind(r) == "Engram"]
+    sizes = [r["slots"] for r in results if r["memory"] == "Engram"]
     xs = np.geomspace(min(sizes), max(sizes), 50)
     axes.plot(xs, line(xs), color=COLOURS["Engram"], linewidth=1.3, alpha=0.7)
     margin = (line.high - line.low) / 2
@@ -67,7 +67,7 @@ def _line(axes: Axes, results: Sequence[Result]) -> None:
 
 def _baseline(axes: Axes, results: Sequence[Result]) -> None:
     for result in results:
-        if kind(result) == "no memory":
+        if result["memory"] == "no memory":
             axes.axhline(result["loss"], color=COLOURS["no memory"], linewidth=1.3, linestyle="--")
             axes.annotate("no memory", (0.01, result["loss"]), xytext=(0, 4), weight="bold",
                           xycoords=("axes fraction", "data"), textcoords="offset points",

@@ -38,7 +38,7 @@ class Fit:
 
 def fit(results: Sequence[Result]) -> Fit | None:
     """The line through the Engram runs; None with fewer than three sizes."""
-    points = [(r["slots"], r["loss"]) for r in results if kind(r) == "Engram"]
+    points = [(r["slots"], r["loss"]) for r in results if r["memory"] == "Engram"]
     if len({slots for slots, _ in points}) < 3:
         return None
     slots, losses = np.array(points, np.float64).T
@@ -46,13 +46,6 @@ def fit(results: Sequence[Result]) -> Fit | None:
     margin = scipy.stats.t.ppf(0.975, len(points) - 2) * line.stderr
     return Fit(float(line.intercept), float(line.slope), float(line.slope - margin),
                float(line.slope + margin), len(points))
-
-
-def kind(result: Result) -> str:
-    """The memory of a run: "no memory", "OverEncoding" or "Engram"."""
-    if not result["slots"]:
-        return "no memory"
-    return "OverEncoding" if "over" in result["name"] else "Engram"
 
 
 COLUMNS = (

@@ -59,7 +59,7 @@ def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     embed_key, head_key, over_key, blocks_key, engram_key = jax.random.split(key, 5)
     width = config.width
     params: dict[str, Any] = {
-        "embedding": normal(embed_key, (config.vocab_size, width), 0.02),
+        "embedding": normal(embed_key, (config.vocab_size, width), config.embedding_std),
         "final_gain": jnp.ones(width, jnp.float32),
         "segments": [_init_segment(config, segment, blocks_key, engram_key)
                      for segment in segments(config)],

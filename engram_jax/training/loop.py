@@ -114,7 +114,7 @@ class _Loop:
         seconds = self.clock.tick()
         values["perf/step_time_seconds"] = seconds
         values["perf/per_device_tokens_per_sec"] = (
-            self.batch_tokens / seconds / jax.device_count() if seconds else 0.0)
+            self.batch_tokens / seconds if seconds else 0.0)  # one device does the work
         self.progress.step(number, values)
         training = self.run.training
         if number == training.steps or due(number, training.log_every):
@@ -135,6 +135,7 @@ class _Loop:
         memory = run.model.engram or run.model.over_encoding
         return {
             "name": run.name,
+            "memory": _memory_kind(run),
             "slots": memory.rows_per_head[0] if memory else 0,
             "memory_params": numbers.engram_params,
             "total_params": numbers.total_params,
@@ -170,3 +171,10 @@ class _Clock:
     def skip(self) -> None:
         self.last = None
 
+
+def _memory_kind(run: RunConfig) -> str:
+    if run.model.engram and run.model.over_encoding:
+        return "Engram and OverEncoding"
+    if run.model.engram:
+        return "Engram"
+    return "OverEncoding" if run.model.over_encoding else "no memory"

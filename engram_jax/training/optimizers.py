@@ -26,23 +26,24 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The transform of every parameter outside the tables.
+def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The transform of every parameter outside the tables, at a learning rate of 1.
+
+    The step multiplies the updates by the rate of its own number, which skipped steps count in.
 
     Matrices get Muon with updates of RMS `muon_rms` and decoupled weight decay, embedding and head
     AdamW, vectors Adam without decay. Leading axes of a matrix (blocks, experts, branches) are
     independent matrices.
     """
-    rate = schedule(config, steps)
     adam = {"b1": config.adam_b1, "b2": config.adam_b2, "eps": config.adam_eps}
     return optax.partition(
         {
             "matrix": optax.contrib.muon(
-                rate, beta=config.muon_momentum, weight_decay=config.weight_decay,
+                1.0, beta=config.muon_momentum, weight_decay=config.weight_decay,
                 consistent_rms=config.muon_rms,
                 muon_weight_dimension_numbers=lambda tree: jax.tree.map(_matrix_axes, tree)),
-            "embedding": optax.adamw(rate, weight_decay=config.weight_decay, **adam),
-            "vector": optax.adam(rate, **adam),
+            "embedding": optax.adamw(1.0, weight_decay=config.weight_decay, **adam),
+            "vector": optax.adam(1.0, **adam),
         },
         labels,
     )

@@ -49,7 +49,7 @@ def init_state(run: RunConfig) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         router_bias=transformer.init_router_bias(run.model),
-        opt_state=optimizer(run.optimizer, run.training.steps).init(params),
+        opt_state=optimizer(run.optimizer).init(params),
         tables={site.name: site.layout.init(
             jax.random.fold_in(tables_key, site.layer), site.hash_config.table_std)
             for site in sites(run.model)},

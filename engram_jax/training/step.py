@@ -31,7 +31,7 @@ def train_step(
     A batch has tokens_BT, targets_BT int32 and starts_BT bool. Metrics are float32 scalars. A step
     whose gradient is not finite changes nothing but the step's number.
     """
-    transform = optimizer(run.optimizer, run.training.steps)
+    transform = optimizer(run.optimizer)
     rate = schedule(run.optimizer, run.training.steps)
     rows_update = row_optimizer(run).update
 
@@ -49,6 +49,7 @@ def train_step(
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
 
         step_number, learning_rate = state.step + 1, rate(state.step)
+        updates = jax.tree.map(lambda u: u * learning_rate, updates)
         tables, table_state = {}, {}
         for site in sites(run.model):
             found = _scaled(unique[site.name], scale, finite)
