@@ -12,8 +12,9 @@ import typing
 from collections.abc import Callable, Sequence
 
 from engram_jax import __version__
-from engram_jax.config import RunConfig, with_settings
+from engram_jax.config import RunConfig
 from engram_jax.errors import MachineError, UserError
+from engram_jax.settings import with_settings
 
 if typing.TYPE_CHECKING:
     from engram_jax.training.inputs import Reader

@@ -129,6 +129,9 @@ def without_memory(run: RunConfig) -> RunConfig:
 def with_over_encoding(run: RunConfig) -> RunConfig:
     """The same backbone with OverEncoding of the same hash in the place of Engram.
 
+    OverEncoding divides the token embedding by 1 + (N - 1) K; it starts that much larger, so that
+    the first block sees the scale that it sees in the other models.
+
     Raises:
       UserError: the run has no Engram to replace.
     """
@@ -139,5 +142,7 @@ def with_over_encoding(run: RunConfig) -> RunConfig:
         rows_per_head=engram.rows_per_head, max_order=engram.max_order, heads=engram.heads,
         compress=engram.compress, hash_seed=engram.hash_seed, shards=engram.shards,
         table_std=engram.table_std)
-    model = dataclasses.replace(run.model, engram=None, over_encoding=over)
+    model = dataclasses.replace(
+        run.model, engram=None, over_encoding=over,
+        embedding_std=run.model.embedding_std * (1 + over.total_heads))
     return dataclasses.replace(run, model=model)

@@ -14,8 +14,9 @@ from typing import Any
 from etils import epath
 
 from engram_jax.analysis import figures, scaling
-from engram_jax.config import RunConfig, require, with_settings
+from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
+from engram_jax.settings import with_settings
 from engram_jax.training.loop import train
 from engram_jax.training.records import write_text
 

@@ -14,11 +14,11 @@ from engram_jax.config import (
     OptimizerConfig,
     RunConfig,
     TrainingConfig,
-    with_settings,
 )
 from engram_jax.memory.sites import sites
 from engram_jax.model import transformer
 from engram_jax.recipes import RECIPES, recipe, with_over_encoding, without_memory
+from engram_jax.settings import with_settings
 
 B = 1e9
 

@@ -5,18 +5,10 @@ import json
 
 import pytest
 
-from engram_jax.config import (
-    EngramConfig,
-    HashConfig,
-    MoEConfig,
-    RunConfig,
-    from_dict,
-    to_dict,
-    to_json,
-    with_settings,
-)
+from engram_jax.config import EngramConfig, HashConfig, MoEConfig, RunConfig
 from engram_jax.errors import UserError
 from engram_jax.recipes import RECIPES, recipe, with_over_encoding, without_memory
+from engram_jax.settings import from_dict, to_dict, to_json, with_settings
 
 TINY = recipe("tiny")
 

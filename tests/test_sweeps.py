@@ -10,10 +10,10 @@ from micro import keep_compilations, micro, plain, with_model, with_training, wr
 from engram_jax import sweeps
 from engram_jax.accounting import account
 from engram_jax.analysis import scaling
-from engram_jax.config import to_dict, with_settings
 from engram_jax.errors import UserError
 from engram_jax.memory.sites import sites
 from engram_jax.recipes import with_over_encoding, without_memory
+from engram_jax.settings import to_dict, with_settings
 from engram_jax.training.records import RunDirectory, first_difference
 from experiments.memory_scaling.configs import SLOTS, runs
 
@@ -131,7 +131,7 @@ def test_unknown_experiment():
 
 
 def made(losses, slots=(1000, 4000, 16_000, 64_000)):
-    return [{"name": f"engram-{s}", "slots": s, "loss": y}
+    return [{"name": f"engram-{s}", "memory": "Engram", "slots": s, "loss": y}
             for s, y in zip(slots, losses, strict=True)]
 
 
@@ -151,8 +151,8 @@ def test_the_fit_is_least_squares_and_its_interval_student_t():
 def test_the_fit_needs_three_sizes_of_engram():
     assert scaling.fit(made([4.5, 4.4], (10, 20))) is None
     assert scaling.fit(made([4.5, 4.4, 4.4], (10, 20, 20))) is None
-    over = {"name": "over-encoding-40", "slots": 40, "loss": 1.0}
-    none = {"name": "no-memory", "slots": 0, "loss": 9.0}
+    over = {"name": "over", "memory": "OverEncoding", "slots": 40, "loss": 1.0}
+    none = {"name": "bare", "memory": "no memory", "slots": 0, "loss": 9.0}
     assert scaling.fit([none, *made([4.5, 4.4], (10, 20)), over]) is None
     assert scaling.fit([none, *made([4.5, 4.4, 4.3], (10, 20, 40)), over]).points == 3
 

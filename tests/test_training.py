@@ -24,11 +24,12 @@ import pytest
 from etils import epath
 from micro import STEPS, keep_compilations, micro, with_data, with_model, with_training, write_text
 
-from engram_jax.config import OptimizerConfig, OverEncodingConfig, to_dict
+from engram_jax.config import OptimizerConfig, OverEncodingConfig
 from engram_jax.data.batches import train_batches, validation_batches
 from engram_jax.errors import MachineError, UserError
 from engram_jax.model import transformer
 from engram_jax.recipes import RECIPES, without_memory
+from engram_jax.settings import to_dict
 from engram_jax.training import loop, step
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.evaluation import evaluator
@@ -201,6 +202,18 @@ def test_a_gradient_that_is_not_finite_changes_the_step_alone(first, take, batch
     assert_same_bits(state.replace(step=bad.step), bad)
 
 
+def test_the_rate_is_that_of_the_steps_number(run, first, take, batch):
+    """Also after skipped steps, which the optimizer's own state does not count."""
+    rate = schedule(run.optimizer, run.training.steps)
+    moves = []
+    for number in (0, 2):
+        state, _ = take(first.replace(step=jnp.int32(number)), batch)
+        moved = np.array(state.params["final_gain"]) - np.array(first.params["final_gain"])
+        moves.append(np.abs(moved).mean() / float(rate(number)))
+    assert float(rate(0)) != float(rate(2))
+    assert moves[0] == pytest.approx(moves[1], rel=1e-3)
+
+
 def test_good_steps_change_every_parameter(first, take, batch):
     state, metrics = take(first, batch)
     assert float(metrics["learning/skipped"]) == 0
@@ -265,9 +278,10 @@ def test_every_parameter_has_its_optimizer(name, model):
 
 def update_of(grads, **settings):
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, **settings)
-    transform = optimizer(config, 100)
+    transform = optimizer(config)
     params = jax.tree.map(jnp.ones_like, grads)
-    return jax.jit(lambda g: transform.update(g, transform.init(params), params)[0])(grads)
+    updates = jax.jit(lambda g: transform.update(g, transform.init(params), params)[0])(grads)
+    return jax.tree.map(lambda update: config.learning_rate * update, updates)
 
 
 def test_muon_orthogonalises_each_matrix_of_each_expert_and_layer():
@@ -627,7 +641,7 @@ def test_a_half_written_checkpoint_is_passed_over(run, inputs, copied, last, hal
 FULL_DISK = """
 import json, resource, signal, sys
 from engram_jax import cli
-from engram_jax.config import from_dict
+from engram_jax.settings import from_dict
 from engram_jax.training import loop
 
 def limited(self, step, state, batches):

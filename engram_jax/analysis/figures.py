@@ -39,7 +39,7 @@ def memory_scaling(results: Sequence[Result], path: Path) -> None:
     axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 3.2)
     axes.set_xlabel("slots (rows of one head's table)")
     axes.set_ylabel("validation loss (nats a token)")
-    active = next(r["active_params"] for r in results)
+    active = max(r["active_params"] for r in results)
     axes.set_title(f"Memory size at {short(active)} active parameters and "
                    f"{short(results[0]['tokens'])} tokens", loc="left", fontsize=11)
     axes.margins(y=0.1)

@@ -26,12 +26,13 @@ import numpy as np
 from etils import epath
 from tokenizers import Tokenizer
 
-from engram_jax.config import DataConfig, from_dict
+from engram_jax.config import DataConfig
 from engram_jax.data import packing
 from engram_jax.data.cache import cache_folder, cache_key, is_local, publish, working_folder
 from engram_jax.data.sources import HUGGING_FACE, open_source
 from engram_jax.data.tokenizer import load_tokenizer, tokenizer_digest
 from engram_jax.errors import UserError
+from engram_jax.settings import from_dict
 
 
 class TokenStream:

@@ -23,9 +23,10 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from engram_jax import __version__
-from engram_jax.config import RunConfig, from_dict, to_dict
+from engram_jax.config import RunConfig
 from engram_jax.data.cache import is_local
 from engram_jax.errors import MachineError, UserError
+from engram_jax.settings import from_dict, to_dict
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
