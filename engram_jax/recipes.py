@@ -76,7 +76,7 @@ def tiny() -> RunConfig:
                 table_std=0.0)),
         data=DataConfig(sequence_length=128, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=20),
-        training=TrainingConfig(steps=150, checkpoint_every=100),
+        training=TrainingConfig(steps=130, checkpoint_every=100),
     )
 
 

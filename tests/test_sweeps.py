@@ -164,6 +164,9 @@ def test_the_demo_compares_one_backbone_on_one_text():
     found = runs()
     assert len(found) == 6
     assert len({run.name for run in found}) == 6
+    over, size = found[-1].model, found[0].model.embedding_std
+    assert over.embedding_std == size * (1 + over.over_encoding.total_heads)  # it is divided again
+    found[-1] = with_settings(found[-1], [f"model.embedding_std={size}"])
     bare = [{**to_dict(without_memory(run)), "name": ""} for run in found]
     assert all(first_difference(bare[0], other) is None for other in bare)
     memories = [run.model.engram or run.model.over_encoding for run in found]

@@ -85,7 +85,7 @@ class _Loop:
         start = checkpoints.latest or 0
         self.records.truncate_metrics(start)
         if start == 0:
-            return init_state(self.run), 0  # op by op: a sweep's runs share what is compiled
+            return jax.jit(lambda: init_state(self.run))(), 0
         self.say(f"{self.run.name}: going on from step {start}")
         return checkpoints.restore(abstract_state(self.run), self.batches), start
 
