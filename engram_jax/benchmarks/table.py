@@ -22,7 +22,7 @@ from engram_jax.training.state import init_state
 from engram_jax.training.step import Batch, mean_loss, read, row_ids, train_step
 
 ROWS = (100_000, 1_000_000, 10_000_000)
-STEPS = 5
+STEPS = 9
 
 
 def table_benchmark(rows: tuple[int, ...] = ROWS, steps: int = STEPS) -> dict[str, Any]:
@@ -32,11 +32,9 @@ def table_benchmark(rows: tuple[int, ...] = ROWS, steps: int = STEPS) -> dict[st
       `rows`, `dim`, and by size `row_wise_ms` and `dense_ms` (medians of `steps` steps); `growth`,
       the slowest row-wise step over the fastest.
     """
-    row_wise, dense = [], []
-    for size in rows:
-        run = _with_rows(recipes.tiny(), size)
-        row_wise.append(_milliseconds(_row_wise(run), steps))
-        dense.append(_milliseconds(_dense(run), steps))
+    runs = [_with_rows(recipes.tiny(), size) for size in rows]
+    row_wise = _milliseconds([_row_wise(run) for run in runs], steps)
+    dense = _milliseconds([_dense(run) for run in runs], steps)
     engram = recipes.tiny().model.engram
     assert engram is not None
     return {
@@ -59,16 +57,23 @@ def _with_rows(run: RunConfig, rows: int) -> RunConfig:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, engram=engram))
 
 
-def _milliseconds(step: Callable[[Batch], Any], steps: int) -> float:
-    """Median time of a step, on another batch each time, after one that compiles."""
+def _milliseconds(compared: list[Callable[[Batch], Any]], steps: int) -> list[float]:
+    """Median time of each step function, after one call that compiles.
+
+    They take turns, on another batch each time, so that a machine whose speed drifts slows them
+    all alike.
+    """
     run, times = recipes.tiny(), []
     for number in range(steps + 1):
-        batch = jax.device_put(_batch(run, number))
-        jax.block_until_ready(batch)
-        start = time.perf_counter()
-        jax.block_until_ready(step(batch))
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[1:])
+        batch = jax.block_until_ready(jax.device_put(_batch(run, number)))
+        times.append([_seconds(step, batch) for step in compared])
+    return [1e3 * statistics.median(column) for column in zip(*times[1:], strict=True)]
+
+
+def _seconds(step: Callable[[Batch], Any], batch: Batch) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(step(batch))
+    return time.perf_counter() - start
 
 
 def _batch(run: RunConfig, seed: int) -> dict[str, np.ndarray]:

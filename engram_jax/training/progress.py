@@ -19,7 +19,7 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = tqdm.tqdm(desc=name, initial=start, total=steps, unit="step", leave=False)
         else:
-            say(f"{name}: steps {start + 1} to {steps}")
+            say(f"{name}: steps {start + 1} to {steps} (the first one compiles)")
 
     def __enter__(self) -> "Progress":
         return self
