@@ -7,6 +7,7 @@ line on standard error.
 import argparse
 import json
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -50,10 +51,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _quieten() -> None:
-    """Keep what orbax says beside its exceptions off standard error: what matters is raised.
+    """Keep what libraries say beside their exceptions off standard error: what matters is raised.
 
-    After a read that failed, its other reads go on and find their event loop closed.
+    The hub's client logs each retry; after a read that failed, orbax's other reads go on and find
+    their event loop closed.
     """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if not isinstance(sys.unraisablehook, _OrphansAside):
