@@ -159,8 +159,8 @@ def grouped_ffn(experts: Params, x_PD: jax.Array, groups: Groups) -> jax.Array:
 def grouped_matmul(x_PD: jax.Array, weight_EDF: jax.Array, groups: Groups) -> jax.Array:
     """Each slot times its expert's matrix, [P, F].
 
-    `ragged_dot` where it is a real kernel (TPU). Elsewhere XLA expands it to a dense product with
-    every expert, so each block is multiplied with its own expert's matrix instead.
+    `ragged_dot` on TPUs, where it is a kernel. XLA's CPU backend expands it to a product with every
+    expert, so elsewhere each block is multiplied with its own expert's matrix.
     """
     weight_EDF = weight_EDF.astype(x_PD.dtype)
     return jax.lax.platform_dependent(
