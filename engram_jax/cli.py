@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -200,7 +201,7 @@ def train(options: argparse.Namespace) -> None:
 
     result = run_to_end(_recipe(options), options.out, _say)
     _say(f"loss {result['loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
-    _say(f"next: engram-jax generate {options.out} --prompt 'import '")
+    _say(f"next: {_program()} generate {options.out} --prompt 'import '")
 
 
 def sweep(options: argparse.Namespace) -> None:
@@ -208,8 +209,8 @@ def sweep(options: argparse.Namespace) -> None:
 
     results = sweeps.sweep(options.experiment, options.out, options.settings, _say)
     best = min(results, key=lambda result: result["loss"])
-    _say(f"next: engram-jax generate {options.out}/{best['name']} --prompt 'import ', or the same "
-         "sweep on your own text: add --set data.path=FILE and another --out")
+    _say(f"next: {_program()} generate {options.out}/{best['name']} --prompt 'import ', or the "
+         "same sweep on your own text: add --set data.path=FILE and another --out")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -275,6 +276,12 @@ def _restored(
     kept = run.training.keep_checkpoints
     with Checkpoints(records.checkpoints, kept, reader.fingerprints()) as found:
         return found.restore(abstract_state(run))
+
+
+def _program() -> str:
+    """This command as the user can type it: with its folder if that is not on the path."""
+    name = "engram-jax"
+    return sys.argv[0] if sys.argv[0].endswith(name) and not shutil.which(name) else name
 
 
 def _say(line: str) -> None:
