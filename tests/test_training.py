@@ -418,7 +418,7 @@ def test_killed_and_started_again_gives_the_same_bits(
     run, inputs, whole, last, tmp_path, compilations
 ):
     program = (
-        "import sys, json; from engram_jax.config import from_dict; "
+        "import sys, json; from engram_jax.settings import from_dict; "
         "from engram_jax.training.loop import train; "
         "train(from_dict(json.load(open(sys.argv[1]))), sys.argv[2])")
     (tmp_path / "config").write_text(json.dumps(to_dict(run)))
