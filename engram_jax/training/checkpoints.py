@@ -22,7 +22,7 @@ class Checkpoints:
     Args:
       directory: where they are kept; made if it is not there.
       keep: how many of the latest are kept.
-      fingerprints: what the state is worth nothing without (`Inputs.fingerprints`).
+      fingerprints: what the state is worth nothing without (`Reader.fingerprints`).
     """
 
     def __init__(self, directory: epath.Path, keep: int, fingerprints: Mapping[str, str]):
