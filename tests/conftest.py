@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+from micro import keep_compilations
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -16,3 +17,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def own_cache(tmp_path_factory, monkeypatch):
     """Token shards and tokenizers of a test session stay in its temporary folder."""
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path_factory.getbasetemp() / "engram_cache"))
+
+
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory):
+    """Programs are compiled quickly, and once for all modules that use this; the cache's folder."""
+    folder = tmp_path_factory.getbasetemp() / "compiled"
+    undo = keep_compilations(folder)
+    yield folder
+    undo()

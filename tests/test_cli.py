@@ -9,20 +9,14 @@ import subprocess
 import sys
 
 import pytest
-from micro import STEPS, keep_compilations, micro, plain, write_text
+from micro import STEPS, micro, plain, write_text
 
 import engram_jax
 from engram_jax import cli, recipes, sweeps
 from engram_jax.training.records import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("compilations")
 COMMANDS = ("describe", "train", "sweep", "evaluate", "generate", "bench")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory):
-    undo = keep_compilations(tmp_path_factory.getbasetemp() / "compiled")
-    yield
-    undo()
 
 
 @pytest.fixture(scope="module")

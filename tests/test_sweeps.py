@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from micro import keep_compilations, micro, plain, with_model, with_training, write_text
+from micro import micro, plain, with_model, with_training, write_text
 
 from engram_jax import sweeps
 from engram_jax.accounting import account
@@ -17,19 +17,13 @@ from engram_jax.settings import to_dict, with_settings
 from engram_jax.training.records import RunDirectory, first_difference
 from experiments.memory_scaling.configs import SLOTS, runs
 
+pytestmark = pytest.mark.usefixtures("compilations")
 FIELDS = {"name", "slots", "memory_params", "total_params", "active_params", "loss",
           "bits_per_byte", "tokens_per_s", "seed"}
 
 
 def silent(line):
     del line
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory):
-    undo = keep_compilations(tmp_path_factory.getbasetemp() / "compiled")
-    yield
-    undo()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from micro import STEPS, keep_compilations, micro, with_data, with_model, with_training, write_text
+from micro import STEPS, micro, with_data, with_model, with_training, write_text
 
 from engram_jax.config import OptimizerConfig, OverEncodingConfig
 from engram_jax.data.batches import train_batches, validation_batches
@@ -38,20 +38,13 @@ from engram_jax.training.optimizers import labels, optimizer, schedule
 from engram_jax.training.records import RunDirectory, first_difference
 from engram_jax.training.state import abstract_state, init_state
 
+pytestmark = pytest.mark.usefixtures("compilations")
 GOLDEN = pathlib.Path(__file__).parent / "golden_train_step.json"
 TENSORBOARD = importlib.util.find_spec("tensorboardX") is not None
 
 
 def silent(line):
     del line
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compilations(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "compiled"
-    undo = keep_compilations(folder)
-    yield folder
-    undo()
 
 
 @pytest.fixture(scope="module")
