@@ -11,6 +11,7 @@ from typing import Any
 from engram_jax.errors import UserError
 
 MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
+TABLE_OPTIMIZERS = ("row_adam", "dense_adam", "row_rmsprop", "row_adagrad", "balanced_momentum")
 
 
 def require(condition: bool, field: str, value: object, right: str) -> None:
@@ -41,6 +42,7 @@ class HashConfig:
       hash_seed: seed of the multipliers.
       shards: virtual shards of a table `[shards, rows, dim]`; its bytes do not depend on the mesh.
       table_std: standard deviation of a table's entries at the start (not published).
+      table_dtype: "float32", or "bfloat16", kept as uint16 bits and rounded stochastically.
     """
 
     rows_per_head: tuple[int, ...]
@@ -50,6 +52,7 @@ class HashConfig:
     hash_seed: int = 0
     shards: int = 64
     table_std: float = 0.02
+    table_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -64,6 +67,8 @@ class HashConfig:
                 f"times {self.heads} heads makes a table of over 2**31 - 1 rows")
         require_at_least(self, 0, name, "hash_seed", "table_std")
         require(1 <= self.shards <= 65536, f"{name}.shards", self.shards, "must be in 1..65536")
+        require(self.table_dtype in ("float32", "bfloat16"), f"{name}.table_dtype",
+                self.table_dtype, "must be float32 or bfloat16")
 
     @property
     def total_heads(self) -> int:
@@ -263,10 +268,16 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Muon for matrices, Adam for the rest, row Adam for tables (SPEC section 3).
+    """Muon for matrices, Adam for the rest, an optimizer of rows for tables (SPEC section 3).
 
     The learning rate warms up linearly, then is multiplied by `decay_to[i]` from the share
     `decay_at[i]` of the steps on.
+
+    Attributes:
+      table_optimizer: one of `TABLE_OPTIMIZERS`, as `memory.row_optimizers` has them.
+      table_multiplier: learning rate of the tables over that of the backbone.
+      table_b1, table_b2, table_eps: of Adam; RMSProp reads the last two, Adagrad the last.
+      table_momentum: of balanced momentum.
     """
 
     learning_rate: float = 4e-4
@@ -280,10 +291,12 @@ class OptimizerConfig:
     adam_b2: float = 0.95
     adam_eps: float = 1e-8
     clip_norm: float = 1.0
+    table_optimizer: str = "row_adam"
     table_multiplier: float = 5.0
     table_b1: float = 0.9
     table_b2: float = 0.95
     table_eps: float = 1e-8
+    table_momentum: float = 0.95
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "optimizer", "warmup_steps", "weight_decay", "muon_rms",
@@ -291,7 +304,8 @@ class OptimizerConfig:
         for field in ("learning_rate", "clip_norm"):
             value = getattr(self, field)
             require(0 < value < math.inf, f"optimizer.{field}", value, "must be positive")
-        for field in ("muon_momentum", "adam_b1", "adam_b2", "table_b1", "table_b2"):
+        for field in ("muon_momentum", "adam_b1", "adam_b2", "table_b1", "table_b2",
+                      "table_momentum"):
             value = getattr(self, field)
             require(0 <= value < 1, f"optimizer.{field}", value, "must be in [0, 1)")
         require(len(self.decay_at) == len(self.decay_to), "optimizer.decay_at", self.decay_at,
@@ -312,10 +326,16 @@ class TrainingConfig:
       evaluate_batches: validation batches that an evaluation reads; 0 reads all.
       keep_checkpoints: how many of the latest checkpoints are kept.
       tensorboard: also write TensorBoard events (extra `tensorboard`).
+      accumulate: a step's batch is cut into so many parts, one after another; the gradients add up,
+        and activations take so much less memory.
+      row_capacity: rows that a device may ask of each peer in one round of the exchange, as a share
+        of (ids it looks up / devices); more rounds follow where it is short. 0 measures the data.
     """
 
     steps: int
     seed: int = 0
+    accumulate: int = 1
+    row_capacity: float = 0.0
     evaluate_every: int = 0
     evaluate_batches: int = 0
     checkpoint_every: int = 0
@@ -324,9 +344,9 @@ class TrainingConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "training", "steps", "keep_checkpoints")
+        require_at_least(self, 1, "training", "steps", "keep_checkpoints", "accumulate")
         require_at_least(self, 0, "training", "seed", "evaluate_every", "evaluate_batches",
-                         "checkpoint_every", "log_every")
+                         "checkpoint_every", "log_every", "row_capacity")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

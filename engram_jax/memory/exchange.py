@@ -17,14 +17,17 @@ class UniqueRows(NamedTuple):
     """Distinct row ids with what belongs to each.
 
     Attributes:
-      ids_U: int32, ascending; unused slots hold an id that no table has.
+      ids_U: int32, ascending, in the table (or the device's part of it) that is to be updated;
+        unused slots hold an id that no table has.
       grads_UD: float32, the sum over every occurrence of the id; 0 in unused slots.
       used: int32 scalar, how many slots are used.
+      global_U: int32, the same rows by their ids in the whole table, whatever the mesh.
     """
 
     ids_U: jax.Array
     grads_UD: jax.Array
     used: jax.Array
+    global_U: jax.Array
 
 
 UNUSED = jnp.iinfo(jnp.int32).max
@@ -48,4 +51,4 @@ def combine(ids_N: jax.Array, grads_ND: jax.Array) -> UniqueRows:
     grads_UD = jax.ops.segment_sum(
         grads_ND[order_N].astype(jnp.float32), slot_N, num_segments=size, indices_are_sorted=True)
     ids_U = jnp.full(size, UNUSED, jnp.int32).at[slot_N].set(sorted_N, indices_are_sorted=True)
-    return UniqueRows(ids_U=ids_U, grads_UD=grads_UD, used=slot_N[-1] + 1)
+    return UniqueRows(ids_U=ids_U, grads_UD=grads_UD, used=slot_N[-1] + 1, global_U=ids_U)
