@@ -27,6 +27,16 @@ class TableLayout:
         """(S, R, D)."""
         return (self.shards, -(-self.rows // self.shards), self.dim)
 
+    def part(self, devices: int) -> "TableLayout":
+        """The layout of what one of `devices` devices holds: a table of its own.
+
+        Row r of a part lies at (r mod its shards, r div its shards); its rows include padding.
+        """
+        assert self.shards % devices == 0
+        shards = self.shards // devices
+        rows = self.rows if devices == 1 else shards * self.shape[1]
+        return TableLayout(rows=rows, dim=self.dim, shards=shards)
+
     def locate(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Shard and row within it of each id; ids that are not below `rows` land out of range."""
         inside = (ids >= 0) & (ids < self.rows)

@@ -3,10 +3,25 @@
 Weights are float32 and [in, out]; they are cast to the dtype of the activations where they meet.
 """
 
+from typing import Any, Protocol
+
 import jax
 import jax.numpy as jnp
 
 Params = dict[str, jax.Array]
+
+
+class Whole(Protocol):
+    """Makes parameters whole that are split over devices, where they are about to be used."""
+
+    def __call__(self, params: Any, *path: str | int) -> Any:
+        """The subtree `params`, which is found at `path` of the model's tree, whole."""
+
+
+def as_they_are(params: Any, *path: str | int) -> Any:
+    """The `Whole` of parameters that are not split."""
+    del path
+    return params
 
 
 def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:

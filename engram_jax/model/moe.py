@@ -46,7 +46,7 @@ def moe(
       config: sizes.
 
     Returns:
-      [B, T, D] in x's dtype, and the load of each expert, float32 [E], summing to 1.
+      [B, T, D] in x's dtype, and the load of each expert, its assignments, int32 [E].
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     choice_NK, weight_NK = route(params["router"], x_ND, bias_E, config)
@@ -57,8 +57,7 @@ def moe(
     out_ND = jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype))
     if config.shared:
         out_ND = out_ND + ffn(params["shared"], x_ND)
-    load_E = groups.count_E.astype(jnp.float32) / choice_NK.size
-    return out_ND.reshape(x_BTD.shape), load_E
+    return out_ND.reshape(x_BTD.shape), groups.count_E
 
 
 def route(
@@ -74,8 +73,17 @@ def route(
 
 
 def rebalanced(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
-    """Loss-free balancing (arXiv 2408.15664): each bias moves by `rate` against its load."""
-    return bias_LE + rate * jnp.sign(1.0 / load_LE.shape[-1] - load_LE)
+    """Loss-free balancing (arXiv 2408.15664): each bias moves by `rate` against its load.
+
+    Loads are counts, int32, and are compared with their mean in integers: the sign of a rounding
+    error would tell runs on different meshes apart.
+    """
+    total_L1 = jnp.sum(load_LE, axis=-1, keepdims=True)
+    mean_L1 = total_L1 // load_LE.shape[-1]  # rounded down
+    uneven_L1 = total_L1 % load_LE.shape[-1] != 0
+    below_LE = (load_LE < mean_L1) | (uneven_L1 & (load_LE == mean_L1))
+    above_LE = load_LE > mean_L1
+    return bias_LE + rate * (below_LE.astype(jnp.float32) - above_LE.astype(jnp.float32))
 
 
 class Groups(NamedTuple):

@@ -27,7 +27,15 @@ from engram_jax.model import hyper_connections, over_encoding
 from engram_jax.model.attention import attention, init_attention
 from engram_jax.model.documents import Documents, documents
 from engram_jax.model.engram import fuse, init_engram
-from engram_jax.model.layers import ffn, init_ffn, linear, normal, rms_norm
+from engram_jax.model.layers import (
+    Whole,
+    as_they_are,
+    ffn,
+    init_ffn,
+    linear,
+    normal,
+    rms_norm,
+)
 from engram_jax.model.moe import init_moe, moe
 
 
@@ -117,7 +125,7 @@ class Observed(NamedTuple):
     """What a forward pass lets one see.
 
     Attributes:
-      loads: for each segment, the share of assignments of each expert, float32 [L, E], or None.
+      loads: for each segment, the assignments of each expert, int32 [L, E], or None.
       gates: for each Engram layer's site, float32 [B, T, M].
     """
 
@@ -126,14 +134,18 @@ class Observed(NamedTuple):
 
 
 def embed(
-    params: dict[str, Any], tokens_BT: jax.Array, rows: dict[str, jax.Array], config: ModelConfig
+    params: dict[str, Any],
+    tokens_BT: jax.Array,
+    rows: dict[str, jax.Array],
+    config: ModelConfig,
+    whole: Whole = as_they_are,
 ) -> jax.Array:
     """The residual streams before the first block, [B, T, M, D] in the compute dtype."""
-    table = params["embedding"].astype(config.compute_dtype)
+    table = whole(params["embedding"], "embedding").astype(config.compute_dtype)
     embedded_BTD = table.at[tokens_BT].get(mode="promise_in_bounds")
     if config.over_encoding is not None:
-        embedded_BTD = over_encoding.encode(
-            params["over_encoding"], embedded_BTD, rows[INPUT_SITE])
+        projections = whole(params["over_encoding"], "over_encoding")
+        embedded_BTD = over_encoding.encode(projections, embedded_BTD, rows[INPUT_SITE])
     return hyper_connections.split(embedded_BTD, config.streams)
 
 
@@ -145,16 +157,20 @@ def run_segment(
     segment: Segment,
     config: ModelConfig,
     docs: Documents | None,
+    whole: Whole = as_they_are,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """One segment: (streams, loads [L, E] or None, gates [B, T, M] or None)."""
+    """One segment: (streams, loads [L, E] or None, gates [B, T, M] or None).
+
+    `whole` knows the segment's own parameters by "engram" and "blocks".
+    """
     gate_BTM = None
     if segment.engram:
         assert config.engram is not None
         assert rows_BTHC is not None
-        fused = fuse(params["engram"], x_BTMD, rows_BTHC, config.engram,
+        fused = fuse(whole(params["engram"], "engram"), x_BTMD, rows_BTHC, config.engram,
                      None if docs is None else docs.position_BT)
         x_BTMD, gate_BTM = x_BTMD + fused.delta_BTMD, fused.gate_BTM
-    plain = functools.partial(_block, config=config, docs=docs)
+    plain = functools.partial(_block, config=config, docs=docs, whole=whole)
     block = jax.checkpoint(plain) if config.remat == "block" else plain
 
     def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array | None]:
@@ -171,7 +187,9 @@ def _block(
     *,
     config: ModelConfig,
     docs: Documents | None,
+    whole: Whole,
 ) -> tuple[jax.Array, jax.Array | None]:
+    params = whole(params, "blocks")
     number_BT = None if docs is None else docs.number_BT
 
     def attend(x_BTD: jax.Array) -> tuple[jax.Array, None]:
@@ -200,6 +218,41 @@ def head(params: dict[str, Any], x_BTMD: jax.Array, config: ModelConfig) -> jax.
     return linear(normed_BTD, weight_DV).astype(jnp.float32)
 
 
+def head_params(params: dict[str, Any], config: ModelConfig, whole: Whole) -> dict[str, Any]:
+    """What `head` reads, whole."""
+    name = "embedding" if config.tied_head else "head"
+    return {"final_gain": params["final_gain"], name: whole(params[name], name)}
+
+
+def body(
+    params: dict[str, Any],
+    tokens_BT: jax.Array,
+    rows: dict[str, jax.Array],
+    router_bias: list[jax.Array | None],
+    config: ModelConfig,
+    starts_BT: jax.Array | None = None,
+    whole: Whole = as_they_are,
+) -> tuple[jax.Array, Observed]:
+    """Tokens and rows to the streams after the last block, [B, T, M, D]; arguments of `apply`."""
+    docs = None
+    if config.isolate_documents:
+        assert starts_BT is not None, "a model that isolates documents needs starts_BT"
+        docs = documents(starts_BT)
+    x_BTMD = embed(params, tokens_BT, rows, config, whole)
+    loads, gates = [], {}
+    for number, (segment, part, bias_LE) in enumerate(zip(
+        segments(config), params["segments"], router_bias, strict=True
+    )):
+        site = engram_site(segment.start)
+        x_BTMD, load_LE, gate_BTM = run_segment(
+            part, x_BTMD, rows.get(site), bias_LE, segment, config, docs,
+            lambda tree, *path, number=number: whole(tree, "segments", number, *path))
+        loads.append(load_LE)
+        if gate_BTM is not None:
+            gates[site] = gate_BTM
+    return x_BTMD, Observed(loads, gates)
+
+
 def apply(
     params: dict[str, Any],
     tokens_BT: jax.Array,
@@ -222,22 +275,8 @@ def apply(
     Returns:
       Logits float32 [B, T, V], and what could be observed on the way.
     """
-    docs = None
-    if config.isolate_documents:
-        assert starts_BT is not None, "a model that isolates documents needs starts_BT"
-        docs = documents(starts_BT)
-    x_BTMD = embed(params, tokens_BT, rows, config)
-    loads, gates = [], {}
-    for segment, part, bias_LE in zip(
-        segments(config), params["segments"], router_bias, strict=True
-    ):
-        site = engram_site(segment.start)
-        x_BTMD, load_LE, gate_BTM = run_segment(
-            part, x_BTMD, rows.get(site), bias_LE, segment, config, docs)
-        loads.append(load_LE)
-        if gate_BTM is not None:
-            gates[site] = gate_BTM
-    return head(params, x_BTMD, config), Observed(loads, gates)
+    x_BTMD, seen = body(params, tokens_BT, rows, router_bias, config, starts_BT)
+    return head(params, x_BTMD, config), seen
 
 
 class Transformer(nn.Module):

@@ -1,12 +1,16 @@
 """Muon for matrices, Adam for the rest (SPEC section 3); tables have `memory.row_optimizers`."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from engram_jax.config import OptimizerConfig
+
+# (step, updates) -> updates with `step`, a function of matrices [N, in, out], applied to each.
+ByMatrix = Callable[[Callable[[jax.Array], jax.Array], Any], Any]
 
 # Leaves that are not matrices of a hidden layer, by the last key of their path.
 EMBEDDINGS = frozenset({"embedding", "head"})
@@ -26,7 +30,9 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def optimizer(
+    config: OptimizerConfig, by_matrix: ByMatrix | None = None
+) -> optax.GradientTransformation:
     """The transform of every parameter outside the tables, at a learning rate of 1.
 
     The step multiplies the updates by the rate of its own number, which skipped steps count in.
@@ -34,19 +40,72 @@ def optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     Matrices get Muon with updates of RMS `muon_rms` and decoupled weight decay, embedding and head
     AdamW, vectors Adam without decay. Leading axes of a matrix (blocks, experts, branches) are
     independent matrices.
+
+    Args:
+      config: the settings.
+      by_matrix: brings together the matrices of leaves that are split over devices; None if none
+        is. The transform's state does not depend on it.
     """
     adam = {"b1": config.adam_b1, "b2": config.adam_b2, "eps": config.adam_eps}
+    muon = optax.chain(
+        nesterov(config.muon_momentum),
+        orthogonal(config.muon_rms, by_matrix or _here),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale(-1.0))
     return optax.partition(
         {
-            "matrix": optax.contrib.muon(
-                1.0, beta=config.muon_momentum, weight_decay=config.weight_decay,
-                consistent_rms=config.muon_rms,
-                muon_weight_dimension_numbers=lambda tree: jax.tree.map(_matrix_axes, tree)),
+            "matrix": muon,
             "embedding": optax.adamw(1.0, weight_decay=config.weight_decay, **adam),
             "vector": optax.adam(1.0, **adam),
         },
         labels,
     )
+
+
+class Momentum(NamedTuple):
+    """count int32, the updates so far; mu, the mean of the gradients."""
+
+    count: jax.Array
+    mu: Any
+
+
+def nesterov(beta: float) -> optax.GradientTransformation:
+    """The look-ahead mean of the gradients, without bias, as optax's Muon takes it."""
+
+    def init(params: Any) -> Momentum:
+        return Momentum(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params))
+
+    def update(grads: Any, state: Momentum, params: Any = None) -> tuple[Any, Momentum]:
+        del params
+        mu = optax.tree.update_moment(grads, state.mu, beta, 1)
+        count = optax.safe_increment(state.count)
+        ahead = jax.tree.map(
+            lambda m, g: beta * m + (1 - beta) * g,
+            optax.tree.bias_correction(mu, beta, optax.safe_increment(count)),
+            optax.tree.bias_correction(grads, beta, count))
+        return ahead, Momentum(count, mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonal(rms: float, by_matrix: ByMatrix) -> optax.GradientTransformation:
+    """Newton-Schulz of each matrix, scaled to entries of root mean square `rms`."""
+    newton_schulz = optax.contrib.scale_by_muon(
+        beta=0.0, nesterov=False,
+        weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2))
+
+    def step(matrices_NIO: jax.Array) -> jax.Array:
+        # No momentum is left in it, so its state is made for the occasion.
+        made, _ = newton_schulz.update(matrices_NIO, newton_schulz.init(matrices_NIO))
+        return jnp.sqrt(max(matrices_NIO.shape[1:])) * rms * made
+
+    return optax.stateless(lambda updates, params: by_matrix(step, updates))
+
+
+def _here(step: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
+    """Every matrix is whole on this device."""
+    return jax.tree.map(
+        lambda leaf: step(leaf.reshape(-1, *leaf.shape[-2:])).reshape(leaf.shape), updates)
 
 
 def labels(params: Any) -> Any:
@@ -60,7 +119,3 @@ def _label(path: tuple[Any, ...]) -> str:
         return "embedding"
     return "vector" if name in VECTORS else "matrix"
 
-
-def _matrix_axes(leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers:
-    return optax.contrib.MuonDimensionNumbers(
-        reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)

@@ -1,0 +1,127 @@
+"""Parameters split over the mesh axis `fsdp`: whole where they are used, split everywhere else.
+
+A matrix lies split along one of its last two axes. A block's matrices are gathered (in the dtype
+that they are used in) when the block begins, and their gradients are summed and split again (in
+float32) when its backward pass ends, so that a device never holds more than a block's weights
+whole. Vectors, and matrices that the axis does not divide, are whole on every device.
+
+Everything but `split` runs inside `jax.shard_map`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from engram_jax.training.optimizers import labels
+
+DATA, FSDP = "data", "fsdp"
+AXES = (DATA, FSDP)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a parameter tree is split over `devices` devices of the axis `fsdp`.
+
+    Attributes:
+      axes: for each leaf the axis that is split, counted from the end (-2 or -1), or 0 for none;
+        so it also holds for one block's slice of a leaf that is stacked over blocks.
+      devices: along the axis `fsdp`.
+      dtype: in which matrices are gathered.
+    """
+
+    axes: Any
+    devices: int
+    dtype: str
+
+    def whole(self, params: Any, *path: str | int) -> Any:
+        """The subtree `params`, found at `path`, with its matrices whole."""
+        axes = self.axes
+        for step in path:
+            axes = axes[step]
+        return jax.tree.map(
+            lambda leaf, axis: gathered(leaf, axis, self.dtype) if axis else leaf, params, axes)
+
+    def summed(self, grads: Any) -> Any:
+        """Gradients summed over all devices that hold the same part."""
+        return jax.tree.map(
+            lambda grad, axis: jax.lax.psum(grad, DATA if axis else AXES), grads, self.axes)
+
+    def square(self, grads: Any) -> jax.Array:
+        """The sum of the squares of all entries of summed gradients, float32."""
+        squares = jax.tree.map(lambda grad: jnp.sum(grad**2), grads)
+        parts = list(zip(jax.tree.leaves(squares), jax.tree.leaves(self.axes), strict=True))
+        split = sum((square for square, axis in parts if axis), jnp.float32(0))
+        return jax.lax.psum(split, FSDP) + sum(square for square, axis in parts if not axis)
+
+    def by_matrix(self, step: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
+        """`step`, a function of whole matrices [N, in, out], applied to all of `updates`."""
+        return jax.tree.map(
+            lambda leaf, axis: leaf if _is_masked(leaf) else _by_matrix(
+                step, leaf, axis, self.devices), updates, self.axes, is_leaf=_is_masked)
+
+    def specs(self, params: Any) -> Any:
+        """The PartitionSpec of each leaf."""
+        return jax.tree.map(lambda leaf, axis: _spec(leaf.ndim, axis), params, self.axes)
+
+
+def split(abstract_params: Any, devices: int, dtype: str) -> Split:
+    """How to split a tree: matrices along their second-last axis, or else the last.
+
+    The second-last first: a TPU keeps the last axis in lanes of 128, and a narrow one wastes them.
+    """
+
+    def axis(path: tuple, leaf: Any, label: str) -> int:
+        if label == "vector" or path[-1].key == "router" or devices == 1:
+            return 0  # the router is used in float32, and is small
+        return next((a for a in (-2, -1) if leaf.shape[a] % devices == 0), 0)
+
+    axes = jax.tree_util.tree_map_with_path(axis, abstract_params, labels(abstract_params))
+    return Split(axes, devices, dtype)
+
+
+def _spec(ndim: int, axis: int) -> PartitionSpec:
+    return PartitionSpec(*(FSDP if axis and i == ndim + axis else None for i in range(ndim)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(part: jax.Array, axis: int, dtype: str) -> jax.Array:
+    """The whole matrix in `dtype`; the gradient is summed over the axis `fsdp` in float32."""
+    return jax.lax.all_gather(
+        part.astype(dtype), FSDP, axis=part.ndim + axis, tiled=True)
+
+
+def _gathered_backward(axis: int, dtype: str, _: None, grad: jax.Array) -> tuple[jax.Array]:
+    del dtype
+    return (jax.lax.psum_scatter(grad.astype(jnp.float32), FSDP,
+                                 scatter_dimension=grad.ndim + axis, tiled=True),)
+
+
+gathered.defvjp(lambda part, axis, dtype: (gathered(part, axis, dtype), None), _gathered_backward)
+
+
+def _by_matrix(
+    step: Callable[[jax.Array], jax.Array], update: jax.Array, axis: int, devices: int
+) -> jax.Array:
+    """`step` on the matrices of a leaf [..., in, out], each whole on one device.
+
+    One all_to_all gives each device its share of the matrices, another splits them again. A leaf
+    that is not split is done by every device alike.
+    """
+    matrices = update.reshape(-1, *update.shape[-2:])
+    if not axis:
+        return step(matrices).reshape(update.shape)
+    count = matrices.shape[0]
+    padded = jnp.pad(matrices, ((0, -count % devices), (0, 0), (0, 0)))
+    whole = jax.lax.all_to_all(padded, FSDP, 0, 3 + axis, tiled=True)
+    back = jax.lax.all_to_all(step(whole), FSDP, 3 + axis, 0, tiled=True)
+    return back[:count].reshape(update.shape)
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)

@@ -1,0 +1,141 @@
+"""The mesh of a run: its axes, and where each part of the state lies.
+
+Axes `data` and `fsdp`; either may be 1. A batch is split over both, parameters over `fsdp`, tables
+over both. Nothing that is saved depends on the mesh.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from engram_jax.config import RunConfig, require
+from engram_jax.memory.exchange import Exchange
+from engram_jax.memory.sites import sites
+from engram_jax.training.fsdp import AXES, DATA, FSDP, Split, split
+from engram_jax.training.state import TrainState, abstract_state
+
+DENSE_OPTIMIZERS = frozenset({"dense_adam", "balanced_momentum"})
+
+
+def make_mesh(
+    data: int = 0, fsdp: int = 0, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of all devices, `data` x `fsdp`; a size of 0 is what the other leaves.
+
+    With neither given all devices are along `fsdp`.
+
+    Raises:
+      UserError: the sizes do not make up the devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
+    if not fsdp:
+        fsdp = count // max(data, 1)
+    if not data:
+        data = count // fsdp
+    require(data * fsdp == count, "mesh", f"{data}x{fsdp}",
+            f"must make up the {count} device{'s' if count > 1 else ''} that there are")
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def single_mesh() -> Mesh:
+    """A mesh of this process's first device."""
+    return make_mesh(devices=jax.local_devices()[:1])
+
+
+def shape_of(mesh: Mesh) -> str:
+    """ "data x fsdp", as the command line takes it."""
+    return f"{mesh.shape[DATA]}x{mesh.shape[FSDP]}"
+
+
+def check(run: RunConfig, mesh: Mesh) -> None:
+    """Refuse a run that the mesh does not divide (UserError)."""
+    devices, accumulate = mesh.size, run.training.accumulate
+    batch = run.data.batch_size
+    require(batch % devices == 0, "data.batch_size", batch,
+            f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}")
+    require(batch // devices % accumulate == 0, "training.accumulate", accumulate,
+            f"does not divide the {batch // devices} sequences that each of {devices} devices has")
+    for site in sites(run.model):
+        require(site.layout.shards % devices == 0, f"{site.name}.shards", site.layout.shards,
+                f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}; "
+                f"set the memory's shards to a multiple of {devices}")
+
+
+def param_split(run: RunConfig, mesh: Mesh) -> Split:
+    """How the run's parameters are split."""
+    return split(abstract_state(run).params, mesh.shape[FSDP], run.model.compute_dtype)
+
+
+def exchanges(run: RunConfig, mesh: Mesh) -> dict[str, Exchange]:
+    """For each memory site, the exchange of its table over the mesh.
+
+    The capacity is `training.row_capacity` of the even share of a device's ids (1 where it is not
+    set). Optimizers that move the whole table at once need every gradient in one round.
+    """
+    out = {}
+    for site in sites(run.model):
+        tokens = run.data.batch_size // mesh.size * run.data.sequence_length
+        ids, part = tokens * site.hash_config.total_heads, site.layout.part(mesh.size)
+        most = min(ids, part.rows)
+        share = math.ceil((run.training.row_capacity or 1.0) * ids / mesh.size)
+        dense = run.optimizer.table_optimizer in DENSE_OPTIMIZERS
+        out[site.name] = Exchange(layout=site.layout, axes=AXES, devices=mesh.size,
+                                  capacity=most if dense else max(1, min(share, most)))
+    return out
+
+
+def state_specs(run: RunConfig, mesh: Mesh) -> TrainState:
+    """The PartitionSpec of every leaf of the state."""
+    abstract = abstract_state(run)
+    params = param_split(run, mesh).specs(abstract.params)
+    everywhere = PartitionSpec()
+
+    def of_table(leaf: Any) -> PartitionSpec:
+        return PartitionSpec(AXES) if leaf.ndim else everywhere
+
+    return TrainState(
+        step=everywhere,
+        params=params,
+        router_bias=jax.tree.map(lambda _: everywhere, abstract.router_bias),
+        opt_state=_like_params(abstract.opt_state, params),
+        tables=jax.tree.map(of_table, abstract.tables),
+        table_state=jax.tree.map(of_table, abstract.table_state),
+    )
+
+
+def _like_params(opt_state: Any, params: Any) -> Any:
+    """Specs of an optimizer's state: a leaf at the end of whose path a parameter's path stands lies
+    as that parameter does, everything else is everywhere."""
+    of_param = {path: spec for path, spec in jax.tree_util.tree_leaves_with_path(params)}
+
+    def spec(path: tuple, leaf: Any) -> PartitionSpec:
+        del leaf
+        ends = (path[start:] for start in range(len(path)))
+        return next((of_param[end] for end in ends if end in of_param), PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(spec, opt_state)
+
+
+def shardings(run: RunConfig, mesh: Mesh) -> TrainState:
+    """The NamedSharding of every leaf of the state."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(run, mesh),
+                        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def placed_state(run: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the run's state."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_state(run), shardings(run, mesh))
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays, split over the whole mesh."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    return {name: jax.make_array_from_process_local_data(sharding, rows)
+            for name, rows in batch.items()}
