@@ -143,7 +143,14 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
         "train tiny --out runs/mine --set data.path=my.txt --set training.steps=200")
     _add_recipe(command)
     command.add_argument("--out", required=True, metavar="DIR", help="the run's own folder")
+    _add_mesh(command)
     _add_set(command)
+
+
+def _add_mesh(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--mesh", metavar="DATAxFSDP", default=None,
+                         help="split batches over both, parameters over the second, tables over "
+                         "both; default $ENGRAM_MESH, or else all devices as 1xN")
 
 
 def _add_sweep(commands) -> None:  # type: ignore[no-untyped-def]
@@ -153,6 +160,7 @@ def _add_sweep(commands) -> None:  # type: ignore[no-untyped-def]
         "sweep memory_scaling --out runs/scaling --set data.path=my.txt")
     command.add_argument("experiment", metavar="EXPERIMENT", help="a folder of experiments/")
     command.add_argument("--out", required=True, metavar="DIR", help="gets one folder a run")
+    _add_mesh(command)
     _add_set(command)
 
 
@@ -198,16 +206,19 @@ def describe(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     from engram_jax.training.loop import train as run_to_end
+    from engram_jax.training.mesh import chosen_mesh
 
-    result = run_to_end(_recipe(options), options.out, _say)
+    result = run_to_end(_recipe(options), options.out, _say, chosen_mesh(options.mesh))
     _say(f"loss {result['loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
     _say(f"next: {_program()} generate {options.out} --prompt 'import '")
 
 
 def sweep(options: argparse.Namespace) -> None:
     from engram_jax import sweeps
+    from engram_jax.training.mesh import chosen_mesh
 
-    results = sweeps.sweep(options.experiment, options.out, options.settings, _say)
+    results = sweeps.sweep(options.experiment, options.out, options.settings, _say,
+                           chosen_mesh(options.mesh))
     best = min(results, key=lambda result: result["loss"])
     _say(f"next: {_program()} generate {options.out}/{best['name']} --prompt 'import ', or the "
          "same sweep on your own text: add --set data.path=FILE and another --out")
@@ -267,15 +278,15 @@ def _recipe(options: argparse.Namespace) -> RunConfig:
 def _restored(
     records: "RunDirectory", run: RunConfig, reader: "Reader"
 ) -> "TrainState":
-    """The last checkpoint of a run."""
+    """The last checkpoint of a run, on this process's first device."""
     from engram_jax.training.checkpoints import Checkpoints
-    from engram_jax.training.state import abstract_state
+    from engram_jax.training.mesh import placed_state, single_mesh
 
     if not records.checkpoints.exists():
         raise UserError(f"{records.path}: has no checkpoint yet; train it first")
     kept = run.training.keep_checkpoints
     with Checkpoints(records.checkpoints, kept, reader.fingerprints()) as found:
-        return found.restore(abstract_state(run))
+        return found.restore(placed_state(run, single_mesh()))
 
 
 def _program() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+from jax.sharding import Mesh
 
 from engram_jax.analysis import figures, scaling
 from engram_jax.config import RunConfig, require
@@ -45,7 +46,7 @@ def experiments() -> list[str]:
 
 def sweep(
     name: str, directory: epath.PathLike, settings: Sequence[str] = (),
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print, mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
     """Run an experiment in `directory` and write results.json, table.txt and the figure there.
 
@@ -54,6 +55,7 @@ def sweep(
       directory: gets one folder a run.
       settings: "field=value", applied to every run.
       say: gets lines for people.
+      mesh: as `train` takes it.
 
     Returns:
       One dict a run, as results.json holds them.
@@ -64,7 +66,7 @@ def sweep(
     place, results = epath.Path(directory), []
     for number, run in enumerate(runs, start=1):
         say(f"run {number} of {len(runs)}: {run.name}")
-        results.append(train(run, place / run.name, say))
+        results.append(train(run, place / run.name, say, mesh))
     report(results, place, say)
     return results
 

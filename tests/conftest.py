@@ -17,6 +17,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def own_cache(tmp_path_factory, monkeypatch):
     """Token shards and tokenizers of a test session stay in its temporary folder."""
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path_factory.getbasetemp() / "engram_cache"))
+    monkeypatch.setenv("ENGRAM_MESH", "1x1")  # where a test does not name another mesh
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,7 @@ def row_step():
 
     @quick_jit
     def step(table, table_state, fusion, state, hidden, target, number):
-        rows = exchange.lookup(layout, table, ids)
+        rows = layout.gather(table, ids)
         loss, (grads, row_grads) = jax.value_and_grad(lambda p, r: loss_of(
             hidden + fuse(p, hidden, r, CONFIG).delta_BTMD, target), (0, 1))(fusion, rows)
         unique = exchange.combine(ids.reshape(-1), row_grads.reshape(-1, layout.dim))

@@ -240,7 +240,7 @@ def memory_of_step(rows):
     layout, optimizer = TableLayout(rows=rows, dim=8, shards=16), row_adam(**ADAM)
 
     def step(table, state, ids_N, target_ND, number):
-        read = exchange.lookup(layout, table, ids_N)
+        read = layout.gather(table, ids_N)
         grads = jax.grad(lambda rows_ND: jnp.sum((rows_ND - target_ND) ** 2))(read)
         unique = exchange.combine(ids_N, grads)
         return optimizer.update(layout, table, state, unique, number, jnp.float32(RATE))

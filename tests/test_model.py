@@ -16,8 +16,7 @@ from engram_jax.config import (
     OverEncodingConfig,
 )
 from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.memory import exchange
-from engram_jax.memory.sites import address, sites
+from engram_jax.memory.sites import address, gather_rows, sites
 from engram_jax.model import hyper_connections, layers, transformer
 from engram_jax.model import moe as experts_module
 from engram_jax.model.attention import rope, visible
@@ -89,8 +88,7 @@ def rows_of(config, tokens_BT, starts_BT):
     _, tables, addressing = parts(config)
     position_BT = documents(starts_BT).position_BT if config.isolate_documents else None
     ids = addressing.ids(tokens_BT, position_BT)
-    return {site.name: exchange.lookup(site.layout, tables[site.name], ids[site.name])
-            for site in sites(config)}
+    return gather_rows(config, tables, ids)
 
 
 @functools.cache

@@ -56,10 +56,10 @@ def swept(micro_runs, tmp_path_factory):
 
 
 def stopped_at(train, name):
-    def stopping(run, directory, say):
+    def stopping(run, directory, say, mesh):
         if run.name == name:
             raise KeyboardInterrupt
-        return train(run, directory, say)
+        return train(run, directory, say, mesh)
 
     return stopping
 

@@ -27,6 +27,7 @@ from micro import STEPS, micro, with_data, with_model, with_training, write_text
 from engram_jax.config import OptimizerConfig, OverEncodingConfig
 from engram_jax.data.batches import train_batches, validation_batches
 from engram_jax.errors import MachineError, UserError
+from engram_jax.memory.sites import gather_rows
 from engram_jax.model import transformer
 from engram_jax.recipes import RECIPES, without_memory
 from engram_jax.settings import to_dict
@@ -34,9 +35,10 @@ from engram_jax.training import loop, step
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.evaluation import evaluator
 from engram_jax.training.inputs import open_inputs
+from engram_jax.training.mesh import placed_state, single_mesh
 from engram_jax.training.optimizers import labels, optimizer, schedule
 from engram_jax.training.records import RunDirectory, first_difference
-from engram_jax.training.state import abstract_state, init_state
+from engram_jax.training.state import init_state
 
 pytestmark = pytest.mark.usefixtures("compilations")
 GOLDEN = pathlib.Path(__file__).parent / "golden_train_step.json"
@@ -105,7 +107,7 @@ def synthetic(run, seed):
 
 def restored(run, inputs, place, at=None):
     with Checkpoints(epath.Path(place), 2, inputs.fingerprints()) as checkpoints:
-        return checkpoints.restore(abstract_state(run), step=at)
+        return checkpoints.restore(placed_state(run, single_mesh()), step=at)
 
 
 def leaves(tree):
@@ -152,7 +154,7 @@ def dense_gradients(run, inputs, state, batch):
     """Gradients of parameters and of whole tables, by differentiating through the reads."""
 
     def loss(params, tables):
-        rows = step.read(run, tables, step.row_ids(run, inputs.addressing, batch))
+        rows = gather_rows(run.model, tables, step.row_ids(run, inputs.addressing, batch))
         return step.mean_loss(params, rows, state.router_bias, batch, run)[0]
 
     return jax.jit(jax.grad(loss, argnums=(0, 1)))(state.params, state.tables)
@@ -500,7 +502,7 @@ def test_evaluation_weighs_every_validation_token_once(run, inputs, last):
     @jax.jit
     def logits(tokens_1T):
         batch = {"tokens_BT": tokens_1T}
-        rows = step.read(run, last.tables, step.row_ids(run, inputs.addressing, batch))
+        rows = gather_rows(run.model, last.tables, step.row_ids(run, inputs.addressing, batch))
         return transformer.apply(last.params, tokens_1T, rows, last.router_bias, run.model)[0]
 
     total, count = 0.0, 0
@@ -543,7 +545,7 @@ def test_a_save_is_safe_while_its_state_is_donated(run, inputs, first, donated, 
         jax.block_until_ready(state)
     place = train_batches(inputs.tokens, run.data)
     with Checkpoints(epath.Path(tmp_path), 2, inputs.fingerprints()) as checkpoints:
-        assert_same_bits(checkpoints.restore(abstract_state(run), place), at_save)
+        assert_same_bits(checkpoints.restore(placed_state(run, single_mesh()), place), at_save)
     assert_same_bits(next(place), second)
 
 
@@ -570,7 +572,7 @@ def test_another_tokenizer_or_hash_is_refused(run, inputs, whole, name):
     prints = {**inputs.fingerprints(), name: "0123456789abcdef"}
     with (Checkpoints(whole.checkpoints, 2, prints) as checkpoints,
           pytest.raises(UserError, match="another tokenizer or hash") as error):
-        checkpoints.restore(abstract_state(run))
+        checkpoints.restore(placed_state(run, single_mesh()))
     assert "01234567" in one_line(error)
 
 

@@ -17,9 +17,9 @@ import optax
 from engram_jax import recipes
 from engram_jax.config import RunConfig
 from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.memory.sites import Addressing, address
+from engram_jax.memory.sites import Addressing, address, gather_rows
 from engram_jax.training.state import init_state
-from engram_jax.training.step import Batch, mean_loss, read, row_ids, train_step
+from engram_jax.training.step import Batch, mean_loss, row_ids, train_step
 
 ROWS = (100_000, 1_000_000, 10_000_000)
 STEPS = 9
@@ -111,7 +111,7 @@ def _dense(run: RunConfig) -> Callable[[Batch], Any]:
     def step(trained: Any, opt_state: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
         def loss(trained: Any) -> jax.Array:
             params, tables = trained
-            rows = read(run, tables, row_ids(run, addressing, batch))
+            rows = gather_rows(run.model, tables, row_ids(run, addressing, batch))
             return mean_loss(params, rows, bias, batch, run)[0]
 
         value, grads = jax.value_and_grad(loss)(trained)

@@ -11,10 +11,11 @@ import numpy as np
 
 from engram_jax.config import RunConfig, require
 from engram_jax.inference.sampling import sample
+from engram_jax.memory.sites import gather_rows
 from engram_jax.model import transformer
 from engram_jax.training.inputs import Reader
 from engram_jax.training.state import TrainState
-from engram_jax.training.step import read, row_ids
+from engram_jax.training.step import row_ids
 
 
 def generate(
@@ -60,7 +61,8 @@ def _pieces(
         starts_1T = jnp.concatenate(
             [jnp.zeros((1, 1), bool), tokens_1T[:, :-1] == end], axis=1)
         batch = {"tokens_BT": tokens_1T, "starts_BT": starts_1T}
-        rows = read(run, state.tables, row_ids(run, reader.addressing, batch))
+        rows = gather_rows(
+            run.model, state.tables, row_ids(run, reader.addressing, batch))
         logits_1TV, _ = transformer.apply(
             state.params, tokens_1T, rows, state.router_bias, run.model, starts_1T)
         return sample(logits_1TV[0, last, :known], key, jnp.float32(temperature))

@@ -135,6 +135,13 @@ class Exchange:
         """The layout of one device's part, a table of its own."""
         return self.layout.part(self.devices)
 
+    def demand(self, ids: jax.Array) -> jax.Array:
+        """How many distinct rows this device needs of each peer, int32 [P]."""
+        _, keys_U = distinct(jnp.sort(self._keys(ids.reshape(-1))))
+        begin_P = jnp.searchsorted(keys_U, self._first_keys())
+        last_P = self._first_keys() + (self.part.rows - 1)
+        return (jnp.searchsorted(keys_U, last_P, side="right") - begin_P).astype(jnp.int32)
+
     def route(self, ids: jax.Array) -> Route:
         """Sort, keep one of each, and tell the owners what is asked of them first.
 
@@ -284,9 +291,8 @@ class Exchange:
         slot_PC = jnp.where(window.keys_PC == UNUSED, grads_UD.shape[0], slot_PC)
         sent_PCD = grads_UD.at[slot_PC].get(mode="fill", fill_value=0)
         got_PCD = self._swap(sent_PCD)
-        ids_U, sums_UD, used = combine(
-            self._local(asked_PC).reshape(-1), got_PCD.reshape(-1, got_PCD.shape[-1]))
-        return UniqueRows(ids_U, sums_UD, used, self._global(ids_U))
+        rows = combine(self._local(asked_PC).reshape(-1), got_PCD.reshape(-1, got_PCD.shape[-1]))
+        return rows._replace(global_U=self._global(rows.ids_U))
 
     def _swap(self, send: jax.Array) -> jax.Array:
         """What each peer holds for this device, in the peers' order; the leading axis is P."""
@@ -303,21 +309,17 @@ def distinct(sorted_N: jax.Array) -> tuple[jax.Array, jax.Array]:
     return slot_N, keys_U.at[slot_N].set(sorted_N, indices_are_sorted=True)
 
 
-def combine(ids_N: jax.Array, grads_ND: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def combine(ids_N: jax.Array, grads_ND: jax.Array) -> UniqueRows:
     """Sum the gradients of equal ids, in float32 and always in the same order.
 
     The ids are sorted (stably), so a distinct id owns one run of occurrences, and a run is summed
-    from its first to its last.
-
-    Returns:
-      ids_U int32 ascending (UNUSED in slots behind them), sums_UD float32, and how many ids
-      there are beside UNUSED.
+    from its first to its last. UNUSED among the ids is not counted as used.
     """
     sorted_N, order_N = jax.lax.sort_key_val(ids_N, jnp.arange(ids_N.size, dtype=jnp.int32))
     slot_N, ids_U = distinct(sorted_N)
     sums_UD = jax.ops.segment_sum(grads_ND[order_N].astype(jnp.float32), slot_N,
                                   num_segments=ids_N.size, indices_are_sorted=True)
-    return ids_U, sums_UD, jnp.sum(ids_U != UNUSED, dtype=jnp.int32)
+    return UniqueRows(ids_U, sums_UD, jnp.sum(ids_U != UNUSED, dtype=jnp.int32), ids_U)
 
 
 def on_mesh(

@@ -58,6 +58,14 @@ def _hash(config: HashConfig, layers: tuple[int, ...], vocab_size: int, pad_id: 
                      vocab_size=vocab_size, pad_id=pad_id, seed=config.hash_seed)
 
 
+def gather_rows(
+    model: ModelConfig, tables: dict[str, jax.Array], ids: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """For each site its rows [B, T, H, C], from tables that lie whole on one device."""
+    return {site.name: site.layout.gather(tables[site.name], ids[site.name])
+            for site in sites(model)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Addressing:
     """Tokens to the row ids of every site; pure, so that it runs inside a jitted step.

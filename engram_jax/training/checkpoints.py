@@ -65,7 +65,7 @@ class Checkpoints:
         self.wait()
         try:
             response = self._checkpointer.save_checkpointables_async(
-                step, {"state": state, "batches": batches},
+                step, {"state": state, "batches": batches.get_state()},
                 custom_metadata={"fingerprints": self._fingerprints})
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(step, error) from error
@@ -91,6 +91,12 @@ class Checkpoints:
     ) -> TrainState:
         """The state of a checkpoint (the latest by default); `batches` is wound to its place.
 
+        Args:
+          abstract: shapes and dtypes, and where each array shall lie (`mesh.placed_state`): any
+            mesh, whatever the mesh was that wrote it.
+          batches: the iterator; in any number of processes.
+          step: of the checkpoint.
+
         Raises:
           UserError: no checkpoint, another hash or tokenizer, or other shapes.
           MachineError: the checkpoint cannot be read.
@@ -99,16 +105,19 @@ class Checkpoints:
         if step is None:
             raise UserError(f"{self._directory}: holds no whole checkpoint")
         self._check(step, abstract)
-        wanted: dict[str, Any] = {"state": _on_device(abstract)}
+        wanted: dict[str, Any] = {"state": abstract}
         if batches is not None:
-            wanted["batches"] = batches
+            wanted["batches"] = batches.get_state()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of a private orbax API
-                return self._checkpointer.load_checkpointables(step, wanted)["state"]
+                found = self._checkpointer.load_checkpointables(step, wanted)
         except Exception as error:  # as in `wait`
             raise MachineError(f"{self._directory / str(step)}: cannot be read: "
                                f"{first_line(error)}") from error
+        if batches is not None:
+            batches.set_state(jax.tree.map(int, found["batches"]))
+        return found["state"]
 
     def _steps(self) -> list[int]:
         return [found.step for found in self._checkpointer.checkpoints]
@@ -157,12 +166,6 @@ def _ends(digest: str | None) -> str:
     if digest is None:
         return "none"
     return ":".join(part[:8] for part in digest.split(":"))
-
-
-def _on_device(abstract: TrainState) -> TrainState:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -6,29 +6,40 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import grain
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from engram_jax.accounting import account
 from engram_jax.config import RunConfig
 from engram_jax.data.batches import train_batches
+from engram_jax.training import mesh as meshes
+from engram_jax.training.capacity import with_capacity
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.evaluation import Evaluation, evaluator
 from engram_jax.training.inputs import Inputs, open_inputs
 from engram_jax.training.progress import Progress
 from engram_jax.training.records import RunDirectory, environment
-from engram_jax.training.state import TrainState, abstract_state, init_state
+from engram_jax.training.state import TrainState, init_state
 from engram_jax.training.step import train_step
 from engram_jax.training.tensorboard import TensorBoard
 
 
 def train(
-    run: RunConfig, directory: epath.PathLike, say: Callable[[str], None] = print
+    run: RunConfig, directory: epath.PathLike, say: Callable[[str], None] = print,
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Train `run` in `directory` and return what result.json holds.
 
-    A finished run is not run again; an interrupted one goes on from its last checkpoint with the
-    same bits.
+    A finished run is not run again; an interrupted one goes on from its last checkpoint, with the
+    same bits on the same mesh. With several processes each calls this alike.
+
+    Args:
+      run: the run.
+      directory: its folder, on a disk or in object storage that all processes reach.
+      say: gets lines for people.
+      mesh: of all devices (`mesh.make_mesh`); None takes `mesh.chosen_mesh`.
 
     Raises:
       UserError: bad data settings, or a directory that holds another run.
@@ -40,10 +51,13 @@ def train(
         say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
         return result
     inputs = open_inputs(run, say)
-    loop = _Loop(run, inputs, records, say)  # refuses bad settings before the folder is claimed
+    # Refuses bad settings before the folder is claimed.
+    loop = _Loop(run, inputs, records, say, mesh or meshes.chosen_mesh())
     records.start(run, environment(
         data_fingerprint=inputs.tokens.fingerprint,
-        tokenizer_digest=inputs.tokens.tokenizer_digest))
+        tokenizer_digest=inputs.tokens.tokenizer_digest,
+        mesh=meshes.shape_of(loop.mesh),
+        row_capacity=loop.run.training.row_capacity))
     records.keep_tokenizer(inputs.tokenizer)
     return loop.run_to_end()
 
@@ -52,12 +66,19 @@ class _Loop:
     """The state of the loop itself: iterator, compiled step, clock, logs."""
 
     def __init__(
-        self, run: RunConfig, inputs: Inputs, records: RunDirectory, say: Callable[[str], None]
+        self,
+        run: RunConfig,
+        inputs: Inputs,
+        records: RunDirectory,
+        say: Callable[[str], None],
+        mesh: Mesh,
     ):
-        self.run, self.inputs, self.records, self.say = run, inputs, records, say
-        self.batches = train_batches(inputs.tokens, run.data)
-        self.step = jax.jit(train_step(run, inputs.addressing), donate_argnums=0)
-        self.evaluate = evaluator(run, inputs)
+        meshes.check(run, mesh)
+        self.inputs, self.records, self.say, self.mesh = inputs, records, say, mesh
+        self.batches = _batches(run, inputs)
+        self.run = with_capacity(run, inputs.addressing, _batches(run, inputs), mesh)
+        self.step = jax.jit(train_step(self.run, inputs.addressing, mesh), donate_argnums=0)
+        self.evaluate = evaluator(self.run, inputs, mesh)
         self.batch_tokens = run.data.batch_size * run.data.sequence_length
         self.clock = _Clock()
 
@@ -85,14 +106,16 @@ class _Loop:
         start = checkpoints.latest or 0
         self.records.truncate_metrics(start)
         if start == 0:
-            return jax.jit(lambda: init_state(self.run))(), 0
+            placed = meshes.shardings(self.run, self.mesh)
+            return jax.jit(lambda: init_state(self.run), out_shardings=placed)(), 0
         self.say(f"{self.run.name}: going on from step {start}")
-        return checkpoints.restore(abstract_state(self.run), self.batches), start
+        return checkpoints.restore(
+            meshes.placed_state(self.run, self.mesh), self.batches), start
 
     def _steps(self, state: TrainState, start: int, checkpoints: Checkpoints) -> TrainState:
         training, pending = self.run.training, None
         for number in range(start + 1, training.steps + 1):
-            state, metrics = self.step(state, next(self.batches))
+            state, metrics = self.step(state, meshes.put(next(self.batches), self.mesh))
             if pending:  # log step n - 1 while step n runs
                 self._log(*pending)
             pending = number, metrics
@@ -114,7 +137,7 @@ class _Loop:
         seconds = self.clock.tick()
         values["perf/step_time_seconds"] = seconds
         values["perf/per_device_tokens_per_sec"] = (
-            self.batch_tokens / seconds if seconds else 0.0)  # one device does the work
+            self.batch_tokens / seconds / self.mesh.size if seconds else 0.0)
         self.progress.step(number, values)
         training = self.run.training
         if number == training.steps or due(number, training.log_every):
@@ -148,6 +171,12 @@ class _Loop:
             "steps": run.training.steps,
             "tokens": run.training.steps * self.batch_tokens,
         }
+
+
+def _batches(run: RunConfig, inputs: Inputs) -> grain.DatasetIterator:
+    """This process's rows of the training batches."""
+    return train_batches(inputs.tokens, run.data, process_index=jax.process_index(),
+                         process_count=jax.process_count())
 
 
 def due(number: int, every: int) -> bool:

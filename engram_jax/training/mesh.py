@@ -5,6 +5,8 @@ over both. Nothing that is saved depends on the mesh.
 """
 
 import math
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import RunConfig, require
+from engram_jax.errors import UserError
 from engram_jax.memory.exchange import Exchange
 from engram_jax.memory.sites import sites
 from engram_jax.training.fsdp import AXES, DATA, FSDP, Split, split
@@ -21,30 +24,42 @@ from engram_jax.training.state import TrainState, abstract_state
 DENSE_OPTIMIZERS = frozenset({"dense_adam", "balanced_momentum"})
 
 
-def make_mesh(
-    data: int = 0, fsdp: int = 0, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
-    """A mesh of all devices, `data` x `fsdp`; a size of 0 is what the other leaves.
-
-    With neither given all devices are along `fsdp`.
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh `data` x `fsdp` of the given devices, or of the first of all that there are.
 
     Raises:
-      UserError: the sizes do not make up the devices.
+      UserError: there are fewer devices, or some would be left over on a cluster.
     """
     devices = jax.devices() if devices is None else list(devices)
-    count = len(devices)
-    if not fsdp:
-        fsdp = count // max(data, 1)
-    if not data:
-        data = count // fsdp
-    require(data * fsdp == count, "mesh", f"{data}x{fsdp}",
-            f"must make up the {count} device{'s' if count > 1 else ''} that there are")
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    shape, wanted = f"{data}x{fsdp}", data * fsdp
+    require(data >= 1 and fsdp >= 1, "mesh", shape, "both sizes must be at least 1")
+    require(wanted <= len(devices), "mesh", shape,
+            f"needs {wanted} devices, and there are {len(devices)}")
+    require(wanted == len(devices) or jax.process_count() == 1, "mesh", shape,
+            f"must use all {len(devices)} devices of the {jax.process_count()} processes")
+    return jax.make_mesh(
+        (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+
+
+def chosen_mesh(shape: str | None = None) -> Mesh:
+    """The mesh of `shape`, "DATAxFSDP"; or else of $ENGRAM_MESH; or else all devices along fsdp.
+
+    Raises:
+      UserError: as `make_mesh`, or the shape is not two numbers.
+    """
+    shape = shape or os.environ.get("ENGRAM_MESH")
+    if not shape:
+        return make_mesh(1, len(jax.devices()))
+    found = re.fullmatch(r"(\d+)x(\d+)", shape)
+    if found is None:
+        raise UserError(f"mesh = {shape!r}: write it as DATAxFSDP, for example 1x8")
+    return make_mesh(int(found[1]), int(found[2]))
 
 
 def single_mesh() -> Mesh:
     """A mesh of this process's first device."""
-    return make_mesh(devices=jax.local_devices()[:1])
+    return jax.make_mesh(
+        (1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1])
 
 
 def shape_of(mesh: Mesh) -> str:

@@ -149,8 +149,8 @@ class RunDirectory:
         write_json(self.path / "result.json", result)
 
 
-def environment(**fingerprints: str) -> dict[str, Any]:
-    """Where a run happens: code, versions, devices, and the given fingerprints."""
+def environment(**known: Any) -> dict[str, Any]:
+    """Where a run happens: code, versions, devices, and what else is `known`."""
     return {
         "engram_jax": __version__,
         "git": git_revision(),
@@ -160,7 +160,7 @@ def environment(**fingerprints: str) -> dict[str, Any]:
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
         "command": sys.argv,
-        **fingerprints,
+        **known,
     }
 
 
