@@ -5,6 +5,7 @@ import os
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["ENGRAM_MESH"] = "1x1"  # where a test does not name another mesh
 
 import jax
 import pytest
@@ -17,7 +18,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def own_cache(tmp_path_factory, monkeypatch):
     """Token shards and tokenizers of a test session stay in its temporary folder."""
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path_factory.getbasetemp() / "engram_cache"))
-    monkeypatch.setenv("ENGRAM_MESH", "1x1")  # where a test does not name another mesh
 
 
 @pytest.fixture(scope="module")

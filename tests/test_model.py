@@ -301,7 +301,7 @@ def dense_oracle(params, x_BTD, choice_NK, config):
     out_ND = jnp.einsum("ne,end->nd", weight_NE, out_EXD)
     if config.shared:
         out_ND = out_ND + ffn(params["shared"], x_ND)
-    return out_ND.reshape(x_BTD.shape), picked_NE.sum(axis=0) / picked_NE.sum()
+    return out_ND.reshape(x_BTD.shape), picked_NE.sum(axis=0).astype(np.int32)
 
 
 @pytest.mark.parametrize(("shape", "experts", "top_k", "bias"), [
