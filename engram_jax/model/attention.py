@@ -10,6 +10,10 @@ import jax.numpy as jnp
 from engram_jax.config import AttentionConfig
 from engram_jax.model.layers import Params, linear, matrix, rms_norm
 
+# Sequences up to this length are attended to in one piece. At 32 heads and 4096 keys the scores of
+# a chunk are 256 MiB of float32 for each sequence.
+QUERY_CHUNK = 512
+
 
 def init_attention(key: jax.Array, width: int, config: AttentionConfig) -> Params:
     """query [D, H(N+R)], latent [D, C+R], latent_gain [C], expand [C, H(N+V)], output [HV, D]."""
@@ -59,20 +63,52 @@ def attention(
     shared = jnp.broadcast_to(shared_BS1R, (batch, time, heads, r))
     key = jnp.concatenate([key_BSHN, shared], axis=-1)
 
-    scores_BHTS = jnp.einsum("bthx,bshx->bhts", query, key, preferred_element_type=jnp.float32)
-    scores_BHTS = scores_BHTS * (n + r) ** -0.5
-    mask = visible(time, documents_BT)[:, None]
-    weights_BHTS = jax.nn.softmax(jnp.where(mask, scores_BHTS, -1e30), axis=-1)
-    mixed = jnp.einsum("bhts,bshv->bthv", weights_BHTS.astype(x_BTD.dtype), value_BSHV)
+    mixed = _mixed(query, key, value_BSHV, documents_BT)
     return linear(mixed.reshape(batch, time, heads * v), params["output"])
 
 
-def visible(time: int, documents_BT: jax.Array | None) -> jax.Array:
-    """bool [B or 1, T, S]: may position t look at position s?"""
-    causal_1TS = jnp.tril(jnp.ones((1, time, time), bool))
-    if documents_BT is None:
+def _mixed(
+    query_BTHX: jax.Array, key_BSHX: jax.Array, value_BSHV: jax.Array,
+    documents_BT: jax.Array | None,
+) -> jax.Array:
+    """What each position takes of the values that it may see, [B, T, H, V].
+
+    Long sequences are cut into chunks of queries, each against the keys up to its own end, whose
+    scores are computed anew in the backward pass: no more than [B, H, QUERY_CHUNK, T] of them are
+    kept at a time, and those of keys that come after the chunk are never computed.
+    """
+    time = query_BTHX.shape[1]
+    if time <= QUERY_CHUNK:
+        return _mix(query_BTHX, key_BSHX, value_BSHV, documents_BT, 0)
+    mix = jax.checkpoint(_mix, static_argnums=4)
+    chunks = []
+    for start in range(0, time, QUERY_CHUNK):
+        stop = min(start + QUERY_CHUNK, time)
+        documents = None if documents_BT is None else documents_BT[:, :stop]
+        chunks.append(mix(query_BTHX[:, start:stop], key_BSHX[:, :stop], value_BSHV[:, :stop],
+                          documents, start))
+    return jnp.concatenate(chunks, axis=1)
+
+
+def _mix(
+    query_BTHX: jax.Array, key_BSHX: jax.Array, value_BSHV: jax.Array,
+    documents_BS: jax.Array | None, start: int,
+) -> jax.Array:
+    """`_mixed` for the queries at positions start..S-1."""
+    scores_BHTS = jnp.einsum(
+        "bthx,bshx->bhts", query_BTHX, key_BSHX, preferred_element_type=jnp.float32)
+    scores_BHTS = scores_BHTS * query_BTHX.shape[-1] ** -0.5
+    mask = visible(key_BSHX.shape[1], documents_BS, start)[:, None]
+    weights_BHTS = jax.nn.softmax(jnp.where(mask, scores_BHTS, -1e30), axis=-1)
+    return jnp.einsum("bhts,bshv->bthv", weights_BHTS.astype(query_BTHX.dtype), value_BSHV)
+
+
+def visible(time: int, documents_BS: jax.Array | None, start: int = 0) -> jax.Array:
+    """bool [B or 1, T, S]: may position t of start..time-1 look at position s of 0..time-1?"""
+    causal_1TS = jnp.tril(jnp.ones((1, time - start, time), bool), start)
+    if documents_BS is None:
         return causal_1TS
-    return causal_1TS & (documents_BT[:, :, None] == documents_BT[:, None, :])
+    return causal_1TS & (documents_BS[:, start:, None] == documents_BS[:, None, :])
 
 
 def rope(x_BTHR: jax.Array, positions_T: jax.Array, theta: float) -> jax.Array:

@@ -1,0 +1,68 @@
+"""Final streams and targets to the loss of every token, without all logits at once.
+
+Shapes: B batch, T time, M streams, D width, V vocabulary; C chunks of N tokens.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from engram_jax.config import ModelConfig
+from engram_jax.model import transformer
+
+# More logits than this are made chunk by chunk: 256 MiB of float32, about 500 tokens of the
+# paper's vocabulary. A chunk's backward pass takes a few times as much.
+MAX_LOGITS = 2**26
+
+
+def token_losses(
+    params: dict[str, Any], x_BTMD: jax.Array, targets_BT: jax.Array, config: ModelConfig
+) -> jax.Array:
+    """Cross-entropy of every target in nats, float32 [B, T].
+
+    Beyond `MAX_LOGITS` the logits are computed chunk after chunk of tokens, and once more in the
+    backward pass. The gradient of the head's weight then adds up over the chunks in the weight's
+    dtype.
+
+    Args:
+      params: what `transformer.head` reads: final_gain, and head or embedding.
+      x_BTMD: streams after the last block; on a mesh, this device's part.
+      targets_BT: int32.
+      config: the model.
+    """
+    if targets_BT.size * config.vocab_size <= MAX_LOGITS:
+        return cross_entropy(transformer.head(params, x_BTMD, config), targets_BT)
+    tokens = max(1, MAX_LOGITS // config.vocab_size)
+
+    def chunk(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        x_NMD, targets_N = part
+        logits_1NV = transformer.head(params, x_NMD[None], config)
+        return None, cross_entropy(logits_1NV, targets_N[None])[0]
+
+    parts = (_chunks(x_BTMD.reshape(-1, *x_BTMD.shape[2:]), tokens),
+             _chunks(targets_BT.reshape(-1), tokens))
+    _, losses_CN = jax.lax.scan(jax.checkpoint(chunk), None, parts)
+    return losses_CN.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+
+
+def _chunks(array: jax.Array, limit: int) -> jax.Array:
+    """The first axis cut into the fewest chunks of at most `limit`, as even as may be; zeros fill
+    the last."""
+    size = array.shape[0]
+    count = -(-size // limit)
+    each = -(-size // count)
+    padded = jnp.pad(array, [(0, count * each - size)] + [(0, 0)] * (array.ndim - 1))
+    return padded.reshape(count, each, *array.shape[1:])
+
+
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target], float32 [B, T].
+
+    The target's logit is picked by a masked sum: its gradient then fuses with the softmax's, where
+    that of an indexed read is a scatter into an array of the logits' size.
+    """
+    vocabulary_11V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.int32)[None, None]
+    hit_BTV = vocabulary_11V == targets_BT[..., None]
+    picked_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1)
+    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
