@@ -3,8 +3,8 @@
 Assignments (token, choice) are laid out expert after expert, each expert's share padded to whole
 blocks, so that every block meets one expert's weights and no token is ever dropped.
 
-Shapes: N tokens, A = N * K assignments (K choices a token), P padded slots, E experts, D width,
-F expert FFN.
+Shapes: N tokens, A = N * K assignments (K choices a token), P padded slots, W of them in a window,
+E experts, D width, F expert FFN.
 """
 
 import functools
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from engram_jax.config import MoEConfig
 from engram_jax.model.layers import Params, ffn, init_ffn, matrix
+
+OUTER_WINDOW_PERCENT = 120  # of an expert's even share of the slots; see `ragged_outer`
 
 
 def init_moe(key: jax.Array, width: int, config: MoEConfig) -> dict[str, jax.Array | Params]:
@@ -179,7 +181,58 @@ def _ragged(
     x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
 ) -> jax.Array:
     del expert_Q
-    return jax.lax.ragged_dot(x_PD, weight_EDF, padded_E)
+    return ragged_matmul(x_PD, weight_EDF, padded_E)
+
+
+@jax.custom_vjp
+def ragged_matmul(x_PD: jax.Array, weight_EDF: jax.Array, size_E: jax.Array) -> jax.Array:
+    """`jax.lax.ragged_dot` whose gradient costs what it should.
+
+    XLA's TPU backend has a kernel for the product, but expands its gradient with respect to the
+    weights to a product of every slot with every expert (seen in libtpu 0.0.42 and 0.0.50).
+    """
+    return jax.lax.ragged_dot(x_PD, weight_EDF, size_E)
+
+
+def _ragged_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_PD, weight_EDF, size_E = saved
+    grad_PD = jax.lax.ragged_dot(grad_PF, jnp.swapaxes(weight_EDF, 1, 2), size_E)
+    return grad_PD, ragged_outer(x_PD, grad_PF, size_E), None
+
+
+ragged_matmul.defvjp(
+    lambda x, weight, size: (ragged_matmul(x, weight, size), (x, weight, size)), _ragged_backward)
+
+
+def ragged_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
+    """Each expert's x^T grad over its slots, [E, D, F] in x's dtype, summed in float32.
+
+    Expert after expert, a window of slots at a time, wide enough that one does for an expert whose
+    load is near the mean; what the window shows of others is masked.
+    """
+    slots, experts = x_PD.shape[0], size_E.size
+    width = min(slots, -(-slots * OUTER_WINDOW_PERCENT // (100 * experts * 128)) * 128)
+    stop_E = jnp.cumsum(size_E)
+
+    def window(start: jax.Array, stop: jax.Array) -> jax.Array:
+        at = jnp.clip(start, 0, slots - width)
+        slot_W1 = at + jnp.arange(width, dtype=jnp.int32)[:, None]
+        mine_W1 = (slot_W1 >= start) & (slot_W1 < stop)
+        x_WD, grad_WF = (jnp.where(mine_W1, jax.lax.dynamic_slice_in_dim(array, at, width), 0)
+                         for array in (x_PD, grad_PF))
+        return jnp.einsum("wd,wf->df", x_WD, grad_WF, preferred_element_type=jnp.float32)
+
+    def expert(_: None, bounds: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        start, stop = bounds
+        _, total_DF = jax.lax.while_loop(
+            lambda carry: carry[0] < stop,
+            lambda carry: (carry[0] + width, carry[1] + window(carry[0], stop)),
+            (start + width, window(start, stop)))
+        return None, total_DF.astype(x_PD.dtype)
+
+    return jax.lax.scan(expert, None, (stop_E - size_E, stop_E))[1]
 
 
 def _blocked(
