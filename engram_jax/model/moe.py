@@ -188,8 +188,8 @@ def _ragged(
 def ragged_matmul(x_PD: jax.Array, weight_EDF: jax.Array, size_E: jax.Array) -> jax.Array:
     """`jax.lax.ragged_dot` whose gradient costs what it should.
 
-    XLA's TPU backend has a kernel for the product, but expands its gradient with respect to the
-    weights to a product of every slot with every expert (seen in libtpu 0.0.42 and 0.0.50).
+    XLA's TPU backend has a kernel for the product, but libtpu 0.0.42 (of jax 0.10) expands its
+    gradient with respect to the weights to a product of every slot with every expert.
     """
     return jax.lax.ragged_dot(x_PD, weight_EDF, size_E)
 
@@ -226,10 +226,10 @@ def ragged_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.
 
     def expert(_: None, bounds: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         start, stop = bounds
-        _, total_DF = jax.lax.while_loop(
+        total_DF = jax.lax.while_loop(
             lambda carry: carry[0] < stop,
             lambda carry: (carry[0] + width, carry[1] + window(carry[0], stop)),
-            (start + width, window(start, stop)))
+            (start + width, window(start, stop)))[1]
         return None, total_DF.astype(x_PD.dtype)
 
     return jax.lax.scan(expert, None, (stop_E - size_E, stop_E))[1]
