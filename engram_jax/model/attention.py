@@ -11,8 +11,8 @@ from engram_jax.config import AttentionConfig
 from engram_jax.model.layers import Params, linear, matrix, rms_norm
 
 # Sequences up to this length are attended to in one piece. At 32 heads and 4096 keys the scores of
-# a chunk are 256 MiB of float32 for each sequence.
-QUERY_CHUNK = 512
+# a chunk are 512 MiB of float32 for each sequence; smaller chunks take longer to compile.
+QUERY_CHUNK = 1024
 
 
 def init_attention(key: jax.Array, width: int, config: AttentionConfig) -> Params:
