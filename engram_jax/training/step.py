@@ -18,9 +18,10 @@ from jax.sharding import Mesh, PartitionSpec
 from engram_jax.config import RunConfig
 from engram_jax.memory import exchange
 from engram_jax.memory.exchange import Exchange, Found, Returned, Route, UniqueRows
-from engram_jax.memory.sites import Addressing, sites
+from engram_jax.memory.sites import Addressing
 from engram_jax.model import documents, moe, transformer
 from engram_jax.model.layers import Whole, as_they_are
+from engram_jax.model.loss import token_losses
 from engram_jax.model.transformer import Observed
 from engram_jax.training import mesh as meshes
 from engram_jax.training.fsdp import AXES
@@ -168,21 +169,8 @@ def losses(
     """Cross-entropy of every target in nats, float32 [B, T], and what could be observed."""
     x_BTMD, seen = transformer.body(params, batch["tokens_BT"], rows, router_bias, run.model,
                                     batch["starts_BT"], whole)
-    logits_BTV = transformer.head(
-        transformer.head_params(params, run.model, whole), x_BTMD, run.model)
-    return cross_entropy(logits_BTV, batch["targets_BT"]), seen
-
-
-def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """-log softmax(logits)[target], float32 [B, T].
-
-    The target's logit is picked by a masked sum: its gradient then fuses with the softmax's, where
-    that of an indexed read is a scatter into an array of the logits' size.
-    """
-    vocabulary_11V = jnp.arange(logits_BTV.shape[-1], dtype=jnp.int32)[None, None]
-    hit_BTV = vocabulary_11V == targets_BT[..., None]
-    picked_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1)
-    return jax.nn.logsumexp(logits_BTV, axis=-1) - picked_BT
+    head = transformer.head_params(params, run.model, whole)
+    return token_losses(head, x_BTMD, batch["targets_BT"], run.model), seen
 
 
 def mean_loss(
