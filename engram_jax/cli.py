@@ -97,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"engram-jax {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_describe(commands)
+    _add_plan(commands)
     _add_train(commands)
     _add_sweep(commands)
     _add_evaluate(commands)
@@ -132,6 +133,20 @@ def _add_describe(commands) -> None:  # type: ignore[no-untyped-def]
     command = _command(commands, "describe", describe,
                        "count a model's parameters, FLOPs and table bytes", "describe engram-27b")
     _add_recipe(command)
+    _add_set(command)
+    _add_json(command)
+
+
+def _add_plan(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "plan", plan,
+        "compile a training step for a TPU slice, without one: memory, FLOPs, collectives, time",
+        "plan engram-27b --topology v5p:4x4x4")
+    _add_recipe(command)
+    command.add_argument("--topology", required=True, metavar="CHIP:LAYOUT",
+                         help="a slice, for example v5e:16x16 or v5p:4x4x4")
+    command.add_argument("--fsdp", type=int, default=0, metavar="N",
+                         help="devices that parameters are split over (default: all)")
     _add_set(command)
     _add_json(command)
 
@@ -202,6 +217,13 @@ def describe(options: argparse.Namespace) -> None:
         print(json.dumps({"name": run.name, **accounting.account(run).to_dict()}, indent=1))
     else:
         print(accounting.described(run))
+
+
+def plan(options: argparse.Namespace) -> None:
+    from engram_jax import planning
+
+    found = planning.plan(_recipe(options), options.topology, options.fsdp)
+    print(found.to_json() if options.json else planning.described(found))
 
 
 def train(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from engram_jax.analysis.hlo import Program, Shape, Site
 
 KERNEL = "tpu_custom_call"
+UNKNOWN_CYCLES = 10**12  # a number like 2**63 stands where libtpu could not tell
 
 
 def flops(program: Program) -> int:
@@ -38,7 +39,7 @@ def seconds(program: Program, clock: float, peak_flops: float) -> float:
         if site.computation.name in fused:
             continue
         cycles = site.instruction.attribute(r'"estimated_cycles":"(\d+)"')
-        if cycles:
+        if cycles and int(cycles) < UNKNOWN_CYCLES:
             total += int(cycles) / clock * site.times
         elif site.instruction.opcode == "custom-call":
             total += _flops(site) / peak_flops * site.times
