@@ -1,42 +1,20 @@
-"""The table: layout, combining gradients of rows, row Adam against dense Adam."""
+"""The table: layout and combining gradients of rows."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import filled, flat, random
 
-from engram_jax.memory import exchange
+from engram_jax.memory import codec, exchange
 from engram_jax.memory.exchange import UNUSED
 from engram_jax.memory.layout import TableLayout
-from engram_jax.memory.row_optimizers import row_adam
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-8}
-RATE = 1e-2
-
-
-def random(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def filled(layout, rows_RD):
-    """The table of `layout` that holds `rows_RD`, by plain loops; padding rows hold 777."""
-    table = np.full(layout.shape, 777.0, np.float32)
-    for row, values in enumerate(rows_RD):
-        table[row % layout.shards, row // layout.shards] = values
-    return table
-
-
-def flat(layout, table_SRD):
-    """The rows of a table in order, [rows, ...], and its padding rows."""
-    swapped = np.asarray(table_SRD).swapaxes(0, 1)
-    swapped = swapped.reshape(-1, *swapped.shape[2:])
-    return swapped[:layout.rows], swapped[layout.rows:]
 
 
 # --- Layout ---
@@ -95,6 +73,35 @@ def test_init():
     assert not layout.init(jax.random.key(0), 0.0).any()
 
 
+@pytest.mark.parametrize("std", [0.0, 0.02])
+def test_init_in_bfloat16_is_the_float32_table_rounded_to_nearest(std):
+    layout = TableLayout(rows=100, dim=20, shards=8)
+    bits = layout.init(jax.random.key(0), std, "bfloat16")
+    assert bits.dtype == jnp.uint16
+    expected = layout.init(jax.random.key(0), std).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(codec.decode(bits), expected.astype(jnp.float32))
+
+
+@pytest.mark.parametrize("shards", [1, 7, 64])
+def test_add_adds_to_rows_and_drops_what_is_outside(shards):
+    layout = TableLayout(rows=100, dim=5, shards=shards)
+    rows_RD, new_ND = random(100, 5), random(5, 5, seed=1)
+    out = layout.add(
+        jnp.asarray(filled(layout, rows_RD)), np.array([3, 99, 100, UNUSED, -1], np.int32), new_ND)
+    kept, padding = flat(layout, out)
+    rows_RD[[3, 99]] += new_ND[:2]
+    np.testing.assert_array_equal(kept, rows_RD)
+    assert (padding == 777).all()
+
+
+@pytest.mark.parametrize("shards", [1, 7, 64])
+def test_places_are_where_locate_finds_the_ids(shards):
+    layout = TableLayout(rows=100, dim=5, shards=shards)
+    ids, padding = flat(layout, layout.places())
+    np.testing.assert_array_equal(ids, np.arange(100))
+    assert (padding >= 100).all()
+
+
 # --- Combining gradients ---
 
 
@@ -145,118 +152,3 @@ def test_combine_does_not_depend_on_the_order_of_other_ids():
     first, again = (combined()(mixed_ids, mixed_grads) for _ in range(2))
     np.testing.assert_array_equal(first.grads_UD, again.grads_UD)
     np.testing.assert_array_equal(first.grads_UD[0], alone)
-
-
-# --- Row Adam ---
-
-
-@functools.cache
-def updater(layout):
-    return jax.jit(functools.partial(row_adam(**ADAM).update, layout))
-
-
-def run_row_adam(layout, table_RD, steps):
-    """`steps` is a list of (ids, gradients); the table and state after them all."""
-    table, state = jnp.asarray(filled(layout, table_RD)), row_adam(**ADAM).init(layout)
-    for number, (ids_N, grads_ND) in enumerate(steps, 1):
-        unique = combined()(np.asarray(ids_N, np.int32), np.asarray(grads_ND, np.float32))
-        table, state = updater(layout)(
-            table, state, unique, jnp.int32(number), jnp.float32(RATE))
-    return table, state
-
-
-def run_dense_adam(table_RD, steps):
-    transform = optax.adam(RATE, **ADAM)
-    table = jnp.asarray(table_RD)
-    state = transform.init(table)
-    for ids_N, grads_ND in steps:
-        updates, state = transform.update(
-            jnp.zeros_like(table).at[np.asarray(ids_N)].add(grads_ND), state)
-        table = optax.apply_updates(table, updates)
-    return np.asarray(table), state[0]
-
-
-LAYOUT = TableLayout(rows=20, dim=4, shards=7)
-
-
-def test_row_adam_is_adam_where_every_row_is_touched():
-    table_RD = random(20, 4)
-    steps = [(np.random.default_rng(i).permutation(20), random(20, 4, seed=i)) for i in range(6)]
-    table, _ = run_row_adam(LAYOUT, table_RD, steps)
-    expected, _ = run_dense_adam(table_RD, steps)
-    rows_RD, padding = flat(LAYOUT, table)
-    np.testing.assert_allclose(rows_RD, expected, rtol=0, atol=1e-6)
-    assert (padding == 777).all()
-
-
-def sparse_steps():
-    """Eight steps of six ids with repeats, among rows 0..14; some rows rest for long."""
-    random_ids = [np.random.default_rng(i).integers(0, 15, 6) for i in range(8)]
-    return [(ids, random(6, 4, seed=i)) for i, ids in enumerate(random_ids)]
-
-
-def test_moments_catch_up_with_dense_adam():
-    """After a touch a row's moments equal dense Adam's, however long it rested before."""
-    steps = sparse_steps()
-    _, state = run_row_adam(LAYOUT, random(20, 4), steps)
-    _, dense = run_dense_adam(random(20, 4), steps)
-    (m, _), (v, _) = flat(LAYOUT, state.m_SRD), flat(LAYOUT, state.v_SRD)
-    touched, _ = flat(LAYOUT, state.touched_SR)
-    rested = len(steps) - touched[:, None]
-    assert {0, 1} < set(rested[:15, 0].tolist()), "the test needs rows that rested"
-    np.testing.assert_allclose(m * ADAM["b1"] ** rested, dense.mu, rtol=0, atol=1e-6)
-    np.testing.assert_allclose(v * ADAM["b2"] ** rested, dense.nu, rtol=0, atol=1e-6)
-    last = {int(row): number for number, (ids, _) in enumerate(steps, 1) for row in ids}
-    assert touched.tolist() == [last.get(row, 0) for row in range(20)]
-
-
-def test_a_row_that_is_not_touched_keeps_its_bits():
-    table_RD = random(20, 4)
-    steps = sparse_steps()
-    before, state_before = run_row_adam(LAYOUT, table_RD, steps[:7])
-    after, state_after = run_row_adam(LAYOUT, table_RD, steps)
-    rest = np.setdiff1d(np.arange(20), steps[7][0])
-    for old, new in zip(jax.tree.leaves((before, state_before)),
-                        jax.tree.leaves((after, state_after)), strict=True):
-        (old_rows, old_pad), (new_rows, new_pad) = flat(LAYOUT, old), flat(LAYOUT, new)
-        np.testing.assert_array_equal(old_rows[rest], new_rows[rest])
-        np.testing.assert_array_equal(old_pad, new_pad)
-        moved = steps[7][0]
-        assert (old_rows[moved] != new_rows[moved]).any(), "the touched rows do move"
-
-
-def test_ids_out_of_range_change_nothing():
-    """So a bad step is skipped: its ids are all set to UNUSED."""
-    table, state = run_row_adam(LAYOUT, random(20, 4), sparse_steps())
-    unique = combined()(np.array([-3, 20, 21, UNUSED - 1, UNUSED, -(2**31)], np.int32),
-                        np.full((6, 4), np.nan, np.float32))
-    skipped = updater(LAYOUT)(table, state, unique, jnp.int32(9), jnp.float32(RATE))
-    for old, new in zip(jax.tree.leaves((table, state)), jax.tree.leaves(skipped), strict=True):
-        np.testing.assert_array_equal(old, new)
-
-
-def memory_of_step(rows):
-    """XLA's account of a jitted look-up, backward and update with everything donated."""
-    layout, optimizer = TableLayout(rows=rows, dim=8, shards=16), row_adam(**ADAM)
-
-    def step(table, state, ids_N, target_ND, number):
-        read = layout.gather(table, ids_N)
-        grads = jax.grad(lambda rows_ND: jnp.sum((rows_ND - target_ND) ** 2))(read)
-        unique = exchange.combine(ids_N, grads)
-        return optimizer.update(layout, table, state, unique, number, jnp.float32(RATE))
-
-    table = jax.ShapeDtypeStruct(layout.shape, jnp.float32)
-    state = jax.eval_shape(lambda: optimizer.init(layout))
-    arguments = (jax.ShapeDtypeStruct((32,), jnp.int32), jax.ShapeDtypeStruct((32, 8), jnp.float32),
-                 jax.ShapeDtypeStruct((), jnp.int32))
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(table, state, *arguments).compile()
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((table, state)))
-    return compiled.memory_analysis(), held
-
-
-def test_tables_are_updated_in_place():
-    """Nothing of the table's size is made beside the donated table and its moments."""
-    (small, _), (large, held) = memory_of_step(10_000), memory_of_step(1_000_000)
-    assert large.temp_size_in_bytes == small.temp_size_in_bytes < 100_000
-    assert large.alias_size_in_bytes >= held
-    assert large.output_size_in_bytes - large.alias_size_in_bytes < 1000

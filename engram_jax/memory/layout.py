@@ -8,6 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from engram_jax.memory import codec
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableLayout:
@@ -37,17 +39,38 @@ class TableLayout:
         rows = self.rows if devices == 1 else shards * self.shape[1]
         return TableLayout(rows=rows, dim=self.dim, shards=shards)
 
+    def holds(self, ids: jax.Array) -> jax.Array:
+        """Which ids are those of rows, bool."""
+        return (ids >= 0) & (ids < self.rows)
+
     def locate(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Shard and row within it of each id; ids that are not below `rows` land out of range."""
-        inside = (ids >= 0) & (ids < self.rows)
-        shard = jnp.where(inside, ids % self.shards, self.shards)
+        shard = jnp.where(self.holds(ids), ids % self.shards, self.shards)
         return shard, ids // self.shards
 
-    def init(self, key: jax.Array, std: float) -> jax.Array:
-        """A float32 table with normal entries of standard deviation `std` (0 gives zeros)."""
+    def places(self, axes: tuple[str, ...] = ()) -> jax.Array:
+        """The row id of each place, uint32 [S, R]; padding has ids from the number of rows on.
+
+        In a device's part of a table, whose shards `axes` of the mesh divide (inside
+        `jax.shard_map`), the ids are those of the whole table.
+        """
+        shard_S = jnp.arange(self.shards, dtype=jnp.uint32)
+        row_R = jnp.arange(self.shape[1], dtype=jnp.uint32) * jnp.uint32(self.shards)
+        if axes:
+            shard_S += jnp.uint32(jax.lax.axis_index(axes) * self.shards)
+            row_R *= jnp.uint32(jax.lax.axis_size(axes))
+        return shard_S[:, None] + row_R[None, :]
+
+    def init(self, key: jax.Array, std: float, dtype: str = "float32") -> jax.Array:
+        """A table with normal entries of standard deviation `std` (0 gives zeros).
+
+        Args:
+          dtype: "float32" or "bfloat16", the latter stored as `codec` says.
+        """
+        stored = codec.storage(dtype)
         if std == 0:
-            return jnp.zeros(self.shape, jnp.float32)
-        return std * jax.random.normal(key, self.shape, jnp.float32)
+            return jnp.zeros(self.shape, stored)
+        return codec.nearest(std * jax.random.normal(key, self.shape, jnp.float32), stored)
 
     def gather(self, table: jax.Array, ids: jax.Array) -> jax.Array:
         """Rows of `table` [S, R, ...] at `ids` (any shape): ids.shape + table.shape[2:].
@@ -64,3 +87,8 @@ class TableLayout:
         """
         shard, row = self.locate(ids_N)
         return table.at[shard, row].set(rows_ND, mode="drop", unique_indices=True)
+
+    def add(self, table: jax.Array, ids_N: jax.Array, rows_ND: jax.Array) -> jax.Array:
+        """`table` with `rows_ND` added to its rows at distinct `ids_N`; otherwise as `put`."""
+        shard, row = self.locate(ids_N)
+        return table.at[shard, row].add(rows_ND, mode="drop", unique_indices=True)

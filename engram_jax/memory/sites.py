@@ -14,6 +14,7 @@ import numpy as np
 from engram_jax.config import HashConfig, ModelConfig
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash
+from engram_jax.memory import codec
 from engram_jax.memory.layout import TableLayout
 
 
@@ -61,8 +62,8 @@ def _hash(config: HashConfig, layers: tuple[int, ...], vocab_size: int, pad_id: 
 def gather_rows(
     model: ModelConfig, tables: dict[str, jax.Array], ids: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """For each site its rows [B, T, H, C], from tables that lie whole on one device."""
-    return {site.name: site.layout.gather(tables[site.name], ids[site.name])
+    """For each site its rows float32 [B, T, H, C], from tables that lie whole on one device."""
+    return {site.name: codec.decode(site.layout.gather(tables[site.name], ids[site.name]))
             for site in sites(model)}
 
 

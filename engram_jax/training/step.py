@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from engram_jax.config import RunConfig
-from engram_jax.memory import exchange
+from engram_jax.memory import codec, exchange
 from engram_jax.memory.exchange import Exchange, Found, Returned, Route, UniqueRows
 from engram_jax.memory.sites import Addressing
 from engram_jax.model import documents, moe, transformer
@@ -59,7 +59,7 @@ def train_step(
         asked = {name: tables[name].route(ids[name]) for name in ids}
         found = {name: tables[name].lookup(state.tables[name], ids[name], asked[name])
                  for name in ids}
-        rows = {name: each.rows for name, each in found.items()}
+        rows = {name: codec.decode(each.rows) for name, each in found.items()}
         (loss, seen), (grads, row_grads) = gradients(
             run, state, rows, batch, split.whole, mesh.size)
         grads = split.summed(grads)
@@ -198,8 +198,9 @@ def evaluation_step(
     split, tables = meshes.param_split(run, mesh), meshes.exchanges(run, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        rows = {name: tables[name].lookup(state.tables[name], ids, tables[name].route(ids)).rows
-                for name, ids in row_ids(run, addressing, batch).items()}
+        found = {name: tables[name].lookup(state.tables[name], ids, tables[name].route(ids))
+                 for name, ids in row_ids(run, addressing, batch).items()}
+        rows = {name: codec.decode(each.rows) for name, each in found.items()}
         loss_BT, _ = losses(state.params, rows, state.router_bias, batch, run, split.whole)
         return (_everywhere(jnp.sum(loss_BT * batch["weights_BT"])),
                 _everywhere(jnp.sum(batch["weights_BT"])))
