@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import RunConfig
-from engram_jax.memory.row_optimizers import RowOptimizer, row_adam
+from engram_jax.memory import row_optimizers
+from engram_jax.memory.row_optimizers import RowOptimizer
 from engram_jax.memory.sites import sites
 from engram_jax.model import transformer
 from engram_jax.training.optimizers import optimizer
@@ -36,8 +37,7 @@ class TrainState:
 
 def row_optimizer(run: RunConfig) -> RowOptimizer:
     """The optimizer of the run's tables."""
-    config = run.optimizer
-    return row_adam(b1=config.table_b1, b2=config.table_b2, eps=config.table_eps)
+    return row_optimizers.row_optimizer(run.optimizer)
 
 
 def init_state(run: RunConfig) -> TrainState:
@@ -51,7 +51,8 @@ def init_state(run: RunConfig) -> TrainState:
         router_bias=transformer.init_router_bias(run.model),
         opt_state=optimizer(run.optimizer).init(params),
         tables={site.name: site.layout.init(
-            jax.random.fold_in(tables_key, site.layer), site.hash_config.table_std)
+            jax.random.fold_in(tables_key, site.layer), site.hash_config.table_std,
+            site.hash_config.table_dtype)
             for site in sites(run.model)},
         table_state={site.name: rows.init(site.layout) for site in sites(run.model)},
     )
