@@ -1,5 +1,7 @@
 """bfloat16 tables as uint16 bits: exact decoding, stochastic rounding, the bits that decide it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,8 @@ def test_the_mean_of_many_roundings_is_the_value(value, over):
     assert error < 5 * np.sqrt(share * (1 - share) / count)
 
 
-def noise(rows=128, columns=64, steps=64):
+@functools.cache
+def noise(rows=64, columns=64, steps=64):
     """Random numbers of consecutive steps, rows and columns: float64 [steps, rows, columns]."""
     draw = jax.vmap(lambda step: codec.noise(jnp.arange(rows), columns, step))
     return np.asarray(draw(jnp.arange(steps)), np.float64)
@@ -117,7 +120,8 @@ def test_noise_of_neighbours_is_uncorrelated(axis, lag):
                  for cut in (slice(None, -lag), slice(lag, None)))
     limit = 5 / np.sqrt(near.size)
     assert abs(np.corrcoef(near, far)[0, 1]) < limit
-    signs = [1.0 - 2 * ((x.astype(np.int64)[:, None] >> np.arange(16)) & 1) for x in (near, far)]
+    signs = [(1 - 2 * ((x.astype(np.int32)[:, None] >> np.arange(16)) & 1)).astype(np.float32)
+             for x in (near, far)]
     assert np.abs(signs[0].T @ signs[1] / near.size).max() < limit
 
 

@@ -427,6 +427,17 @@ def test_balanced_momentum_on_four_devices_against_float64():
     np.testing.assert_allclose(rows_RD, expected, rtol=0, atol=2e-6)
 
 
+def test_the_threshold_is_that_of_the_whole_table_on_every_device():
+    """Rows at 0.5 and 2 thousandths of the mean norm, on devices with few rows and many."""
+    ids = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 24, 32, 40, 48, 56])
+    grads = np.ones((16, 4), np.float32)
+    mean = 12 / WHOLE.rows
+    grads[[0, 4]], grads[[2, 6]] = 5e-4 * mean, 2e-3 * mean
+    table, _ = run_on_mesh("balanced_momentum", np.zeros((61, 4), np.float32), [(ids, grads)])
+    moved = flat(WHOLE, table)[0].any(axis=1)
+    assert np.flatnonzero(moved).tolist() == np.setdiff1d(ids, [0, 4]).tolist()
+
+
 # --- Memory ---
 
 
