@@ -35,9 +35,9 @@ class TrainState:
     table_state: dict[str, Any]
 
 
-def row_optimizer(run: RunConfig) -> RowOptimizer:
-    """The optimizer of the run's tables."""
-    return row_optimizers.row_optimizer(run.optimizer)
+def row_optimizer(run: RunConfig, axes: tuple[str, ...] = ()) -> RowOptimizer:
+    """The optimizer of the run's tables, whose shards the mesh `axes` divide."""
+    return row_optimizers.row_optimizer(run.optimizer, axes)
 
 
 def init_state(run: RunConfig) -> TrainState:

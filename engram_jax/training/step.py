@@ -220,7 +220,7 @@ def _update_tables(
     learning_rate: jax.Array,
 ) -> dict[str, tuple[jax.Array, Any]]:
     """For each site this device's part of the table and of its optimizer's state, moved."""
-    update = row_optimizer(run).update
+    update = row_optimizer(run, AXES).update
     moved = {}
     for name, each in returned.items():
         def move(carry: Any, rows: UniqueRows, name: str = name) -> Any:
