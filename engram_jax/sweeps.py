@@ -8,7 +8,6 @@ import importlib
 import json
 import pkgutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -18,8 +17,8 @@ from engram_jax.analysis import figures, scaling
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.settings import with_settings
+from engram_jax.storage import write_text
 from engram_jax.training.loop import train
-from engram_jax.training.records import write_text
 
 
 def experiment(name: str) -> list[RunConfig]:
@@ -81,7 +80,7 @@ def report(
     if line is not None:
         lines += ["", str(line)]
         figure = place / "loss_against_slots.png"
-        figures.memory_scaling(results, Path(figure))
+        figures.memory_scaling(results, figure)
     text = "\n".join(lines)
     write_text(place / "table.txt", text + "\n")
     say("\n" + text)

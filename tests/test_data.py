@@ -513,21 +513,6 @@ def test_a_cache_that_cannot_be_written(settings, tmp_path):
         tokens.open_tokens(changed(settings, cache_dir=str(tmp_path / "file" / "cache")))
 
 
-def test_object_storage(settings, monkeypatch):
-    fsspec = pytest.importorskip("fsspec")
-    memory = fsspec.filesystem("memory")
-    monkeypatch.setattr(fsspec, "filesystem", lambda *args, **kwargs: memory)
-    near = tokens.open_tokens(settings)
-    for file in epath.Path(settings.path).iterdir():
-        epath.Path("s3://bucket/text", file.name).write_bytes(file.read_bytes())
-    far = changed(settings, path="s3://bucket/text", cache_dir="s3://bucket/cache")
-    data = tokens.open_tokens(far)
-    assert data.directory.startswith("s3://bucket/cache/tokens/")
-    assert data.fingerprint == near.fingerprint
-    assert_same(take(train_batches(data, far), 3), take(train_batches(near, settings), 3))
-    memory.rm("/", recursive=True)
-
-
 # Ready token shards
 
 

@@ -3,24 +3,26 @@
 Colours are Okabe and Ito's.
 """
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 
 from engram_jax.accounting import short
 from engram_jax.analysis.scaling import Result, fit
+from engram_jax.storage import refusals
 
 COLOURS = {"Engram": "#0072B2", "OverEncoding": "#D55E00", "no memory": "#444444"}
 MARKERS = {"Engram": "o", "OverEncoding": "s"}
 
 
-def memory_scaling(results: Sequence[Result], path: Path) -> None:
+def memory_scaling(results: Sequence[Result], path: epath.PathLike) -> None:
     """Validation loss against the number of slots, written to `path` (PNG or SVG)."""
     figure, axes = plt.subplots(figsize=(7.2, 4.3), dpi=150)
     axes.set_xscale("log")
@@ -48,8 +50,11 @@ def memory_scaling(results: Sequence[Result], path: Path) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.set_axisbelow(True)
     figure.tight_layout()
-    figure.savefig(path)
+    place, image = epath.Path(path), io.BytesIO()
+    figure.savefig(image, format=place.suffix.removeprefix("."))
     plt.close(figure)
+    with refusals(place, "written"):
+        place.write_bytes(image.getvalue())
 
 
 def _line(axes: Axes, results: Sequence[Result]) -> None:

@@ -14,6 +14,7 @@ from etils import epath
 
 from engram_jax.config import DataConfig
 from engram_jax.errors import MachineError
+from engram_jax.storage import check_readable, is_local, refusals, upload
 
 FORMAT = 1  # raise it when the same text would be trained on or packed differently
 
@@ -22,7 +23,19 @@ def cache_folder(config: DataConfig) -> epath.Path:
     """`config.cache_dir`, or else $ENGRAM_CACHE, or else engram_jax in the user's cache."""
     named = config.cache_dir or os.environ.get("ENGRAM_CACHE")
     if named:
+        check_readable(named, "data.cache_dir" if config.cache_dir else "ENGRAM_CACHE")
         return epath.Path(named).expanduser()
+    return _user_folder()
+
+
+def download_folder() -> pathlib.Path:
+    """Where copies of what is in object storage are kept: $ENGRAM_CACHE if that is a disk."""
+    named = os.environ.get("ENGRAM_CACHE", "")
+    folder = epath.Path(named).expanduser() if named and is_local(named) else _user_folder()
+    return pathlib.Path(folder) / "downloads"
+
+
+def _user_folder() -> epath.Path:
     user = os.environ.get("XDG_CACHE_HOME") or (
         "~/Library/Caches" if sys.platform == "darwin" else "~/.cache")
     return epath.Path(user).expanduser() / "engram_jax"
@@ -56,14 +69,12 @@ def working_folder(config: DataConfig) -> Iterator[pathlib.Path]:
 
 def publish(folder: pathlib.Path, target: epath.Path, names: Sequence[str]) -> None:
     """Move files from `folder` into `target` in order, each appearing whole or not at all."""
+    if not is_local(target):
+        for name in names:
+            with refusals(target / name, "written"):
+                upload(folder / name, target / name)
+        return
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
-        if is_local(target):
-            os.replace(folder / name, target / name)
-        else:
-            (target / name).write_bytes((folder / name).read_bytes())
+        os.replace(folder / name, target / name)
 
-
-def is_local(path: epath.Path) -> bool:
-    """Whether `path` is on a disk and not in object storage."""
-    return "://" not in os.fspath(path)

@@ -30,6 +30,7 @@ from etils import epath
 
 from engram_jax.config import DataConfig
 from engram_jax.errors import MachineError, UserError
+from engram_jax.storage import check_readable, first_line, is_local
 
 # Folders of the standard library that are not its source.
 SKIPPED_FOLDERS = frozenset(
@@ -115,6 +116,7 @@ def open_source(config: DataConfig) -> Source:
         return Source(path, _standard_library)
     if path.startswith(HUGGING_FACE):
         return Source(path, functools.partial(_hugging_face, path, field))
+    check_readable(path, "data.path")
     place = epath.Path(path).expanduser()
     with _refusals(path):
         if place.is_dir():
@@ -127,14 +129,18 @@ def open_source(config: DataConfig) -> Source:
 
 @contextlib.contextmanager
 def _refusals(path: str) -> Iterator[None]:
-    """A refusal of the machine, or a missing reader of object storage, as one line."""
+    """A refusal of the machine or of object storage as one line."""
     try:
         yield
-    except ImportError as error:
-        raise UserError(f"data.path = {path!r}: needs a library that is not installed: "
-                        f"{error}") from error
     except OSError as error:
         raise MachineError(f"data.path = {path!r}: could not be read: {error}") from error
+    except (MachineError, UserError):
+        raise
+    except Exception as error:  # of the libraries behind gs:// and s3://: no common base
+        if is_local(path):
+            raise
+        raise MachineError(f"data.path = {path!r}: could not be read: "
+                           f"{first_line(error)}") from error
 
 
 def _encodable(text: str) -> str:

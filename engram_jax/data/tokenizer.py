@@ -12,6 +12,7 @@ from engram_jax.config import DataConfig
 from engram_jax.data.cache import cache_folder, cache_key, publish, working_folder
 from engram_jax.data.sources import Source
 from engram_jax.errors import UserError
+from engram_jax.storage import check_readable
 
 PIECE_CHARACTERS = 2**20
 TRAINED_ON_CHARACTERS = 2**30  # the first of the text
@@ -38,6 +39,7 @@ def load_tokenizer(config: DataConfig, source: Source,
       MachineError: the cache cannot be written.
     """
     name = config.tokenizer
+    check_readable(name, "data.tokenizer")
     if name.startswith("bpe:"):
         tokenizer = _own_bpe(config, source, progress)
     else:

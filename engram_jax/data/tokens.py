@@ -9,7 +9,8 @@ A packed folder holds
                                           that has it is whole
 
 Each document's ids are followed by the end token. Folders are kept in a cache under a key of text,
-tokenizer and validation share. Files are moved into place one by one, and equal keys have equal
+tokenizer and validation share. Shards in object storage are copied to this machine's disk as they
+are read. Files are moved into place one by one, and equal keys have equal
 bytes, so processes that pack the same text at the same time do not disturb each other.
 """
 
@@ -17,9 +18,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,17 +29,47 @@ from tokenizers import Tokenizer
 
 from engram_jax.config import DataConfig
 from engram_jax.data import packing
-from engram_jax.data.cache import cache_folder, cache_key, is_local, publish, working_folder
+from engram_jax.data.cache import (
+    cache_folder,
+    cache_key,
+    download_folder,
+    publish,
+    working_folder,
+)
 from engram_jax.data.sources import HUGGING_FACE, open_source
 from engram_jax.data.tokenizer import load_tokenizer, tokenizer_digest
 from engram_jax.errors import UserError
 from engram_jax.settings import from_dict
+from engram_jax.storage import download, is_local, refusals
+
+
+class _Remote:
+    """A shard in object storage; copied to this disk, for good, when it is first read."""
+
+    def __init__(self, path: epath.Path, copy: pathlib.Path, dtype: str, size: int):
+        self._path, self._copy, self._dtype, self._size = path, copy, dtype, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self._ids[part]
+
+    @functools.cached_property
+    def _ids(self) -> np.ndarray:
+        if not self._copy.exists():
+            download(self._path, self._copy)
+        try:
+            return _mapped(self._copy, self._dtype, self._size)
+        except UserError:
+            self._copy.unlink(missing_ok=True)  # so that the next start copies it again
+            raise
 
 
 class TokenStream:
     """A long row of token ids in memory-mapped shards."""
 
-    def __init__(self, shards: Sequence[np.ndarray]):
+    def __init__(self, shards: Sequence[np.ndarray | _Remote]):
         self._shards = shards
         self._ends = np.cumsum([0] + [len(shard) for shard in shards])
 
@@ -104,29 +135,43 @@ class TokenData:
 
     @functools.cached_property
     def train(self) -> TokenStream:
-        """The training stream; shards in object storage are read into memory."""
-        return TokenStream(self._mapped("train", self.train_shards))
+        """The training stream."""
+        return TokenStream(self._shards("train", self.train_shards))
 
     @functools.cached_property
     def validation(self) -> TokenStream:
         """The validation stream; shares no text with `train`."""
-        return TokenStream(self._mapped("validation", self.validation_shards))
+        return TokenStream(self._shards("validation", self.validation_shards))
 
-    def _mapped(self, split: str, sizes: Sequence[int]) -> list[np.ndarray]:
-        shards = []
-        for number, size in enumerate(sizes):
-            path = epath.Path(self.directory) / packing.shard_name(split, number)
-            try:
-                shard = (np.load(path, mmap_mode="r") if is_local(path)
-                         else np.load(io.BytesIO(path.read_bytes())))
-            except (OSError, ValueError, EOFError) as error:
-                raise UserError(f"{path}: is missing, truncated or no NumPy array of token ids "
-                                f"({error})") from error
-            if shard.dtype != self.dtype or shard.shape != (size,):
-                raise UserError(f"{path}: holds {shard.dtype} {shard.shape}, but meta.json says "
-                                f"{self.dtype} ({size},)")
-            shards.append(shard)
-        return shards
+    def _shards(self, split: str, sizes: Sequence[int]) -> list[np.ndarray | _Remote]:
+        folder = epath.Path(self.directory)
+        paths = [folder / packing.shard_name(split, number) for number in range(len(sizes))]
+        if is_local(folder):
+            return [_mapped(path, self.dtype, size)
+                    for path, size in zip(paths, sizes, strict=True)]
+        with refusals(folder, "read"):
+            there = {entry.name for entry in folder.iterdir()}
+        for path in paths:
+            if path.name not in there:
+                raise UserError(f"{path}: is missing")
+        copies = download_folder() / cache_key(
+            self.directory, self.fingerprint, self.tokenizer_digest,
+            self.train_shards, self.validation_shards)
+        return [_Remote(path, copies / path.name, self.dtype, size)
+                for path, size in zip(paths, sizes, strict=True)]
+
+
+def _mapped(path: epath.PathLike, dtype: str, size: int) -> np.ndarray:
+    """A shard of this disk, checked."""
+    try:
+        shard: np.ndarray = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: is missing, truncated or no NumPy array of token ids "
+                        f"({error})") from error
+    if shard.dtype != dtype or shard.shape != (size,):
+        raise UserError(f"{path}: holds {shard.dtype} {shard.shape}, but meta.json says "
+                        f"{dtype} ({size},)")
+    return shard
 
 
 def open_tokens(config: DataConfig,
@@ -201,7 +246,7 @@ def _ready_folder(path: str) -> epath.Path | None:
     if path == "stdlib" or path.startswith(HUGGING_FACE):
         return None
     place = epath.Path(path).expanduser()
-    with contextlib.suppress(OSError, ImportError):  # `open_source` has the words for it
+    with contextlib.suppress(Exception):  # `open_source` has the words for it
         if place.is_dir() and any(entry.suffix == ".npy" or entry.name == "meta.json"
                                   for entry in place.iterdir()):
             return place

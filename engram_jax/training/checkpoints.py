@@ -13,6 +13,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
 from engram_jax.errors import MachineError, UserError
+from engram_jax.storage import first_line
 from engram_jax.training.state import TrainState
 
 
@@ -51,9 +52,11 @@ class Checkpoints:
 
     def discard_unfinished(self) -> None:
         """Remove what a kill left half-written; for the run that writes here, at its start."""
-        for step in self._steps():
-            if not self._is_whole(step):
-                (self._directory / str(step)).rmtree()
+        # Not `_steps`: in object storage orbax leaves such folders out.
+        there = self._directory.iterdir() if self._directory.exists() else ()
+        for place in list(there):
+            if place.name.isdecimal() and not self._is_whole(int(place.name)):
+                place.rmtree()
         self._checkpointer.reload()
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
@@ -154,12 +157,6 @@ class Checkpoints:
         last = "there is no earlier one" if kept is None else f"the last good one is of step {kept}"
         return MachineError(f"{self._directory}: the checkpoint of step {step} could not be "
                             f"written ({first_line(error)}); {last}")
-
-
-def first_line(error: BaseException) -> str:
-    """One line that says what went wrong."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
 def _ends(digest: str | None) -> str:

@@ -3,7 +3,7 @@
     config.json     the run, whole
     tokenizer.json  its tokenizer, in the format of HF `tokenizers`
     env.json        git revision, versions, devices, fingerprints of text and tokenizer
-    metrics.jsonl   one object for each logged step
+    metrics.jsonl   one object for each logged step; in object storage in parts (`metrics.py`)
     checkpoints/    Orbax
     result.json     written last: its presence means that the run is done
 """
@@ -11,6 +11,7 @@
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -24,19 +25,29 @@ from tokenizers import Tokenizer
 
 from engram_jax import __version__
 from engram_jax.config import RunConfig
-from engram_jax.data.cache import is_local
-from engram_jax.errors import MachineError, UserError
+from engram_jax.errors import UserError
 from engram_jax.settings import from_dict, to_dict
+from engram_jax.storage import check_readable, is_local, refusals, scheme, write_text
+from engram_jax.training.metrics import Metrics
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
 class RunDirectory:
-    """Reads and writes the records of one run; `path` may be object storage."""
+    """Reads and writes the records of one run; `path` may be on a disk or gs://.
+
+    Raises:
+      UserError: object storage that cannot hold a run.
+    """
 
     def __init__(self, path: epath.PathLike):
+        check_readable(path, "out")
+        if scheme(path) not in ("", "gs"):
+            raise UserError(f"out = {os.fspath(path)!r}: Orbax keeps checkpoints on disks and "
+                            "gs:// only; choose one of these, a mounted file system for example")
         place = epath.Path(path).expanduser()
         self.path = place.absolute() if is_local(place) else place  # orbax wants it whole
+        self._metrics = Metrics(self.path)
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -49,7 +60,8 @@ class RunDirectory:
     def result(self) -> dict[str, Any] | None:
         """result.json, or None while the run is not done."""
         place = self.path / "result.json"
-        return json.loads(place.read_text()) if place.exists() else None
+        with refusals(place, "read"):
+            return json.loads(place.read_text()) if place.exists() else None
 
     def config(self) -> RunConfig:
         """config.json.
@@ -58,10 +70,12 @@ class RunDirectory:
           UserError: the folder does not hold a run.
         """
         place = self.path / "config.json"
-        if not place.exists():
-            raise UserError(f"{self.path}: holds no run (there is no config.json)")
+        with refusals(place, "read"):
+            if not place.exists():
+                raise UserError(f"{self.path}: holds no run (there is no config.json)")
+            text = place.read_text()
         try:
-            values = json.loads(place.read_text())
+            values = json.loads(text)
         except ValueError as error:
             raise UserError(f"{place}: is not JSON ({error})") from error
         if not isinstance(values, dict):
@@ -76,13 +90,13 @@ class RunDirectory:
           UserError: the folder holds another run or one of another text, or is no folder.
           MachineError: the folder cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"out = {str(self.path)!r}: is not a folder") from error
-        except OSError as error:
-            raise MachineError(f"{self.path}: cannot be written ({error.strerror})") from error
-        if (self.path / "config.json").exists():
+        with refusals(self.path, "written"):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise UserError(f"out = {str(self.path)!r}: is not a folder") from error
+            claimed = (self.path / "config.json").exists()
+        if claimed:
             self.check(run)
         else:
             write_json(self.path / "config.json", to_dict(run))
@@ -121,31 +135,23 @@ class RunDirectory:
 
     def truncate_metrics(self, last_step: int) -> None:
         """Forget what was logged after `last_step`, and any half-written line."""
-        kept = [row for row in self.metrics() if row["step"] <= last_step]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        self._metrics.truncate(last_step)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row to metrics.jsonl."""
-        place = self.path / "metrics.jsonl"
-        try:
-            with place.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as error:
-            raise MachineError(f"{place}: cannot be written ({error.strerror})") from error
+        """Add one row to metrics.jsonl."""
+        self._metrics.log(row)
+
+    def flush(self) -> None:
+        """Until all logged rows would survive a kill: call it before a checkpoint is saved."""
+        self._metrics.flush()
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a line that was cut off is left out."""
-        place = self.path / "metrics.jsonl"
-        rows = []
-        for line in place.read_text().splitlines() if place.exists() else ():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        return self._metrics.rows()
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write result.json: the run is done."""
+        self.flush()
         write_json(self.path / "result.json", result)
 
 
@@ -183,16 +189,6 @@ def _git(where: Path, *words: str) -> str:
 
 def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
-
-
-def write_text(path: epath.Path, text: str) -> None:
-    """Replace a file whole: a reader sees the old text or the new."""
-    part = path.parent / f"{path.name}.part"
-    try:
-        part.write_text(text)
-        part.replace(path)
-    except OSError as error:
-        raise MachineError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:

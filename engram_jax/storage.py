@@ -1,0 +1,116 @@
+"""Files on a disk or in object storage (`gs://`, `s3://`), by way of `etils.epath`.
+
+An object appears whole or not at all, is never appended to, and renaming one copies it: what is
+moved into place on a disk is written in place there.
+"""
+
+import contextlib
+import importlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from etils import epath
+
+from engram_jax.errors import MachineError, UserError
+
+PACKAGES = {"gs": "gcs", "s3": "s3"}  # a scheme's extra of this package
+COPIED_AT_ONCE = 16 * 2**20  # bytes
+
+
+def scheme(path: epath.PathLike) -> str:
+    """"gs", "s3" and so on; "" for a disk."""
+    before, found, _ = os.fspath(path).partition("://")
+    return before if found else ""
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """Whether `path` is on a disk and not in object storage."""
+    return not scheme(path)
+
+
+def check_readable(path: epath.PathLike, field: str) -> None:
+    """Refuse object storage whose library is not there.
+
+    Args:
+      path: what the user wrote in `field`.
+
+    Raises:
+      UserError: a scheme that nothing can read, or whose library is not installed.
+    """
+    kind = scheme(path)
+    if not kind:
+        return
+    if kind not in PACKAGES:
+        raise UserError(f"{field} = {os.fspath(path)!r}: must be on a disk, gs:// or s3://")
+    try:
+        importlib.import_module("fsspec").get_filesystem_class(kind)
+    except ImportError as error:
+        raise UserError(f"{field} = {os.fspath(path)!r}: needs `pip install "
+                        f"'engram_jax[{PACKAGES[kind]}]'`") from error
+
+
+@contextlib.contextmanager
+def refusals(path: epath.PathLike, done: str) -> Iterator[None]:
+    """What a disk or an object store refuses, as one line: "PATH: could not be `done` (why)".
+
+    Raises:
+      MachineError: it refuses something.
+    """
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or first_line(error)
+        raise MachineError(f"{os.fspath(path)}: could not be {done} ({why})") from error
+    except (MachineError, UserError):
+        raise
+    except Exception as error:  # of the libraries behind gs:// and s3://: no common base
+        if is_local(path):
+            raise
+        raise MachineError(f"{os.fspath(path)}: could not be {done} "
+                           f"({first_line(error)})") from error
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Replace a file whole: a reader sees the old text or the new.
+
+    Raises:
+      MachineError: it cannot be written.
+    """
+    with refusals(path, "written"):
+        if not is_local(path):
+            path.write_text(text)
+            return
+        part = path.parent / f"{path.name}.part"
+        part.write_text(text)
+        part.replace(path)
+
+
+def upload(file: pathlib.Path, target: epath.Path) -> None:
+    """Copy a file of this disk to `target`, a piece at a time."""
+    with file.open("rb") as source, target.open("wb") as sink:
+        shutil.copyfileobj(source, sink, COPIED_AT_ONCE)
+
+
+def download(path: epath.Path, target: pathlib.Path) -> None:
+    """Copy `path` to `target` on this disk, where it appears whole.
+
+    Raises:
+      MachineError: it cannot be read, or the disk is full.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        with refusals(path, "copied to this disk"):
+            with path.open("rb") as source, part.open("wb") as sink:
+                shutil.copyfileobj(source, sink, COPIED_AT_ONCE)
+            part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def first_line(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
