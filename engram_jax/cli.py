@@ -5,13 +5,15 @@ line on standard error.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import shutil
 import sys
+import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from engram_jax import __version__
 from engram_jax.config import RunConfig
@@ -33,22 +35,30 @@ def main(words: Sequence[str] | None = None) -> int:
     _quieten()
     try:
         options.command(options)
-    except UserError as error:
-        return _failed(error, 2)
-    except MachineError as error:
-        return _failed(error, 1)
-    except BrokenPipeError:
-        return 1
-    except (OSError, MemoryError) as error:
-        return _failed(error, 1)
-    except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (Exception, KeyboardInterrupt) as error:
+        if (ending := _ending(error)) is None:
             raise
-        return _failed(MachineError(f"out of memory: {error}"), 1)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        code, line = ending
+        if line:
+            print(f"engram-jax: {line}", file=sys.stderr)
+        return code
     return 0
+
+
+def _ending(error: BaseException) -> tuple[int, str] | None:
+    """Exit code and line of a failure; None for a bug."""
+    match error:
+        case UserError():
+            return 2, _one_line(error)
+        case BrokenPipeError():
+            return 1, ""
+        case MachineError() | OSError() | MemoryError():
+            return 1, _one_line(error)
+        case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
+            return 1, _one_line(MachineError(f"out of memory: {error}"))
+        case KeyboardInterrupt():
+            return 130, "stopped; the same command goes on from the last checkpoint"
+    return None
 
 
 def _quieten() -> None:
@@ -75,10 +85,8 @@ class _OrphansAside:
             self._before(unraisable)
 
 
-def _failed(error: Exception, code: int) -> int:
-    reason = str(error) or type(error).__name__
-    print(f"engram-jax: {' '.join(reason.split())}", file=sys.stderr)
-    return code
+def _one_line(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -123,6 +131,19 @@ def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def _add_processes(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group(
+        "many processes", "the same command in each, all with the same settings; see BUILD.md")
+    group.add_argument("--distributed", action="store_true",
+                       help="find the others: Cloud TPU, Slurm, Kubernetes, Open MPI")
+    group.add_argument("--coordinator", metavar="HOST:PORT",
+                       help="where process 0 is, on a cluster that is not found by itself")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0 on")
+    group.add_argument("--timeout", type=int, default=300, metavar="SECONDS",
+                       help="give up on processes that do not come in time (default 300)")
+
+
 def _add_recipe(command: argparse.ArgumentParser) -> None:
     from engram_jax.recipes import RECIPES
 
@@ -157,9 +178,11 @@ def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
         "train one model; the same command goes on where a stopped run was",
         "train tiny --out runs/mine --set data.path=my.txt --set training.steps=200")
     _add_recipe(command)
-    command.add_argument("--out", required=True, metavar="DIR", help="the run's own folder")
+    command.add_argument("--out", required=True, metavar="DIR",
+                         help="the run's own folder, on a disk or gs://")
     _add_mesh(command)
     _add_set(command)
+    _add_processes(command)
 
 
 def _add_mesh(command: argparse.ArgumentParser) -> None:
@@ -177,6 +200,7 @@ def _add_sweep(commands) -> None:  # type: ignore[no-untyped-def]
     command.add_argument("--out", required=True, metavar="DIR", help="gets one folder a run")
     _add_mesh(command)
     _add_set(command)
+    _add_processes(command)
 
 
 def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
@@ -230,20 +254,46 @@ def train(options: argparse.Namespace) -> None:
     from engram_jax.training.loop import train as run_to_end
     from engram_jax.training.mesh import chosen_mesh
 
-    result = run_to_end(_recipe(options), options.out, _say, chosen_mesh(options.mesh))
-    _say(f"loss {result['loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
-    _say(f"next: {_program()} generate {options.out} --prompt 'import '")
+    run = _recipe(options)
+    with _joined(options) as say:
+        result = run_to_end(run, options.out, say, chosen_mesh(options.mesh))
+        say(f"loss {result['loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
+        say(f"next: {_program()} generate {options.out} --prompt 'import '")
 
 
 def sweep(options: argparse.Namespace) -> None:
     from engram_jax import sweeps
     from engram_jax.training.mesh import chosen_mesh
 
-    results = sweeps.sweep(options.experiment, options.out, options.settings, _say,
-                           chosen_mesh(options.mesh))
-    best = min(results, key=lambda result: result["loss"])
-    _say(f"next: {_program()} generate {options.out}/{best['name']} --prompt 'import ', or the "
-         "same sweep on your own text: add --set data.path=FILE and another --out")
+    with _joined(options) as say:
+        results = sweeps.sweep(options.experiment, options.out, options.settings, say,
+                               chosen_mesh(options.mesh))
+        best = min(results, key=lambda result: result["loss"])
+        say(f"next: {_program()} generate {options.out}/{best['name']} --prompt 'import ', or the "
+            "same sweep on your own text: add --set data.path=FILE and another --out")
+
+
+@contextlib.contextmanager
+def _joined(options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
+    """Join the other processes, if there are any, for what is within; yields what talks."""
+    from engram_jax.training import processes
+
+    place = options.coordinator, options.processes, options.process
+    if not options.distributed and place == (None, None, None):
+        yield _say
+        return
+    processes.start(*place, options.timeout)
+    try:
+        yield processes.first_only(_say)
+        processes.stop()
+    except BaseException as error:  # the others must hear of it, and an exit would wait for them
+        ending = _ending(error)
+        if ending is None and (line := processes.lost(error)):
+            ending = 1, line
+        if ending is None:
+            traceback.print_exc()
+            ending = 1, _one_line(error)
+        processes.leave(*ending)
 
 
 def evaluate(options: argparse.Namespace) -> None:

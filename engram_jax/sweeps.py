@@ -18,6 +18,7 @@ from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.settings import with_settings
 from engram_jax.storage import write_text
+from engram_jax.training import processes
 from engram_jax.training.loop import train
 
 
@@ -66,7 +67,8 @@ def sweep(
     for number, run in enumerate(runs, start=1):
         say(f"run {number} of {len(runs)}: {run.name}")
         results.append(train(run, place / run.name, say, mesh))
-    report(results, place, say)
+    if processes.is_first():
+        report(results, place, say)
     return results
 
 

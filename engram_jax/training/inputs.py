@@ -12,6 +12,7 @@ from engram_jax.data.tokenizer import find_end_id, find_pad_id
 from engram_jax.data.tokens import TokenData, open_tokens
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.memory.sites import Addressing, address
+from engram_jax.training import processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,12 @@ def open_reader(run: RunConfig, tokenizer: Tokenizer) -> Reader:
 
 
 def open_inputs(run: RunConfig, progress: Callable[[str], None] | None = None) -> Inputs:
-    """The run's text, packed if need be, and its reader.
+    """The run's text, packed if need be, and its reader; process 0 packs first.
 
     Raises:
       UserError: bad data settings, or as `open_reader`.
     """
-    tokens = open_tokens(run.data, progress)
+    with processes.after_first("the packing of the text"):
+        tokens = open_tokens(run.data, progress)
     reader = open_reader(run, tokens.tokenizer)
     return Inputs(tokens=tokens, **vars(reader))

@@ -1,0 +1,158 @@
+"""Two processes of four CPU devices each: they agree, wait for each other, and never hang."""
+
+import contextlib
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from engram_jax import cli
+from engram_jax.errors import UserError
+from engram_jax.training import processes
+
+HERE = pathlib.Path(__file__).parent
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextlib.contextmanager
+def started(words, numbers=(0, 1), **environment):
+    """The processes `numbers` of two, running."""
+    port = free_port()
+    env = {**os.environ, "JAX_PLATFORMS": "cpu",
+           "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+           "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), **environment}
+    made = [subprocess.Popen(
+        [sys.executable, str(HERE / "peer.py"), "train", "tiny", "--out", "unused",
+         "--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(number),
+         *(words[number] if isinstance(words, dict) else words)],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for number in numbers]
+    try:
+        yield made
+    finally:
+        for process in made:
+            process.kill()
+            process.communicate()
+
+
+def ended(process, within):
+    """Exit code, standard output, and what is ours of standard error."""
+    out, error = process.communicate(timeout=within)
+    ours = [line for line in error.splitlines() if line.startswith("engram-jax: ")]
+    return process.returncode, out, ours, error
+
+
+def test_processes_work_together_and_one_talks():
+    with started([]) as made:
+        (code, out, _, error), (other_code, other_out, _, other_error) = (
+            ended(process, 60) for process in made)
+    assert (code, other_code) == (0, 0), error + other_error
+    assert "exchange 19" in out
+    assert "loss 0.0000" in out
+    assert "exchange" not in other_out
+    times = [float(re.search(r"packed by \d at ([\d.]+)", text)[1]) for text in (out, other_out)]
+    assert times[0] < times[1]
+
+
+def test_settings_that_differ_are_refused_by_all():
+    words = {0: ["--set", "training.steps=7"], 1: ["--set", "training.steps=8"]}
+    with started(words) as made:
+        for process in made:
+            code, _, ours, error = ended(process, 60)
+            assert code == 2, error
+            [line] = ours
+            assert "training.steps = 8 in process 1, but 7 in process 0" in line
+
+
+def test_a_killed_process_ends_the_other():
+    with started(["--timeout", "5"], PEER_WHO="1", PEER_DOES="die") as made:
+        code, _, ours, error = ended(made[0], 30)
+        assert made[1].wait(10) == -signal.SIGKILL
+    assert code == 1, error
+    [line] = ours  # of the exchange that broke, or of the watch where gloo waits for the dead
+    assert re.search(r"lost another process .*timeout of a silent one: 5 s"
+                     r"|process 1 has been silent for 5 s \(timeout\)", line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_failure_is_told_to_the_other(who):
+    with started([], PEER_WHO=str(who), PEER_DOES="disk_full") as made:
+        answers = [ended(process, 60) for process in made]
+    assert [answer[0] for answer in answers] == [1, 1], answers
+    assert answers[who][2] == ["engram-jax: the disk is full"]
+    assert answers[1 - who][2] == [f"engram-jax: process {who} failed: the disk is full"]
+
+
+@pytest.mark.slow
+def test_a_bug_shows_where_it_is():
+    with started([], PEER_WHO="1", PEER_DOES="bug") as made:
+        answers = [ended(process, 60) for process in made]
+    assert [answer[0] for answer in answers] == [1, 1], answers
+    assert "in bug" in answers[1][3]
+    assert answers[0][2] == ["engram-jax: process 1 failed: a bug"]
+
+
+@pytest.mark.slow
+def test_a_silent_process_ends_the_other():
+    with started(["--timeout", "4"], PEER_WHO="1", PEER_DOES="hang") as made:
+        code, _, ours, error = ended(made[0], 60)
+    assert code == 1, error
+    assert ours == ["engram-jax: process 1 has been silent for 4 s (timeout): it died or hangs, or "
+                    "its machine is gone"]
+
+
+@pytest.mark.slow
+def test_the_others_end_with_the_first():
+    with started([], PEER_WHO="0", PEER_DOES="die") as made:
+        code, _, _, error = ended(made[1], 60)
+    assert code in (1, -signal.SIGABRT), error  # JAX's runtime may be quicker: it aborts
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_never_comes(number):
+    begin = time.monotonic()
+    with started(["--timeout", "3"], numbers=(number,)) as made:
+        code, _, ours, error = ended(made[0], 60)
+    assert code == 1, error
+    [line] = ours
+    assert re.search(r"not all processes came to 127\.0\.0\.1:\d+ within 3 s", line)
+    assert time.monotonic() - begin < 25
+
+
+@pytest.mark.parametrize(("settings", "line"), [
+    ((None, 2, 0), "coordinator: is missing"),
+    (("host:1", 2, None), "process: is missing"),
+    (("host", 2, 0), r"coordinator = 'host': must be HOST:PORT"),
+    (("host:1", 2, 2), "process = 2: must be 0 to 1"),
+    ((None, None, None), "no cluster could be detected"),
+])
+def test_settings_of_the_group(settings, line, monkeypatch):
+    monkeypatch.setattr(processes.jax.distributed, "initialize", refuse)
+    with pytest.raises(UserError, match=line):
+        processes.start(*settings)
+
+
+def refuse(*words, **settings):
+    raise ValueError("coordinator_address should be defined.")
+
+
+def test_one_process_waits_for_nobody(capsys):
+    assert processes.is_first()
+    processes.barrier("alone")
+    processes.agree("alone", {"a": 1})
+    with processes.after_first("alone"):
+        pass
+    assert cli.main(["train", "tiny", "--out", "x", "--processes", "2"]) == 2
+    assert capsys.readouterr().err == (
+        "engram-jax: coordinator: is missing; coordinator, processes and process go together\n")
