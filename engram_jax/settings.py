@@ -134,3 +134,14 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 def _described(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false",
             str: "text"}.get(hint, str(hint))
+
+
+def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two trees of plain values differ: (name, before, now)."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            found = first_difference(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+            if found:
+                return found
+        return None
+    return None if before == now else (where, before, now)

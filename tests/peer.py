@@ -1,19 +1,23 @@
 """One of several processes for test_processes: `engram-jax train` with a loop of exchanges.
 
-What it does is told by the environment: PEER_DOES in process PEER_WHO, at the tenth exchange.
+What it does is told by the environment: PEER_DOES in process PEER_WHO, at the tenth exchange. With
+PEER_RUN, the JSON of a run, it is the real `engram-jax train` of that run; gs:// is the store of
+`object_store`.
 """
 
+import json
 import os
 import sys
 import time
 
 import jax
 import numpy as np
+import object_store
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engram_jax import cli
 from engram_jax.errors import MachineError
-from engram_jax.settings import to_dict
+from engram_jax.settings import from_dict, to_dict
 from engram_jax.training import loop, processes
 
 STEPS = 20
@@ -70,5 +74,9 @@ def bug():
 does = {function.__name__: function for function in (die, hang, disk_full, bug)}
 
 if __name__ == "__main__":
-    loop.train = train
+    if text := os.environ.get("PEER_RUN"):
+        object_store.use()
+        cli._recipe = lambda options: from_dict(json.loads(text))
+    else:
+        loop.train = train
     sys.exit(cli.main(sys.argv[1:]))

@@ -1,6 +1,8 @@
 """Two processes of four CPU devices each: they agree, wait for each other, and never hang."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -10,10 +12,13 @@ import subprocess
 import sys
 import time
 
+import object_store
 import pytest
+from micro import STEPS, micro, plain, with_data, with_model, write_text
 
 from engram_jax import cli
 from engram_jax.errors import UserError
+from engram_jax.settings import to_dict
 from engram_jax.training import processes
 
 HERE = pathlib.Path(__file__).parent
@@ -26,14 +31,14 @@ def free_port():
 
 
 @contextlib.contextmanager
-def started(words, numbers=(0, 1), **environment):
+def started(words, numbers=(0, 1), out="unused", **environment):
     """The processes `numbers` of two, running."""
     port = free_port()
     env = {**os.environ, "JAX_PLATFORMS": "cpu",
            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), **environment}
     made = [subprocess.Popen(
-        [sys.executable, str(HERE / "peer.py"), "train", "tiny", "--out", "unused",
+        [sys.executable, str(HERE / "peer.py"), "train", "tiny", "--out", out,
          "--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process", str(number),
          *(words[number] if isinstance(words, dict) else words)],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for number in numbers]
@@ -117,6 +122,39 @@ def test_the_others_end_with_the_first():
     with started([], PEER_WHO="0", PEER_DOES="die") as made:
         code, _, _, error = ended(made[1], 60)
     assert code in (1, -signal.SIGABRT), error  # JAX's runtime may be quicker: it aborts
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_two_processes_goes_on_in_a_bucket(tmp_path):
+    run = plain(micro(write_text(tmp_path / "text.txt")))
+    memory = dataclasses.replace(run.model.engram, shards=8)
+    run = with_data(with_model(run, engram=memory), batch_size=8,
+                    cache_dir="gs://two-processes/cache")
+    with object_store.ObjectStore() as store:
+        settings = {**store.environment(), "PEER_RUN": json.dumps(to_dict(run)),
+                    "ENGRAM_CACHE": str(tmp_path), "ENGRAM_MESH": "2x4",
+                    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+        words = ["--timeout", "20"]
+        with started(words, out="gs://two-processes/run", **settings) as made:
+            while "two-processes/run/checkpoints/3/commit_success.txt" not in store.objects:
+                assert made[1].poll() is None, ended(made[1], 1)
+                time.sleep(0.01)
+            made[1].kill()
+            code, _, ours, error = ended(made[0], 120)
+            assert (code, len(ours)) == (1, 1), error
+        assert "two-processes/run/result.json" not in store.objects
+        with started(words, out="gs://two-processes/run", **settings) as made:
+            (code, out, _, error), (other, _, _, other_error) = (
+                ended(process, 240) for process in made)
+        assert (code, other) == (0, 0), error + other_error
+        assert re.search("going on from step [36]", out)
+        rows = [json.loads(line) for name in sorted(store.objects) if "/run/metrics-" in name
+                for line in store.objects[name].decode().splitlines()]
+        steps = [row["step"] for row in rows if "learning/loss" in row]
+        assert json.loads(store.objects["two-processes/run/result.json"])["steps"] == STEPS
+        assert steps == sorted(set(steps))
+        # Those before the checkpoint are there where the loop flushes before it saves.
+        assert steps[-1] == STEPS
 
 
 @pytest.mark.parametrize("number", [0, 1])

@@ -23,9 +23,9 @@ from engram_jax.settings import to_dict
 from engram_jax.training import loop, metrics
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.inputs import open_inputs
+from engram_jax.training.mesh import placed_state, single_mesh
 from engram_jax.training.metrics import Metrics
 from engram_jax.training.records import RunDirectory
-from engram_jax.training.state import abstract_state
 
 pytestmark = pytest.mark.usefixtures("compilations")
 
@@ -76,7 +76,7 @@ def outcome(records):
 def arrays(run, records):
     inputs = open_inputs(run)
     with Checkpoints(records.checkpoints, 2, inputs.fingerprints()) as checkpoints:
-        state = checkpoints.restore(abstract_state(run))
+        state = checkpoints.restore(placed_state(run, single_mesh()))
     return {jax.tree_util.keystr(path): np.asarray(leaf)
             for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 

@@ -30,14 +30,14 @@ from engram_jax.errors import MachineError, UserError
 from engram_jax.memory.sites import gather_rows
 from engram_jax.model import transformer
 from engram_jax.recipes import RECIPES, without_memory
-from engram_jax.settings import to_dict
+from engram_jax.settings import first_difference, to_dict
 from engram_jax.training import loop, step
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.evaluation import evaluator
 from engram_jax.training.inputs import open_inputs
 from engram_jax.training.mesh import placed_state, single_mesh
 from engram_jax.training.optimizers import labels, optimizer, schedule
-from engram_jax.training.records import RunDirectory, first_difference
+from engram_jax.training.records import RunDirectory
 from engram_jax.training.state import init_state
 
 pytestmark = pytest.mark.usefixtures("compilations")

@@ -14,6 +14,7 @@ from etils import epath
 
 from engram_jax.errors import MachineError, UserError
 from engram_jax.storage import first_line
+from engram_jax.training import processes
 from engram_jax.training.state import TrainState
 
 
@@ -52,11 +53,13 @@ class Checkpoints:
 
     def discard_unfinished(self) -> None:
         """Remove what a kill left half-written; for the run that writes here, at its start."""
-        # Not `_steps`: in object storage orbax leaves such folders out.
-        there = self._directory.iterdir() if self._directory.exists() else ()
-        for place in list(there):
-            if place.name.isdecimal() and not self._is_whole(int(place.name)):
-                place.rmtree()
+        if processes.is_first():
+            # Not `_steps`: in object storage orbax leaves such folders out.
+            there = self._directory.iterdir() if self._directory.exists() else ()
+            for place in list(there):
+                if place.name.isdecimal() and not self._is_whole(int(place.name)):
+                    place.rmtree()
+        processes.barrier("the removal of unfinished checkpoints")
         self._checkpointer.reload()
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:

@@ -25,8 +25,8 @@ import jax
 
 from engram_jax.config import require
 from engram_jax.errors import MachineError, UserError
+from engram_jax.settings import first_difference
 from engram_jax.storage import first_line
-from engram_jax.training.records import first_difference
 
 TIMEOUT_S = 300
 SILENCE_S = 100  # a process says every second that it is alive; JAX's own limit is the same

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 import tqdm
 
+from engram_jax.training.processes import is_first
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -16,7 +18,7 @@ class Progress:
         self._name, self._steps, self._say = name, steps, say
         self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and is_first():
             self._bar = tqdm.tqdm(desc=name, initial=start, total=steps, unit="step", leave=False)
         else:
             say(f"{name}: steps {start + 1} to {steps} (the first one compiles)")

@@ -26,15 +26,18 @@ from tokenizers import Tokenizer
 from engram_jax import __version__
 from engram_jax.config import RunConfig
 from engram_jax.errors import UserError
-from engram_jax.settings import from_dict, to_dict
+from engram_jax.settings import first_difference, from_dict, to_dict
 from engram_jax.storage import check_readable, is_local, refusals, scheme, write_text
 from engram_jax.training.metrics import Metrics
+from engram_jax.training.processes import is_first
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
 class RunDirectory:
     """Reads and writes the records of one run; `path` may be on a disk or gs://.
+
+    Of several processes the first one writes; what the others write is dropped.
 
     Raises:
       UserError: object storage that cannot hold a run.
@@ -92,20 +95,22 @@ class RunDirectory:
         """
         with refusals(self.path, "written"):
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
+                if is_first():
+                    self.path.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError) as error:
                 raise UserError(f"out = {str(self.path)!r}: is not a folder") from error
             claimed = (self.path / "config.json").exists()
         if claimed:
             self.check(run)
         else:
-            write_json(self.path / "config.json", to_dict(run))
+            self._write("config.json", to_dict(run))
         self._check_text(run, env)
-        write_json(self.path / "env.json", env)
+        self._write("env.json", env)
 
     def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Write tokenizer.json, so that the run can be read wherever it is taken."""
-        write_text(self.tokenizer_path, tokenizer.to_str())
+        if is_first():
+            write_text(self.tokenizer_path, tokenizer.to_str())
 
     def tokenizer(self) -> Tokenizer:
         """tokenizer.json.
@@ -135,11 +140,13 @@ class RunDirectory:
 
     def truncate_metrics(self, last_step: int) -> None:
         """Forget what was logged after `last_step`, and any half-written line."""
-        self._metrics.truncate(last_step)
+        if is_first():
+            self._metrics.truncate(last_step)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Add one row to metrics.jsonl."""
-        self._metrics.log(row)
+        if is_first():
+            self._metrics.log(row)
 
     def flush(self) -> None:
         """Until all logged rows would survive a kill: call it before a checkpoint is saved."""
@@ -152,7 +159,11 @@ class RunDirectory:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write result.json: the run is done."""
         self.flush()
-        write_json(self.path / "result.json", result)
+        self._write("result.json", result)
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        if is_first():
+            write_text(self.path / name, json.dumps(values, indent=1, sort_keys=True) + "\n")
 
 
 def environment(**known: Any) -> dict[str, Any]:
@@ -185,21 +196,6 @@ def git_revision() -> str:
 def _git(where: Path, *words: str) -> str:
     done = subprocess.run(["git", "-C", str(where), *words], check=True, capture_output=True)
     return done.stdout.decode().strip()
-
-
-def write_json(path: epath.Path, values: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=1, sort_keys=True) + "\n")
-
-
-def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two trees of plain values differ: (name, before, now)."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            found = first_difference(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
-            if found:
-                return found
-        return None
-    return None if before == now else (where, before, now)
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:

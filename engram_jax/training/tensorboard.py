@@ -6,10 +6,13 @@ from typing import Any
 from etils import epath
 
 from engram_jax.errors import UserError
+from engram_jax.training.processes import is_first
 
 
 class TensorBoard:
     """Writes scalars to DIR/tensorboard, or does nothing; use as a context manager.
+
+    Of several processes the first one writes.
 
     Raises:
       UserError: `enabled`, but the extra is not installed.
@@ -17,7 +20,7 @@ class TensorBoard:
 
     def __init__(self, directory: epath.Path, enabled: bool):
         self._writer: Any = None
-        if not enabled:
+        if not (enabled and is_first()):
             return
         try:
             import tensorboardX
