@@ -255,9 +255,10 @@ class _Files(AbstractFileSystem):
             with urllib.request.urlopen(request) as response:
                 return response.read()
         except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return b""
-            raise OSError(f"the store answers {error.code}") from error
+            with error:  # it holds the connection
+                if error.code == 404:
+                    return b""
+                raise OSError(f"the store answers {error.code}") from error
 
 
 class _File(AbstractBufferedFile):

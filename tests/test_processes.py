@@ -34,7 +34,7 @@ def free_port():
 def started(words, numbers=(0, 1), out="unused", **environment):
     """The processes `numbers` of two, running."""
     port = free_port()
-    env = {**os.environ, "JAX_PLATFORMS": "cpu",
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "ENGRAM_MESH": "2x4",
            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]), **environment}
     made = [subprocess.Popen(
@@ -132,7 +132,7 @@ def test_a_killed_run_of_two_processes_goes_on_in_a_bucket(tmp_path):
                     cache_dir="gs://two-processes/cache")
     with object_store.ObjectStore() as store:
         settings = {**store.environment(), "PEER_RUN": json.dumps(to_dict(run)),
-                    "ENGRAM_CACHE": str(tmp_path), "ENGRAM_MESH": "2x4",
+                    "ENGRAM_CACHE": str(tmp_path),
                     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
         words = ["--timeout", "20"]
         with started(words, out="gs://two-processes/run", **settings) as made:

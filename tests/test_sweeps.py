@@ -13,7 +13,7 @@ from engram_jax.analysis import scaling
 from engram_jax.errors import UserError
 from engram_jax.memory.sites import sites
 from engram_jax.recipes import with_over_encoding, without_memory
-from engram_jax.settings import to_dict, with_settings
+from engram_jax.settings import first_difference, to_dict, with_settings
 from engram_jax.training.records import RunDirectory
 from experiments.memory_scaling.configs import SLOTS, runs
 
