@@ -228,8 +228,9 @@ def _add_generate(commands) -> None:  # type: ignore[no-untyped-def]
 def _add_bench(commands) -> None:  # type: ignore[no-untyped-def]
     command = _command(commands, "bench", bench,
                        "measure this machine: hash (jitted against NumPy), table (row updates "
-                       "against the table's size)", "bench hash --json")
-    command.add_argument("what", choices=["hash", "table"])
+                       "against the table's size), optimizers (of tables), exchange (rows on "
+                       "eight devices against a sharded gather)", "bench hash --json")
+    command.add_argument("what", choices=["hash", "table", "optimizers", "exchange"])
     _add_json(command)
 
 
@@ -329,15 +330,33 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    from engram_jax.benchmarks.hashing import hash_benchmark
-    from engram_jax.benchmarks.table import table_benchmark
-
-    result = hash_benchmark() if options.what == "hash" else table_benchmark()
+    result = _benchmark(options.what)
     if options.json:
         print(json.dumps(result, indent=1))
     else:
         for name, value in result.items():
             print(f"{name:<28} {value:,.4g}" if isinstance(value, float) else f"{name:<28} {value}")
+
+
+def _benchmark(what: str) -> dict[str, typing.Any]:
+    if what == "hash":
+        from engram_jax.benchmarks.hashing import hash_benchmark
+
+        return hash_benchmark()
+    if what == "table":
+        from engram_jax.benchmarks.table import table_benchmark
+
+        return table_benchmark()
+    if what == "optimizers":
+        from engram_jax.benchmarks.row_optimizers import row_optimizer_benchmark
+
+        return row_optimizer_benchmark()
+    from engram_jax.benchmarks.exchange import DEVICES, exchange_benchmark
+
+    # Read when the first device is asked for; machines with accelerators do not mind it.
+    flag = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    return exchange_benchmark()
 
 
 def _recipe(options: argparse.Namespace) -> RunConfig:

@@ -1,10 +1,12 @@
 """A sweep: a named list of full configs, run one after another and set side by side.
 
-An experiment is a folder `experiments/NAME` whose `configs.py` has `runs() -> list[RunConfig]`.
+An experiment is a folder `experiments/NAME` whose `configs.py` has `runs() -> list[RunConfig]`,
+and whose `report.py`, if there is one, has `report(results, place, say)`.
 Finished runs are skipped, interrupted ones go on.
 """
 
 import importlib
+import importlib.util
 import json
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -68,8 +70,16 @@ def sweep(
         say(f"run {number} of {len(runs)}: {run.name}")
         results.append(train(run, place / run.name, say, mesh))
     if processes.is_first():
-        report(results, place, say)
+        _report_of(name)(results, place, say)
     return results
+
+
+def _report_of(name: str) -> Callable[..., None]:
+    """The experiment's own `report`, if it has one, or else the general one."""
+    if importlib.util.find_spec(f"experiments.{name}.report") is None:
+        return report
+    found: Callable[..., None] = importlib.import_module(f"experiments.{name}.report").report
+    return found
 
 
 def report(

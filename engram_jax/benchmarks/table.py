@@ -32,9 +32,9 @@ def table_benchmark(rows: tuple[int, ...] = ROWS, steps: int = STEPS) -> dict[st
       `rows`, `dim`, and by size `row_wise_ms` and `dense_ms` (medians of `steps` steps); `growth`,
       the slowest row-wise step over the fastest.
     """
-    runs = [_with_rows(recipes.tiny(), size) for size in rows]
-    row_wise = _milliseconds([_row_wise(run) for run in runs], steps)
-    dense = _milliseconds([_dense(run) for run in runs], steps)
+    runs = [with_rows(recipes.tiny(), size) for size in rows]
+    row_wise = milliseconds([row_wise(run) for run in runs], steps)
+    dense = milliseconds([_dense(run) for run in runs], steps)
     engram = recipes.tiny().model.engram
     assert engram is not None
     return {
@@ -49,7 +49,7 @@ def table_benchmark(rows: tuple[int, ...] = ROWS, steps: int = STEPS) -> dict[st
     }
 
 
-def _with_rows(run: RunConfig, rows: int) -> RunConfig:
+def with_rows(run: RunConfig, rows: int) -> RunConfig:
     engram = run.model.engram
     assert engram is not None
     orders = len(engram.rows_per_head)
@@ -57,7 +57,7 @@ def _with_rows(run: RunConfig, rows: int) -> RunConfig:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, engram=engram))
 
 
-def _milliseconds(compared: list[Callable[[Batch], Any]], steps: int) -> list[float]:
+def milliseconds(compared: list[Callable[[Batch], Any]], steps: int) -> list[float]:
     """Median time of each step function, after one call that compiles.
 
     They take turns, on another batch each time, so that a machine whose speed drifts slows them
@@ -89,7 +89,7 @@ def _addressing(run: RunConfig) -> Addressing:
     return address(run.model, CompressedVocabulary.identity(run.model.vocab_size), 0)
 
 
-def _row_wise(run: RunConfig) -> Callable[[Batch], Any]:
+def row_wise(run: RunConfig) -> Callable[[Batch], Any]:
     state = jax.jit(lambda: init_state(run))()
     step = jax.jit(train_step(run, _addressing(run)), donate_argnums=0)
 

@@ -126,7 +126,7 @@ def state_specs(run: RunConfig, mesh: Mesh) -> TrainState:
 def _like_params(opt_state: Any, params: Any) -> Any:
     """Specs of an optimizer's state: a leaf at the end of whose path a parameter's path stands lies
     as that parameter does, everything else is everywhere."""
-    of_param = {path: spec for path, spec in jax.tree_util.tree_leaves_with_path(params)}
+    of_param = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def spec(path: tuple, leaf: Any) -> PartitionSpec:
         del leaf

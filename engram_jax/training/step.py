@@ -78,7 +78,8 @@ def train_step(
         new = TrainState(
             step=step_number,
             params=_if(finite, optax.apply_updates(state.params, updates), state.params),
-            router_bias=_if(finite, _rebalanced(run, state.router_bias, seen.loads), state.router_bias),
+            router_bias=_if(
+                finite, _rebalanced(run, state.router_bias, seen.loads), state.router_bias),
             opt_state=_if(finite, opt_state, state.opt_state),
             tables={name: table for name, (table, _) in moved.items()},
             table_state={name: table_state for name, (_, table_state) in moved.items()},
