@@ -123,7 +123,9 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0) -> Plan:
       UserError: no libtpu, no such slice, or one that does not divide the run.
     """
     chip, devices = slice_of(topology)
-    mesh = meshes.make_mesh(fsdp=fsdp, devices=devices)
+    fsdp = fsdp or len(devices)
+    require(len(devices) % fsdp == 0, "fsdp", fsdp, f"does not divide {len(devices)} devices")
+    mesh = meshes.make_mesh(len(devices) // fsdp, fsdp, devices)
     state, batch = _arguments(run, mesh)
     step = train_step(run, address(run.model, _vocabulary(run), 0), mesh)
     common: dict[str, Any] = {

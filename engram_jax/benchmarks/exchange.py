@@ -150,8 +150,8 @@ def _gspmd(run: RunConfig, addressing: Addressing, mesh: Mesh) -> _Arm:
             gather_rows(run.model, tables, ids), spread_rows), state.tables)
         loss, params, opt_state, row_grads = mapped(state, rows, batch)
         updates, moments = transform.update(back(row_grads)[0], moments)
-        state = state.replace(params=params, opt_state=opt_state,
-                              tables=optax.apply_updates(state.tables, updates))
+        tables: Any = optax.apply_updates(state.tables, updates)
+        state = dataclasses.replace(state, params=params, opt_state=opt_state, tables=tables)
         return (state, moments), loss
 
     state = _state(run, mesh)

@@ -108,7 +108,7 @@ def state_specs(run: RunConfig, mesh: Mesh) -> TrainState:
     """The PartitionSpec of every leaf of the state."""
     abstract = abstract_state(run)
     params = param_split(run, mesh).specs(abstract.params)
-    everywhere = PartitionSpec()
+    everywhere: Any = PartitionSpec()
 
     def of_table(leaf: Any) -> PartitionSpec:
         return PartitionSpec(AXES) if leaf.ndim else everywhere

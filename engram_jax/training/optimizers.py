@@ -63,9 +63,9 @@ def optimizer(
 
 
 class Momentum(NamedTuple):
-    """count int32, the updates so far; mu, the mean of the gradients."""
+    """made int32, the updates so far; mu, the mean of the gradients."""
 
-    count: jax.Array
+    made: jax.Array
     mu: Any
 
 
@@ -78,7 +78,7 @@ def nesterov(beta: float) -> optax.GradientTransformation:
     def update(grads: Any, state: Momentum, params: Any = None) -> tuple[Any, Momentum]:
         del params
         mu = optax.tree.update_moment(grads, state.mu, beta, 1)
-        count = optax.safe_increment(state.count)
+        count = optax.safe_increment(state.made)
         ahead = jax.tree.map(
             lambda m, g: beta * m + (1 - beta) * g,
             optax.tree.bias_correction(mu, beta, optax.safe_increment(count)),
