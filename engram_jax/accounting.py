@@ -13,11 +13,11 @@ import jax
 
 from engram_jax import recipes
 from engram_jax.config import ModelConfig, RunConfig
+from engram_jax.memory import codec
 from engram_jax.memory.sites import sites
 from engram_jax.model import transformer
 
 ISO_PARAMETER_TOLERANCE = 0.01
-TABLE_BYTES = 4  # tables are float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Account:
       rho_of: the recipe whose sparse parameters are the measure.
       flops_per_token: of training (forward and backward), matrices and attention, at the run's
         sequence length; what is recomputed is not counted.
-      table_bytes_per_token: float32 bytes of the rows that one token reads.
+      table_bytes_per_token: bytes of the rows that one token reads.
     """
 
     parts: dict[str, Part]
@@ -122,7 +122,9 @@ def account(run: RunConfig) -> Account:
         rho=rho,
         rho_of=rho_of,
         flops_per_token=6 * (active - rows_read + head) + _attention_flops(run),
-        table_bytes_per_token=TABLE_BYTES * rows_read,
+        table_bytes_per_token=sum(
+            site.hash_config.total_heads * site.layout.dim
+            * codec.storage(site.hash_config.table_dtype).itemsize for site in sites(model)),
     )
 
 

@@ -38,7 +38,8 @@ def _paper(name: str, moe: MoEConfig | None, engram: EngramConfig | None) -> Run
 
 def _paper_engram(rows_per_head: int) -> EngramConfig:
     return EngramConfig(
-        layers=PAPER_LAYERS, rows_per_head=(rows_per_head, rows_per_head), heads=8, head_dim=80)
+        layers=PAPER_LAYERS, rows_per_head=(rows_per_head, rows_per_head), heads=8, head_dim=80,
+        shards=1024)  # so many devices may divide a table
 
 
 def dense_4b() -> RunConfig:
