@@ -1,4 +1,7 @@
-"""One model and one memory; its table is trained by each optimizer at three rates, three seeds."""
+"""One model and one memory; its table is trained by each optimizer, at three rates, on three seeds.
+
+The first seed chooses among the rates; the others repeat the paper's.
+"""
 
 import dataclasses
 
@@ -6,7 +9,8 @@ from engram_jax.config import TABLE_OPTIMIZERS, RunConfig
 from engram_jax.recipes import tiny
 
 SEEDS = (0, 1, 2)
-MULTIPLIERS = (1.25, 5.0, 20.0)  # 5 is the paper's
+PAPER = 5.0  # rate of the tables over the backbone's
+MULTIPLIERS = (1.25, PAPER, 20.0)
 STEPS = 200
 
 
@@ -17,8 +21,9 @@ def runs() -> list[RunConfig]:
 
 def _of_seed(seed: int) -> list[RunConfig]:
     arms = [_run(seed, optimizer, multiplier, "float32")
-            for optimizer in TABLE_OPTIMIZERS for multiplier in MULTIPLIERS]
-    return [*arms, _run(seed, "row_adam", 5.0, "bfloat16")]
+            for optimizer in TABLE_OPTIMIZERS
+            for multiplier in (MULTIPLIERS if seed == SEEDS[0] else (PAPER,))]
+    return [*arms, _run(seed, "row_adam", PAPER, "bfloat16")]
 
 
 def _run(seed: int, optimizer: str, multiplier: float, dtype: str) -> RunConfig:
