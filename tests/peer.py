@@ -23,8 +23,8 @@ from engram_jax.training import loop, processes
 STEPS = 20
 
 
-def train(run, directory, say):
-    del directory
+def train(run, directory, say, mesh):
+    del directory, mesh
     processes.agree("the config", to_dict(run))
     process = jax.process_index()
     with processes.after_first("the packing"):

@@ -165,7 +165,7 @@ def test_a_process_that_never_comes(number):
     assert code == 1, error
     [line] = ours
     assert re.search(r"not all processes came to 127\.0\.0\.1:\d+ within 3 s", line)
-    assert time.monotonic() - begin < 25
+    assert time.monotonic() - begin < 60
 
 
 @pytest.mark.parametrize(("settings", "line"), [
