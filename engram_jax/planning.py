@@ -124,7 +124,8 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0) -> Plan:
     """
     chip, devices = slice_of(topology)
     fsdp = fsdp or len(devices)
-    require(len(devices) % fsdp == 0, "fsdp", fsdp, f"does not divide {len(devices)} devices")
+    require(fsdp >= 1 and len(devices) % fsdp == 0, "fsdp", fsdp,
+            f"does not divide the {len(devices)} devices of {topology}")
     mesh = meshes.make_mesh(len(devices) // fsdp, fsdp, devices)
     state, batch = _arguments(run, mesh)
     step = train_step(run, address(run.model, _vocabulary(run), 0), mesh)

@@ -66,7 +66,7 @@ def test_a_layout_that_libtpu_refuses(capsys):
 
 @needs_libtpu
 def test_a_mesh_that_does_not_divide(capsys):
-    assert "mesh" in refused(capsys, "v5e:2x2", "--fsdp", "3")
+    assert "fsdp = 3" in refused(capsys, "v5e:2x2", "--fsdp", "3")
     assert "data.batch_size = 6" in refused(capsys, "v5e:2x2", "--set", "data.batch_size=6")
 
 
