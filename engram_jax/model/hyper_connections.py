@@ -55,11 +55,16 @@ def mixing(params: Params, x_BTMD: jax.Array, rounds: int, eps: float) -> Mixing
 
 
 def sinkhorn(positive: jax.Array, rounds: int) -> jax.Array:
-    """Rounds of column, then row normalisation of positive matrices [..., M, M]."""
-    for _ in range(rounds):
+    """Rounds of column, then row normalisation of positive matrices [..., M, M].
+
+    A scan: unrolled, twenty rounds and their gradients are most of what there is to compile.
+    """
+
+    def round_(positive: jax.Array, _: None) -> tuple[jax.Array, None]:
         positive = positive / jnp.sum(positive, axis=-2, keepdims=True)
-        positive = positive / jnp.sum(positive, axis=-1, keepdims=True)
-    return positive
+        return positive / jnp.sum(positive, axis=-1, keepdims=True), None
+
+    return jax.lax.scan(round_, positive, length=rounds)[0]
 
 
 def connect(
