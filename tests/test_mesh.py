@@ -1,7 +1,8 @@
 """Training on meshes of CPU devices equals training on one device; nothing moves or copies a table.
 
-Every expert is picked: in a near-tie of routing the order of a sum decides, which moves a loss by
-1e-4. Most tests share one program for one device and one for the mesh 2x4.
+The order of a sum must not decide much, so every expert is picked (a near-tie in routing moves a
+loss by 1e-4), and gates are without the signed root (its slope is 500 beside 1e-6 and 0 below).
+Most tests share one program for one device and one for the mesh 2x4.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ def run(tmp_path_factory):
     text = write_text(tmp_path_factory.mktemp("mesh") / "text.txt")
     return with_memory(picking_all(with_data(
         micro(text, row_capacity=0.4), batch_size=48)), shards=24, head_dim=COLUMNS,
-        rows_per_head=(20_000, 20_000))
+        rows_per_head=(20_000, 20_000), signed_root=False)
 
 
 def with_memory(run, **fields):
@@ -129,10 +130,9 @@ def assert_same_bits(tree, other):
 # --- One device equals many ---
 
 
-def check_equals_one_device(run, shape, one=None, tolerance=1e-5):
-    """`one` is the run on one device, where it is another."""
-    one = one or run
-    np.testing.assert_allclose(losses(run, shape), losses(one, ONE), rtol=0, atol=tolerance)
+def check_equals_one_device(run, shape, one):
+    """`one` is the run on one device."""
+    np.testing.assert_allclose(losses(run, shape), losses(one, ONE), rtol=0, atol=1e-5)
     (ours, our_first, our_last), (theirs, first, last) = trained(run, shape), trained(one, ONE)
     for our_row, row in zip(ours, theirs, strict=True):
         assert our_row["learning/grad_norm"] == pytest.approx(row["learning/grad_norm"], rel=1e-3)
@@ -140,17 +140,17 @@ def check_equals_one_device(run, shape, one=None, tolerance=1e-5):
         assert our_row["engram/rows_touched"] == row["engram/rows_touched"]
         assert our_row["engram/ids_out_of_range"] == row["learning/skipped"] == 0
     assert_same_bits(our_last.router_bias, last.router_bias)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(first.params):
-        name = jax.tree_util.keystr(path)
-        ours = functools.reduce(lambda tree, key: tree[getattr(key, "key", getattr(
-            key, "idx", None))], path, our_first.params)
-        assert ours.shape == leaf.shape, name
-        np.testing.assert_allclose(ours, leaf, rtol=0, atol=1e-4, err_msg=name)
-    return ours
+    pairs = zip(jax.tree_util.tree_leaves_with_path(our_first.params),
+                jax.tree_util.tree_leaves_with_path(first.params), strict=True)
+    for (path, ours), (_, leaf) in pairs:
+        np.testing.assert_allclose(
+            ours, leaf, rtol=0, atol=3e-5, err_msg=jax.tree_util.keystr(path))
+    for name, table in first.tables.items():
+        assert np.quantile(np.abs(our_first.tables[name] - table), 0.999) < 1e-6
 
 
 def test_steps_on_a_mesh_equal_those_on_one_device(run):
-    check_equals_one_device(run, MANY)
+    check_equals_one_device(run, MANY, run)
     rounds = [row["exchange/rounds"] for row in trained(run, MANY)[0]]
     assert min(rounds) > 1, "the capacity should be short"
     assert all(row["exchange/overflow_rows"] > 0 for row in trained(run, MANY)[0])
@@ -172,8 +172,8 @@ def test_every_table_optimizer_on_a_mesh_equals_one_device(run, name, dtype):
     np.testing.assert_allclose(losses(other, MANY), losses(other, ONE), rtol=0,
                                atol=1e-5 if dtype == "float32" else 1e-4)
     if dtype == "float32":
-        tables, moved = (trained(other, shape)[1].tables["layer_0"] for shape in (MANY, ONE))
-        assert np.quantile(np.abs(tables - moved), 0.99) < 1e-5
+        ours, theirs = (trained(other, shape)[1].tables["layer_0"] for shape in (MANY, ONE))
+        assert np.quantile(np.abs(ours - theirs), 0.99) < 1e-5
 
 
 def evaluated(run, shape, state):
