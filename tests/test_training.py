@@ -482,7 +482,7 @@ def test_settings_that_the_data_refuses_leave_no_folder(run, tmp_path, fields, l
 
 def test_records_that_cannot_be_written_are_the_machines_fault(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(MachineError, match=r"metrics.jsonl: cannot be written \(Is a directory\)"):
+    with pytest.raises(MachineError, match=r"jsonl: could not be written \(Is a directory\)"):
         RunDirectory(tmp_path).log({"step": 1})
 
 
