@@ -12,14 +12,21 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import object_store
 import pytest
 from micro import STEPS, micro, plain, with_data, with_model, write_text
 
 from engram_jax import cli
+from engram_jax.data.batches import train_batches
 from engram_jax.errors import UserError
 from engram_jax.settings import to_dict
-from engram_jax.training import processes
+from engram_jax.training import loop, processes
+from engram_jax.training import mesh as meshes
+from engram_jax.training.checkpoints import Checkpoints
+from engram_jax.training.inputs import open_inputs
+from engram_jax.training.records import RunDirectory
 
 HERE = pathlib.Path(__file__).parent
 
@@ -155,6 +162,33 @@ def test_a_killed_run_of_two_processes_goes_on_in_a_bucket(tmp_path):
         assert steps == sorted(set(steps))
         # Those before the checkpoint are there where the loop flushes before it saves.
         assert steps[-1] == STEPS
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_leave_its_checkpoint(tmp_path):
+    run = plain(micro(write_text(tmp_path / "text.txt")))
+    memory = dataclasses.replace(run.model.engram, shards=24, signed_root=False)
+    run = with_data(with_model(run, engram=memory), batch_size=24)
+    settings = {"PEER_RUN": json.dumps(to_dict(run)), "ENGRAM_CACHE": str(tmp_path)}
+    with started([], out=str(tmp_path / "two"), **settings) as made:
+        for process in made:
+            code, _, _, error = ended(process, 240)
+            assert code == 0, error
+    loop.train(run, tmp_path / "one", print, meshes.make_mesh(1, 1))
+    losses = {place: [row["learning/loss"] for row in RunDirectory(tmp_path / place).metrics()
+                      if "learning/loss" in row] for place in ("one", "two")}
+    assert len(losses["one"]) == STEPS
+    assert losses["two"] == pytest.approx(losses["one"], abs=1e-5)
+    prints = open_inputs(run).fingerprints()
+    found = {}
+    for shape in ((1, 1), (1, 3), (2, 2), (4, 2)):
+        with Checkpoints(RunDirectory(tmp_path / "two").checkpoints, 2, prints) as checkpoints:
+            batches = train_batches(open_inputs(run).tokens, run.data)
+            state = checkpoints.restore(
+                meshes.placed_state(run, meshes.make_mesh(*shape)), batches)
+        assert batches.get_state() == {"next_index": STEPS}
+        found[shape] = jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), state)
+    assert all(one == found[1, 1] for one in found.values())
 
 
 @pytest.mark.parametrize("number", [0, 1])
