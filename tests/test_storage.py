@@ -97,7 +97,6 @@ def test_a_run_in_a_bucket_that_is_stopped_goes_on(
     run, whole, store, bucket, monkeypatch, capsys
 ):
     far = with_data(run, cache_dir=f"{bucket}/cache")
-    monkeypatch.setattr(metrics, "SECONDS_BETWEEN_WRITES", 0.0)
     save = Checkpoints.save
 
     def stopping(self, at, state, batches):
@@ -129,8 +128,7 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on(
     (tmp_path / "config").write_text(json.dumps(to_dict(far)))
     program = (
         "import sys, json, object_store; object_store.use(); "
-        "from engram_jax.settings import from_dict; from engram_jax.training import loop, metrics; "
-        "metrics.SECONDS_BETWEEN_WRITES = 0; "
+        "from engram_jax.settings import from_dict; from engram_jax.training import loop; "
         "loop.train(from_dict(json.load(open(sys.argv[1]))), sys.argv[2])")
     here = pathlib.Path(__file__).parent
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compilations),

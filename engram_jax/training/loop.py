@@ -11,10 +11,13 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from engram_jax import __version__
 from engram_jax.accounting import account
 from engram_jax.config import RunConfig
 from engram_jax.data.batches import train_batches
+from engram_jax.settings import to_dict
 from engram_jax.training import mesh as meshes
+from engram_jax.training import processes
 from engram_jax.training.capacity import with_capacity
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.evaluation import Evaluation, evaluator
@@ -45,14 +48,19 @@ def train(
       UserError: bad data settings, or a directory that holds another run.
       MachineError: something could not be read or written.
     """
+    mesh = mesh or meshes.chosen_mesh()
+    processes.agree("the config", {
+        "engram_jax": __version__, **to_dict(run), "mesh": meshes.shape_of(mesh)})
     records = RunDirectory(directory)
     if (result := records.result()) is not None:
         records.check(run)
         say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
         return result
     inputs = open_inputs(run, say)
+    processes.agree("the text", {"data_fingerprint": inputs.tokens.fingerprint,
+                                 "tokenizer_digest": inputs.tokens.tokenizer_digest})
     # Refuses bad settings before the folder is claimed.
-    loop = _Loop(run, inputs, records, say, mesh or meshes.chosen_mesh())
+    loop = _Loop(run, inputs, records, say, mesh)
     records.start(run, environment(
         data_fingerprint=inputs.tokens.fingerprint,
         tokenizer_digest=inputs.tokens.tokenizer_digest,
@@ -95,6 +103,7 @@ class _Loop:
                 evaluation = self.evaluate(state)
                 if start < training.steps:  # else it was recorded before the last checkpoint
                     self._record(training.steps, evaluation)
+                    self.records.flush()
                     checkpoints.save(training.steps, state, self.batches)
                     checkpoints.wait()
         result = self._result(evaluation)
@@ -129,6 +138,7 @@ class _Loop:
             if evaluates:
                 self._record(number, self.evaluate(state))
             if saves:
+                self.records.flush()
                 checkpoints.save(number, state, self.batches)
         return state
 
