@@ -149,6 +149,9 @@ class _Loop:
         values["perf/per_device_tokens_per_sec"] = (
             self.batch_tokens / seconds / self.mesh.size if seconds else 0.0)
         self.progress.step(number, values)
+        if lost := values.get("engram/ids_out_of_range"):
+            self.say(f"{self.run.name}: step {number}: {lost:,.0f} row ids are of no row; "
+                     "they read zeros and teach nothing")
         training = self.run.training
         if number == training.steps or due(number, training.log_every):
             self.records.log({"step": number, **values})
