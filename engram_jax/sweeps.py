@@ -6,7 +6,6 @@ Finished runs are skipped, interrupted ones go on.
 """
 
 import importlib
-import importlib.util
 import json
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -76,9 +75,13 @@ def sweep(
 
 def _report_of(name: str) -> Callable[..., None]:
     """The experiment's own `report`, if it has one, or else the general one."""
-    if importlib.util.find_spec(f"experiments.{name}.report") is None:
+    module = f"experiments.{name}.report"
+    try:
+        found: Callable[..., None] = importlib.import_module(module).report
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # something that the report needs
         return report
-    found: Callable[..., None] = importlib.import_module(f"experiments.{name}.report").report
     return found
 
 
