@@ -346,6 +346,16 @@ def test_what_a_mesh_does_not_divide_is_refused(run, change, line):
         assert one_line(error) == line
 
 
+def test_a_table_whose_padding_passes_int32_is_refused_on_a_mesh(run):
+    """Keys count places in the order of their owners, padding included."""
+    large = with_memory(plain(run), rows_per_head=(2**29 - 400,) * 2, shards=60_000)
+    (site,) = sites(large.model)
+    assert site.layout.rows < 2**31 <= math.prod(site.layout.shape[:2])
+    meshes.check(large, mesh_of(ONE))
+    with pytest.raises(UserError, match=r"^layer_0.shards = 60000: pads .* less than 2\*\*31: .*$"):
+        meshes.check(large, mesh_of(MANY))
+
+
 def test_a_mesh_that_there_are_no_devices_for_is_refused():
     with pytest.raises(UserError) as error:
         meshes.make_mesh(4, 4)

@@ -79,6 +79,10 @@ def check(run: RunConfig, mesh: Mesh) -> None:
         require(site.layout.shards % devices == 0, f"{site.name}.shards", site.layout.shards,
                 f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}; "
                 f"set the memory's shards to a multiple of {devices}")
+        places = math.prod(site.layout.shape[:2])
+        require(devices == 1 or places < 2**31, f"{site.name}.shards", site.layout.shards,
+                f"pads the table's {site.layout.rows} rows to {places}; a table on a mesh must "
+                "have less than 2**31: set fewer shards, or fewer rows")
 
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
