@@ -91,6 +91,7 @@ def nesterov(beta: float) -> optax.GradientTransformation:
 def orthogonal(rms: float, by_matrix: ByMatrix) -> optax.GradientTransformation:
     """Newton-Schulz of each matrix, scaled to entries of root mean square `rms`."""
     newton_schulz = optax.contrib.scale_by_muon(
+        ns_coeffs=((3.4445, -4.7750, 2.0315),) * 5,  # so many: a loop, where one would be unrolled
         beta=0.0, nesterov=False,
         weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2))
 
