@@ -147,7 +147,8 @@ def keys_asked(ids, devices, layout=LAYOUT):
     asked = []
     for mine in ids.reshape(devices, -1):
         mine = np.unique(mine[(mine >= 0) & (mine < layout.rows)])
-        owner, key = mine % layout.shards // own, mine // layout.shards * own + mine % own
+        shard, row = mine % layout.shards, mine // layout.shards
+        owner, key = shard // own, shard % own * layout.shape[1] + row
         asked.append([np.sort(key[owner == p]) for p in range(devices)])
     return asked
 

@@ -365,10 +365,10 @@ PART = WHOLE.part(4)  # 3 places in all are padding
 
 
 def part_rows(unique, device):
-    """What the exchange gives one of four devices: its rows, by ids in its part."""
+    """What the exchange gives one of four devices: its rows, by their places in its part."""
     ids, grads = np.asarray(unique.ids_U), np.asarray(unique.grads_UD)
     mine = (ids < WHOLE.rows) & (ids % 8 // 2 == device)
-    local = np.where(mine, ids // 8 * 2 + ids % 2, UNUSED)
+    local = np.where(mine, ids % 2 * WHOLE.shape[1] + ids // 8, UNUSED)
     order = np.argsort(local, kind="stable")
     return UniqueRows(
         ids_U=local[order], grads_UD=np.where(mine[:, None], grads, 0)[order],

@@ -64,7 +64,8 @@ class Window(NamedTuple):
 class Route(NamedTuple):
     """Where the rows of one set of ids come from.
 
-    A key orders all rows of a table by owner: owner * (rows of a part) + id within the part.
+    A row's key is its place in the table, counted shard after shard. So keys are ordered by owner,
+    and what is left of one after the places of the owners before is the id in the owner's part.
 
     Attributes:
       order_N: int32, the stable order that sorts the ids by key.
@@ -232,13 +233,8 @@ class Exchange:
         return jax.lax.while_loop(lambda state: state[0].more, again, (route.first, carry))[1]
 
     def _keys(self, ids_N: jax.Array) -> jax.Array:
-        """Owner * (rows of a part) + id within the part; UNUSED for ids of no row."""
-        layout, part = self.layout, self.part
-        inside_N = (ids_N >= 0) & (ids_N < layout.rows)
-        shard_N, row_N = ids_N % layout.shards, ids_N // layout.shards
-        owner_N, local_shard_N = shard_N // part.shards, shard_N % part.shards
-        key_N = owner_N * part.rows + row_N * part.shards + local_shard_N
-        return jnp.where(inside_N, key_N, UNUSED)
+        """The places of rows; UNUSED for ids of no row."""
+        return jnp.where(self.layout.holds(ids_N), self.layout.place(ids_N), UNUSED)
 
     def _first_keys(self) -> jax.Array:
         return jnp.arange(self.devices, dtype=jnp.int32) * self.part.rows
@@ -251,10 +247,9 @@ class Exchange:
         return jax.lax.axis_index(self.axes) if self.devices > 1 else jnp.int32(0)
 
     def _global(self, local_U: jax.Array) -> jax.Array:
-        shards = self.part.shards
-        whole_U = (local_U // shards) * self.layout.shards + (
-            self._me() * shards + local_U % shards)
-        return jnp.where(local_U == UNUSED, UNUSED, whole_U)
+        """Ids in the whole table of ids in this device's part."""
+        ids_U = self.layout.id_at(local_U + self._me() * self.part.rows)
+        return jnp.where(local_U == UNUSED, UNUSED, ids_U)
 
     def _window(self, keys_U: jax.Array, begin_P: jax.Array) -> Window:
         """The round that begins at these slots."""
@@ -286,7 +281,7 @@ class Exchange:
         """One round's gradients at their owner, added up over the devices in their order."""
         if self.devices == 1:
             keys_U = asked_PC[0]
-            return UniqueRows(keys_U, grads_UD, window.end_P[0], keys_U)
+            return UniqueRows(keys_U, grads_UD, window.end_P[0], self._global(keys_U))
         slot_PC = window.begin_P[:, None] + jnp.arange(self.capacity, dtype=jnp.int32)[None]
         slot_PC = jnp.where(window.keys_PC == UNUSED, grads_UD.shape[0], slot_PC)
         sent_PCD = grads_UD.at[slot_PC].get(mode="fill", fill_value=0)

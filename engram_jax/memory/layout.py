@@ -18,26 +18,37 @@ class TableLayout:
     Neighbouring rows lie on different shards, so the rows of one head, and with them the hot
     n-grams, spread evenly over however many devices hold the shards. The last rows of some shards
     are padding that no id points at.
+
+    Attributes:
+      rows, dim, shards: the sizes.
+      ordered: ids count the places shard after shard, padding included, and come ascending, as in
+        a device's part: then they are sorted by place, and writing them takes no sort.
     """
 
     rows: int
     dim: int
     shards: int
+    ordered: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(S, R, D)."""
         return (self.shards, -(-self.rows // self.shards), self.dim)
 
-    def part(self, devices: int) -> "TableLayout":
-        """The layout of what one of `devices` devices holds: a table of its own.
+    def place(self, ids: jax.Array) -> jax.Array:
+        """For ids of rows, their places counted shard after shard: ids of a part of the whole."""
+        return ids % self.shards * self.shape[1] + ids // self.shards
 
-        Row r of a part lies at (r mod its shards, r div its shards); its rows include padding.
-        """
+    def id_at(self, places: jax.Array) -> jax.Array:
+        """The inverse of `place`."""
+        return places % self.shape[1] * self.shards + places // self.shape[1]
+
+    def part(self, devices: int) -> "TableLayout":
+        """The layout of what one of `devices` devices holds: an ordered table of its own."""
         assert self.shards % devices == 0
         shards = self.shards // devices
-        rows = self.rows if devices == 1 else shards * self.shape[1]
-        return TableLayout(rows=rows, dim=self.dim, shards=shards)
+        return TableLayout(
+            rows=shards * self.shape[1], dim=self.dim, shards=shards, ordered=True)
 
     def holds(self, ids: jax.Array) -> jax.Array:
         """Which ids are those of rows, bool."""
@@ -45,8 +56,10 @@ class TableLayout:
 
     def locate(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Shard and row within it of each id; ids that are not below `rows` land out of range."""
-        shard = jnp.where(self.holds(ids), ids % self.shards, self.shards)
-        return shard, ids // self.shards
+        shard, row = ids % self.shards, ids // self.shards
+        if self.ordered:
+            shard, row = ids // self.shape[1], ids % self.shape[1]
+        return jnp.where(self.holds(ids), shard, self.shards), row
 
     def places(self, axes: tuple[str, ...] = ()) -> jax.Array:
         """The row id of each place, uint32 [S, R]; padding has ids from the number of rows on.
@@ -86,9 +99,11 @@ class TableLayout:
         In place when `table` is donated and not read afterwards.
         """
         shard, row = self.locate(ids_N)
-        return table.at[shard, row].set(rows_ND, mode="drop", unique_indices=True)
+        return table.at[shard, row].set(
+            rows_ND, mode="drop", unique_indices=True, indices_are_sorted=self.ordered)
 
     def add(self, table: jax.Array, ids_N: jax.Array, rows_ND: jax.Array) -> jax.Array:
         """`table` with `rows_ND` added to its rows at distinct `ids_N`; otherwise as `put`."""
         shard, row = self.locate(ids_N)
-        return table.at[shard, row].add(rows_ND, mode="drop", unique_indices=True)
+        return table.at[shard, row].add(
+            rows_ND, mode="drop", unique_indices=True, indices_are_sorted=self.ordered)

@@ -125,7 +125,8 @@ def group(choice_NK: jax.Array, experts: int) -> Groups:
     slot_of_sorted_A = jnp.arange(size, dtype=jnp.int32) + shift_E[sorted_A]
     slot_A = jnp.zeros(size, jnp.int32).at[order_A].set(slot_of_sorted_A, unique_indices=True)
     source_P = jnp.full(blocks * block, size, jnp.int32)
-    source_P = source_P.at[slot_of_sorted_A].set(order_A, unique_indices=True)
+    source_P = source_P.at[slot_of_sorted_A].set(
+        order_A, unique_indices=True, indices_are_sorted=True)
     expert_Q = jnp.repeat(
         jnp.arange(experts, dtype=jnp.int32), padded_E // block, total_repeat_length=blocks)
     return Groups(slot_A.reshape(choice_NK.shape), source_P, padded_E, count_E, expert_Q)
