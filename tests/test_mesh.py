@@ -201,10 +201,14 @@ def optimised():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("top_k", "steps"), [(8, 20), (2, 8)])
-def test_the_demo_on_every_mesh_equals_one_device(optimised, tmp_path, top_k, steps):
-    """With two of eight experts, a near-tie in routing ends the likeness sooner or later."""
-    run = recipes.tiny()
+@pytest.mark.parametrize(("top_k", "signed_root", "steps", "tolerance"), [
+    (8, False, 20, 1e-5), (8, True, 20, 5e-5), (2, True, 8, 1e-5)])
+def test_the_demo_on_every_mesh_equals_one_device(
+    optimised, top_k, signed_root, steps, tolerance
+):
+    """The signed root magnifies rounding: losses part by 2e-5 within 20 steps, and by 2e-6 without
+    it. With two of eight experts, a near-tie in routing ends the likeness sooner or later."""
+    run = with_memory(recipes.tiny(), signed_root=signed_root)
     run = with_model(run, moe=dataclasses.replace(run.model.moe, top_k=top_k))
     batches = list(itertools.islice(train_batches(open_inputs(run).tokens, run.data), steps))
     curves = {}
@@ -218,10 +222,11 @@ def test_the_demo_on_every_mesh_equals_one_device(optimised, tmp_path, top_k, st
         for batch in batches:
             state, metrics = step(state, meshes.put(batch, mesh))
             curves[shape].append(float(metrics["learning/loss"]))
-    for shape, curve in curves.items():
-        off = np.abs(np.array(curve) - curves[ONE]).max()
-        print(f"top {top_k} of 8 experts, mesh {shape}: the losses differ by at most {off:.1e}")
-        assert off < 1e-5, shape
+    off = {shape: np.abs(np.array(curve) - curves[ONE]).max() for shape, curve in curves.items()}
+    for shape, most in off.items():
+        print(f"top {top_k} of 8 experts, signed root {signed_root}, {steps} steps, mesh {shape}: "
+              f"the losses differ by at most {most:.1e}")
+    assert max(off.values()) < tolerance
 
 
 # --- What the devices say, and what they hold ---
