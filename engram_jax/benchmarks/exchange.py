@@ -30,6 +30,7 @@ from engram_jax.training.state import TrainState, init_state
 from engram_jax.training.step import Batch, gradients, row_ids, train_step
 
 DEVICES = 8
+ROWS_PER_HEAD = 524_288  # 4.2M rows of 16 columns in all
 STEPS = 9
 # Bytes that a device of P puts on the wire for each byte that it puts in (ring algorithms).
 WIRE: dict[str, Callable[[int], float]] = {
@@ -79,6 +80,7 @@ def exchange_benchmark(steps: int = STEPS) -> dict[str, Any]:
         "rounds": mean["exchange/rounds"],
         "unique_share": mean["engram/unique_share"],
         "row_capacity": run.training.row_capacity,
+        "table_rows": sites(run.model)[0].layout.rows,
         "tokens_per_device": run.data.batch_size * run.data.sequence_length // DEVICES,
         "step_s": ours_s,
         "gspmd_step_s": theirs_s,
@@ -91,7 +93,7 @@ def exchange_benchmark(steps: int = STEPS) -> dict[str, Any]:
 def _workload() -> RunConfig:
     run = recipes.tiny()
     assert run.model.engram is not None
-    engram = dataclasses.replace(run.model.engram, rows_per_head=(65_536, 65_536))
+    engram = dataclasses.replace(run.model.engram, rows_per_head=(ROWS_PER_HEAD, ROWS_PER_HEAD))
     return dataclasses.replace(
         run, model=dataclasses.replace(run.model, engram=engram),
         data=dataclasses.replace(run.data, batch_size=128))
