@@ -20,10 +20,19 @@ from engram_jax.memory.layout import TableLayout
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One table: its name in the parameter tree, its hash settings and its layout."""
+    """One table.
+
+    Attributes:
+      name: in the parameter tree.
+      layer: of the network.
+      layers: all that are hashed in one sequence with it: no two heads of theirs share a prime.
+      hash_config: its settings.
+      layout: its shape.
+    """
 
     name: str
     layer: int
+    layers: tuple[int, ...]
     hash_config: HashConfig
     layout: TableLayout
 
@@ -40,18 +49,19 @@ def sites(model: ModelConfig) -> tuple[Site, ...]:
     """Every memory of the model, in the order in which its rows are needed."""
     found = []
     if (over := model.over_encoding) is not None:
-        dim = model.width // over.total_heads
-        found.append(_site(INPUT_SITE, 0, over, _hash(over, (0,), model.vocab_size, 0), dim))
+        found.append(_site(model, INPUT_SITE, 0, (0,), over, model.width // over.total_heads))
     if (engram := model.engram) is not None:
-        ngrams = _hash(engram, engram.layers, model.vocab_size, 0)
-        found += [_site(engram_site(layer), layer, engram, ngrams, engram.head_dim)
+        found += [_site(model, engram_site(layer), layer, engram.layers, engram, engram.head_dim)
                   for layer in engram.layers]
     return tuple(found)
 
 
-def _site(name: str, layer: int, config: HashConfig, ngrams: NgramHash, dim: int) -> Site:
-    layout = TableLayout(rows=ngrams.table_rows[layer], dim=dim, shards=config.shards)
-    return Site(name, layer, config, layout)
+def _site(
+    model: ModelConfig, name: str, layer: int, layers: tuple[int, ...], config: HashConfig, dim: int
+) -> Site:
+    # How many rows a table has depends neither on the vocabulary nor on the pad id.
+    rows = _hash(config, layers, model.vocab_size, 0).table_rows[layer]
+    return Site(name, layer, layers, config, TableLayout(rows=rows, dim=dim, shards=config.shards))
 
 
 def _hash(config: HashConfig, layers: tuple[int, ...], vocab_size: int, pad_id: int) -> NgramHash:
@@ -74,9 +84,9 @@ class Addressing:
     Build it with `address`. `hashes` and `vocabularies` are keyed by the site's name.
     """
 
+    sites: tuple[Site, ...]
     hashes: dict[str, NgramHash]
     vocabularies: dict[str, CompressedVocabulary]
-    layers: dict[str, int]
 
     def ids(
         self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None
@@ -89,11 +99,12 @@ class Addressing:
             document's start. None lets them cross it.
         """
         out = {}
-        for name, ngrams in self.hashes.items():
-            lookup = jnp.asarray(self.vocabularies[name].lookup)
+        for site in self.sites:
+            lookup = jnp.asarray(self.vocabularies[site.name].lookup)
             reach_BT = None if positions_BT is None else positions_BT + 1
             canonical_BT = lookup.at[tokens_BT].get(mode="promise_in_bounds")
-            out[name] = ngrams.table_ids(canonical_BT, self.layers[name], reach_BT=reach_BT)
+            out[site.name] = self.hashes[site.name].table_ids(
+                canonical_BT, site.layer, reach_BT=reach_BT)
         return out
 
     def fingerprints(self) -> dict[str, str]:
@@ -105,12 +116,10 @@ class Addressing:
 def address(model: ModelConfig, vocabulary: CompressedVocabulary, pad_id: int) -> Addressing:
     """The addressing of `model` for a tokenizer's vocabulary and raw pad id."""
     raw = CompressedVocabulary.identity(len(vocabulary.lookup))
-    hashes, vocabularies, layers = {}, {}, {}
+    hashes, vocabularies = {}, {}
     for site in sites(model):
         chosen = vocabulary if site.hash_config.compress else raw
-        canonical_pad = int(np.asarray(chosen.lookup)[pad_id])
-        all_layers = model.engram.layers if model.engram and site.name != INPUT_SITE else (0,)
-        hashes[site.name] = _hash(site.hash_config, all_layers, chosen.size, canonical_pad)
+        pad = int(np.asarray(chosen.lookup)[pad_id])
+        hashes[site.name] = _hash(site.hash_config, site.layers, chosen.size, pad)
         vocabularies[site.name] = chosen
-        layers[site.name] = site.layer
-    return Addressing(hashes, vocabularies, layers)
+    return Addressing(sites(model), hashes, vocabularies)
