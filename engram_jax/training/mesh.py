@@ -37,8 +37,12 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None)
             f"needs {wanted} devices, and there are {len(devices)}")
     require(wanted == len(devices) or jax.process_count() == 1, "mesh", shape,
             f"must use all {len(devices)} devices of the {jax.process_count()} processes")
-    return jax.make_mesh(
-        (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+    try:
+        return jax.make_mesh(
+            (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+    except NotImplementedError as error:  # of a TPU slice
+        raise UserError(f"mesh = {shape!r}: both sizes must be products of the slice's own axes, "
+                        "as 4x16 is on a slice of 4x4x4 chips") from error
 
 
 def chosen_mesh(shape: str | None = None) -> Mesh:
