@@ -108,10 +108,14 @@ def _sent(computation: Computation, instruction: Instruction) -> tuple[Shape, ..
 
 
 def _group(program: Program, instruction: Instruction) -> int:
-    """Devices of the first replica group: `{{0,1},{2,3}}`, or `[2,4]<=[8]`, 2 groups of 4."""
+    """Devices of the first replica group: `{{0,1},{2,3}}`; `[2,4]<=[8]`, 2 groups of 4; or
+    `mesh['data'=2,'fsdp'=4] {'fsdp'}`, the groups along an axis."""
     instruction = _reduced_in_fusion(program, instruction) or instruction
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.attributes):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=", instruction.attributes):
         return math.prod(map(int, iota[1].split(",")[1:]))
+    if named := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", instruction.attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
     return 0
