@@ -90,7 +90,7 @@ def figure(results: Results) -> bytes:
     """Every run's loss by optimizer and rate, as PNG."""
     grouped = arms(results)
     names = list(dict.fromkeys(optimizer for optimizer, _ in grouped))
-    drawn, axes = plt.subplots(figsize=(7.6, 4.2), dpi=150)
+    drawn, axes = plt.subplots(figsize=(8.6, 4.2), dpi=150)
     for shift, (multiplier, colour) in enumerate(zip(MULTIPLIERS, COLOURS, strict=True)):
         for row, name in enumerate(names):
             losses = list(grouped.get((name, multiplier), {}).values())
@@ -103,7 +103,8 @@ def figure(results: Results) -> bytes:
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("validation loss (nats a token); a dot a seed, a bar their mean")
-    axes.legend(title="tables' rate over\nthe backbone's", frameon=False, loc="lower right")
+    axes.legend(title="tables' rate over\nthe backbone's", frameon=False, loc="upper left",
+                bbox_to_anchor=(1.0, 1.0))
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.7)
