@@ -162,7 +162,7 @@ def _add_plan(commands) -> None:  # type: ignore[no-untyped-def]
     command = _command(
         commands, "plan", plan,
         "compile a training step for a TPU slice, without one: memory, FLOPs, collectives, time",
-        "plan engram-27b --topology v5p:4x4x4")
+        "plan engram-27b --topology v5p:4x4x4 --set training.accumulate=20")
     _add_recipe(command)
     command.add_argument("--topology", required=True, metavar="CHIP:LAYOUT",
                          help="a slice, for example v5e:16x16 or v5p:4x4x4")

@@ -52,8 +52,13 @@ def check_readable(path: epath.PathLike, field: str) -> None:
 
 
 @contextlib.contextmanager
-def refusals(path: epath.PathLike, done: str) -> Iterator[None]:
+def refusals(path: epath.PathLike, done: str, name: str = "") -> Iterator[None]:
     """What a disk or an object store refuses, as one line: "PATH: could not be `done` (why)".
+
+    Args:
+      path: what is read or written.
+      done: "read" or "written".
+      name: what stands in the place of PATH, for a setting that the user wrote.
 
     Raises:
       MachineError: it refuses something.
@@ -61,14 +66,15 @@ def refusals(path: epath.PathLike, done: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = error.strerror or first_line(error)
-        raise MachineError(f"{os.fspath(path)}: could not be {done} ({why})") from error
+        # A setting may name a folder; the error then says which file in it.
+        why = str(error) if name else error.strerror or first_line(error)
+        raise MachineError(f"{name or os.fspath(path)}: could not be {done} ({why})") from error
     except (MachineError, UserError):
         raise
     except Exception as error:  # of the libraries behind gs:// and s3://: no common base
         if is_local(path):
             raise
-        raise MachineError(f"{os.fspath(path)}: could not be {done} "
+        raise MachineError(f"{name or os.fspath(path)}: could not be {done} "
                            f"({first_line(error)})") from error
 
 

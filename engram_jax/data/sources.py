@@ -29,8 +29,8 @@ import numpy as np
 from etils import epath
 
 from engram_jax.config import DataConfig
-from engram_jax.errors import MachineError, UserError
-from engram_jax.storage import check_readable, first_line, is_local
+from engram_jax.errors import UserError
+from engram_jax.storage import check_readable, refusals
 
 # Folders of the standard library that are not its source.
 SKIPPED_FOLDERS = frozenset(
@@ -70,7 +70,7 @@ class Source:
           UserError: text that is not text (binary, not UTF-8, a JSONL line without the field).
           MachineError: a file that the machine refuses to read.
         """
-        with _refusals(self.path):
+        with refusals(self.path, "read", f"data.path = {self.path!r}"):
             for text in self.read():
                 if text and not text.isspace():
                     yield _encodable(text)
@@ -118,29 +118,13 @@ def open_source(config: DataConfig) -> Source:
         return Source(path, functools.partial(_hugging_face, path, field))
     check_readable(path, "data.path")
     place = epath.Path(path).expanduser()
-    with _refusals(path):
+    with refusals(path, "read", f"data.path = {path!r}"):
         if place.is_dir():
             return Source(path, functools.partial(_folder, place, path, field))
         if not place.exists():
             raise UserError(f"data.path = {path!r}: does not exist; name a text file, a folder, a "
                             '.jsonl file, a folder of token shards, "stdlib" or "hf:NAME"')
     return Source(path, functools.partial(_file, place, path, field))
-
-
-@contextlib.contextmanager
-def _refusals(path: str) -> Iterator[None]:
-    """A refusal of the machine or of object storage as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise MachineError(f"data.path = {path!r}: could not be read: {error}") from error
-    except (MachineError, UserError):
-        raise
-    except Exception as error:  # of the libraries behind gs:// and s3://: no common base
-        if is_local(path):
-            raise
-        raise MachineError(f"data.path = {path!r}: could not be read: "
-                           f"{first_line(error)}") from error
 
 
 def _encodable(text: str) -> str:

@@ -33,10 +33,12 @@ class RowOptimizer(NamedTuple):
       update: (layout, table, state, unique_rows, step, learning_rate) -> (table, state), where
         `step` counts from 1. Ids out of range are dropped. Donate the table and the state: then
         they are updated in place.
+      at_once: it passes over the whole table, so a step must give it all rows in one update.
     """
 
     init: Callable[[TableLayout], Any]
     update: Callable[..., tuple[jax.Array, Any]]
+    at_once: bool = False
 
 
 def row_optimizer(config: OptimizerConfig, axes: tuple[str, ...] = ()) -> RowOptimizer:
@@ -224,7 +226,7 @@ def dense_adam(*, b1: float, b2: float, eps: float, axes: tuple[str, ...] = ()) 
         table_SRD = _all_moved(layout, table_SRD, change_SRD, step, active, axes)
         return table_SRD, DenseAdamState(m_SRD, v_SRD)
 
-    return RowOptimizer(init, update)
+    return RowOptimizer(init, update, at_once=True)
 
 
 class BalancedState(NamedTuple):
@@ -281,7 +283,7 @@ def balanced_momentum(
         table_SRD = _moved(layout, table_SRD, rows, rate * u.part(1), step)
         return table_SRD, BalancedState(m_SRD, state.rows_S)
 
-    return RowOptimizer(init, update)
+    return RowOptimizer(init, update, at_once=True)
 
 
 # --- What they share ---

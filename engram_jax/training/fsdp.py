@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from engram_jax.training.optimizers import labels
+from engram_jax.training.optimizers import labels, on_matrices
 
 DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
@@ -62,8 +62,27 @@ class Split:
     def by_matrix(self, step: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
         """`step`, a function of whole matrices [N, in, out], applied to all of `updates`."""
         return jax.tree.map(
-            lambda leaf, axis: leaf if _is_masked(leaf) else _by_matrix(
-                step, leaf, axis, self.devices), updates, self.axes, is_leaf=_is_masked)
+            lambda leaf, axis: leaf if _is_masked(leaf) else on_matrices(
+                self._spread(step, axis) if axis else step, leaf),
+            updates, self.axes, is_leaf=_is_masked)
+
+    def _spread(
+        self, step: Callable[[jax.Array], jax.Array], axis: int
+    ) -> Callable[[jax.Array], jax.Array]:
+        """`step` on split matrices, each whole on one device.
+
+        One all_to_all gives each device its share of the matrices, another splits them again.
+        """
+
+        def spread(matrices: jax.Array) -> jax.Array:
+            count = matrices.shape[0]
+            padded = jnp.pad(matrices, ((0, -count % self.devices), (0, 0), (0, 0)))
+            shares = padded.reshape(self.devices, -1, *padded.shape[1:])
+            whole = _joined(jax.lax.all_to_all(shares, FSDP, 0, 0), 3 + axis)
+            parts = _cut(step(whole), 3 + axis, self.devices)
+            return jax.lax.all_to_all(parts, FSDP, 0, 0).reshape(padded.shape)[:count]
+
+        return spread
 
     def specs(self, params: Any) -> Any:
         """The PartitionSpec of each leaf."""
@@ -102,25 +121,6 @@ def _gathered_backward(axis: int, dtype: str, _: None, grad: jax.Array) -> tuple
 
 
 gathered.defvjp(lambda part, axis, dtype: (gathered(part, axis, dtype), None), _gathered_backward)
-
-
-def _by_matrix(
-    step: Callable[[jax.Array], jax.Array], update: jax.Array, axis: int, devices: int
-) -> jax.Array:
-    """`step` on the matrices of a leaf [..., in, out], each whole on one device.
-
-    One all_to_all gives each device its share of the matrices, another splits them again. A leaf
-    that is not split is done by every device alike.
-    """
-    matrices = update.reshape(-1, *update.shape[-2:])
-    if not axis:
-        return step(matrices).reshape(update.shape)
-    count = matrices.shape[0]
-    padded = jnp.pad(matrices, ((0, -count % devices), (0, 0), (0, 0)))
-    shares = padded.reshape(devices, -1, *padded.shape[1:])
-    whole = _joined(jax.lax.all_to_all(shares, FSDP, 0, 0), 3 + axis)
-    back = jax.lax.all_to_all(_cut(step(whole), 3 + axis, devices), FSDP, 0, 0)
-    return back.reshape(padded.shape)[:count].reshape(update.shape)
 
 
 # Collectives act on a leading axis of devices, and the parts are joined and cut here: an all_to_all

@@ -19,9 +19,7 @@ from engram_jax.errors import UserError
 from engram_jax.memory.exchange import Exchange
 from engram_jax.memory.sites import sites
 from engram_jax.training.fsdp import AXES, DATA, FSDP, Split, split
-from engram_jax.training.state import TrainState, abstract_state
-
-DENSE_OPTIMIZERS = frozenset({"dense_adam", "balanced_momentum"})
+from engram_jax.training.state import TrainState, abstract_state, row_optimizer
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -84,9 +82,9 @@ def check(run: RunConfig, mesh: Mesh) -> None:
                 f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}; "
                 f"set the memory's shards to a multiple of {devices}")
         places = math.prod(site.layout.shape[:2])
-        require(devices == 1 or places < 2**31, f"{site.name}.shards", site.layout.shards,
-                f"pads the table's {site.layout.rows} rows to {places}; a table on a mesh must "
-                "have less than 2**31: set fewer shards, or fewer rows")
+        require(places < 2**31, f"{site.name}.shards", site.layout.shards,
+                f"pads the table's {site.layout.rows} rows to {places}, and a table must have less "
+                "than 2**31: set fewer shards, or fewer rows")
 
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
@@ -106,9 +104,9 @@ def exchanges(run: RunConfig, mesh: Mesh) -> dict[str, Exchange]:
         ids, part = tokens * site.hash_config.total_heads, site.layout.part(mesh.size)
         most = min(ids, part.rows)
         share = math.ceil((run.training.row_capacity or 1.0) * ids / mesh.size)
-        dense = run.optimizer.table_optimizer in DENSE_OPTIMIZERS
+        at_once = row_optimizer(run).at_once
         out[site.name] = Exchange(layout=site.layout, axes=AXES, devices=mesh.size,
-                                  capacity=most if dense else max(1, min(share, most)))
+                                  capacity=most if at_once else max(1, min(share, most)))
     return out
 
 

@@ -103,10 +103,14 @@ def orthogonal(rms: float, by_matrix: ByMatrix) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: by_matrix(step, updates))
 
 
+def on_matrices(step: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.Array:
+    """`step`, a function of matrices [N, in, out], applied to a leaf [..., in, out]."""
+    return step(leaf.reshape(-1, *leaf.shape[-2:])).reshape(leaf.shape)
+
+
 def _here(step: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
     """Every matrix is whole on this device."""
-    return jax.tree.map(
-        lambda leaf: step(leaf.reshape(-1, *leaf.shape[-2:])).reshape(leaf.shape), updates)
+    return jax.tree.map(lambda leaf: on_matrices(step, leaf), updates)
 
 
 def labels(params: Any) -> Any:

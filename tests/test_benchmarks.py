@@ -1,0 +1,29 @@
+"""Every benchmark runs, small, and tells what its docstring says, not how fast it was."""
+
+import pytest
+
+from engram_jax.benchmarks.exchange import exchange_benchmark
+from engram_jax.benchmarks.row_optimizers import row_optimizer_benchmark
+from engram_jax.benchmarks.table import table_benchmark
+from engram_jax.config import TABLE_OPTIMIZERS
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilations")]
+
+
+def test_table():
+    found = table_benchmark(rows=(2000, 4000), steps=1)
+    assert len(found["row_wise_ms"]) == len(found["dense_ms"]) == len(found["rows"]) == 2
+    assert found["growth"] >= 1
+
+
+def test_row_optimizers():
+    found = row_optimizer_benchmark(rows=2000, steps=1)
+    assert set(found["step_ms"]) == set(found["state_bytes_per_row"]) == set(TABLE_OPTIMIZERS)
+
+
+def test_exchange():
+    """Bytes do not depend on the machine: at most 1.35 times the bound, 5 times below the rival."""
+    found = exchange_benchmark(steps=1)
+    assert 1 <= found["ratio"] <= 1.35
+    assert found["gspmd_ratio"] >= 5
+    assert found["rounds"] >= 1
