@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engram_jax.config import ROW_DTYPES
 from engram_jax.errors import MachineError, UserError
 from engram_jax.hashing.ngrams import NgramHash
 from engram_jax.memory import disk, table_file
 from engram_jax.memory.disk import DiskTable
-from engram_jax.memory.formats import DTYPES, RowFormat
+from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.host import HostTable
 from engram_jax.memory.table_file import TableInfo, TableWriter, verify
 
@@ -65,7 +66,7 @@ def flip(path, at):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 @pytest.mark.parametrize("check", disk.CHECKS)
 def test_disk_and_host_give_the_same_bytes(tmp_path, dtype, check):
     info = table_info(dtype)

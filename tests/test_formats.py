@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from engram_jax.config import ROW_DTYPES
 from engram_jax.errors import UserError
-from engram_jax.memory.formats import DTYPES, RowFormat
+from engram_jax.memory.formats import RowFormat
 
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 rows_UD = arrays.arrays(np.float32, (3, 40), elements=st.floats(
@@ -32,7 +33,7 @@ def test_bytes_of_a_row_of_256_columns(dtype, row_bytes):
     assert RowFormat(dtype, 256).pack(normal(3, 256)).shape == (3, row_bytes)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 @pytest.mark.parametrize("dim", [1, 31, 32, 33, 80])
 def test_jit_decodes_to_the_bits_of_numpy(dtype, dim):
     """Also inside a larger program, where a product might be fused with what follows."""
@@ -49,7 +50,7 @@ def test_jit_decodes_to_the_bits_of_numpy(dtype, dim):
     np.testing.assert_array_equal(bits(both), bits(expected + other))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 @few
 @given(rows_UD)
 def test_any_finite_row_is_decoded_alike_and_near_what_it_was(dtype, rows):
@@ -111,7 +112,7 @@ def test_the_largest_numbers_stay_finite_or_are_refused():
             form.pack(np.full((1, 4), limit, np.float32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
 def test_what_is_not_finite_is_refused(dtype, bad):
     rows = np.zeros((3, 5), np.float32)
@@ -129,7 +130,7 @@ def test_bad_formats_and_shapes_are_refused():
         RowFormat("fp8", 9).pack(np.zeros((2, 8), np.float32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_no_rows(dtype):
     form = RowFormat(dtype, 40)
     packed = form.pack(np.zeros((0, 40), np.float32))

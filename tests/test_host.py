@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax import recipes
-from engram_jax.config import OverEncodingConfig
+from engram_jax.config import ROW_DTYPES, OverEncodingConfig
 from engram_jax.errors import MachineError, UserError
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash
 from engram_jax.memory import host
-from engram_jax.memory.formats import DTYPES, RowFormat
+from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.host import HostTable
 from engram_jax.memory.host_hash import NO_TOKEN, HostHash
 from engram_jax.memory.sites import Addressing, Site, address
@@ -39,7 +39,7 @@ def test_a_table_that_is_allocated_holds_zeros_until_it_is_written():
             table.write(start, packed[:count])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
 def test_decoded_values_on_the_device_are_those_of_the_rows(dtype):
     rows = np.random.default_rng(0).standard_normal((50, 40)).astype(np.float32)
     form = RowFormat(dtype, 40)

@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from engram_jax.config import require
+from engram_jax.config import ROW_DTYPES, require
 
-DTYPES = ("float32", "bfloat16", "int8", "fp8")
 GROUP = 32  # columns that share a scale of fp8
 _BIAS = 127  # of the exponents of e8m0 and float32
 _LEAST_NORMAL = np.float32(2.0**-126)
@@ -37,7 +36,7 @@ class RowFormat:
     """How one table packs its rows.
 
     Attributes:
-      dtype: one of `DTYPES`.
+      dtype: one of `ROW_DTYPES`.
       dim: D, columns.
 
     Raises:
@@ -48,7 +47,8 @@ class RowFormat:
     dim: int
 
     def __post_init__(self) -> None:
-        require(self.dtype in DTYPES, "dtype", self.dtype, f"must be one of {', '.join(DTYPES)}")
+        require(self.dtype in ROW_DTYPES, "dtype", self.dtype,
+                f"must be one of {', '.join(ROW_DTYPES)}")
         require(self.dim >= 1, "dim", self.dim, "must be at least 1")
 
     @property

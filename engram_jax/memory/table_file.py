@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import secrets
+import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -219,6 +220,7 @@ class TableWriter:
         self._written = 0
         with refusals(self.path, "written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._require_space()
             self._file = self._part.open("wb", buffering=0)
         try:
             self._put(self._header)
@@ -258,6 +260,12 @@ class TableWriter:
                 packed_UB[start:stop].data, int(self._checksums_K[block]))
             self._written += stop - start
             start = stop
+
+    def _require_space(self) -> None:
+        needed = len(self._header) + self.info.rows * self.info.format.row_bytes
+        if (free := shutil.disk_usage(self.path.parent).free) < needed:
+            raise MachineError(f"{self.path}: needs {needed / 1e9:.1f} GB, the disk has "
+                               f"{free / 1e9:.1f} GB free")
 
     def _put(self, data: bytes | memoryview) -> None:
         left = memoryview(data)
