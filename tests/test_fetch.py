@@ -28,3 +28,13 @@ def test_many(count):
     fetch = distinct(ids)
     np.testing.assert_array_equal(fetch.ids_U, np.unique(ids))
     np.testing.assert_array_equal(fetch.ids_U[fetch.inverse], ids)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_head_at_a_time(overlap):
+    """Heads with ranges of their own, and a head whose last id is the first of the next."""
+    ids = np.random.default_rng(0).integers(0, 500, (3, 2000, 4)) + 500 * np.arange(4)
+    ids[0, 0, 1], ids[1, 5, 2] = 999, 999 if overlap else 1000
+    fetch = distinct(ids)
+    np.testing.assert_array_equal(fetch.ids_U, np.unique(ids))
+    np.testing.assert_array_equal(fetch.ids_U[fetch.inverse], ids)
