@@ -1,8 +1,9 @@
 """Which rows a home has to read for the ids that tokens ask for: each once.
 
-Shapes: B batch, T time, H rows of a token, U distinct rows.
+Shapes: B batch, T time, H rows of a token, U distinct rows, G n-grams of K heads each, N ids.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -22,14 +23,19 @@ class Fetch(NamedTuple):
     inverse: np.ndarray
 
 
-def distinct(ids: np.ndarray) -> Fetch:
+def distinct(ids: np.ndarray, group: int = 1) -> Fetch:
     """Each id once, in order; but where none repeats, as for a few tokens, in the order asked.
 
     Args:
       ids: whole numbers of any shape, 0 or more and below 2**31. Many are told apart quickest when
         the last axis is heads, each of which has its own range of ids, as tables do.
+      group: how many ids of the last axis, the heads of one n-gram, stay together, for a home that
+        is keyed by n-gram: then it is n-grams that come once, and an id that two of them share
+        comes with both.
     """
     ids = ids.astype(np.int64, copy=False)
+    if group > 1:
+        return _whole_groups(ids, group)
     if ids.size > _MANY and (found := _by_head(ids.reshape(-1, ids.shape[-1]))) is not None:
         return Fetch(found.ids_U, found.inverse.reshape(ids.shape))
     flat = ids.reshape(-1)
@@ -38,6 +44,31 @@ def distinct(ids: np.ndarray) -> Fetch:
         return Fetch(flat, np.arange(flat.size, dtype=np.int32).reshape(ids.shape))
     ids_U, places, new = _sorted(flat)
     return Fetch(ids_U, _inverse(places, new).reshape(ids.shape))
+
+
+def group_keys(ids_GK: np.ndarray) -> np.ndarray:
+    """uint64 [G] of int64 [G, K]: the same ids have the same key; different ones very likely not.
+
+    A sum of products with odd random numbers, modulo 2**64.
+    """
+    keys_G: np.ndarray = ids_GK.view(np.uint64) @ _odd_numbers(ids_GK.shape[1])
+    return keys_G
+
+
+@functools.cache
+def _odd_numbers(count: int) -> np.ndarray:
+    random = np.random.default_rng(0).integers(0, 2**63, count, dtype=np.uint64)
+    return random * np.uint64(2) + np.uint64(1)
+
+
+def _whole_groups(ids: np.ndarray, group: int) -> Fetch:
+    ids_GK = np.ascontiguousarray(ids).reshape(-1, group)
+    _, first_U, inverse_G = np.unique(group_keys(ids_GK), return_index=True, return_inverse=True)
+    distinct_UK = ids_GK[first_U]
+    if not np.array_equal(distinct_UK[inverse_G], ids_GK):  # different ones had the same key
+        distinct_UK, inverse_G = np.unique(ids_GK, axis=0, return_inverse=True)
+    inverse_GK = inverse_G.reshape(-1, 1) * group + np.arange(group)
+    return Fetch(distinct_UK.reshape(-1), inverse_GK.astype(np.int32).reshape(ids.shape))
 
 
 def _by_head(ids_NH: np.ndarray) -> Fetch | None:

@@ -53,7 +53,7 @@ class HostTable:
           MachineError: there is not enough free memory.
         """
         require(rows >= 1, "rows", rows, "must be at least 1")
-        return cls(format, _zeros(rows * format.row_bytes).reshape(rows, format.row_bytes))
+        return cls(format, touched_zeros(rows * format.row_bytes).reshape(rows, format.row_bytes))
 
     @classmethod
     def from_array(cls, format: RowFormat, packed_RB: np.ndarray) -> "HostTable":
@@ -125,17 +125,20 @@ class HostTable:
         self.rows, self.packed_RB = 0, np.empty((0, self.format.row_bytes), np.uint8)
 
 
-def _zeros(size: int) -> np.ndarray:
-    """uint8 [size] of zeros, touched."""
+def touched_zeros(size: int) -> np.ndarray:
+    """uint8 [size] of zeros, in huge pages as far as Linux gives them, and touched.
+
+    Raises:
+      MachineError: there is not enough free memory.
+    """
     free = _available()
     if free is not None and size > free:
-        raise MachineError(f"the table needs {size / 2**30:.1f} GiB of host memory, "
+        raise MachineError(f"{size / 2**30:.1f} GiB of host memory are needed, "
                            f"{free / 2**30:.1f} GiB are free")
     try:
         memory = mmap.mmap(-1, size, **_PRIVATE)
     except (OSError, ValueError, OverflowError) as error:
-        raise MachineError(f"the table needs {size / 2**30:.1f} GiB of host memory: "
-                           f"{error}") from error
+        raise MachineError(f"{size / 2**30:.1f} GiB of host memory are needed: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     _touch(memory)
