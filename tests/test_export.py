@@ -15,11 +15,12 @@ from etils import epath
 from engram_jax import cli, exporting
 from engram_jax.config import ROW_DTYPES
 from engram_jax.errors import MachineError, UserError
-from engram_jax.exporting import export_tables, table_rows
-from engram_jax.memory import codec
+from engram_jax.exporting import export_tables
+from engram_jax.memory import codec, saved
 from engram_jax.memory.disk import DiskTable
 from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.layout import TableLayout
+from engram_jax.memory.saved import packed_rows
 from engram_jax.memory.table_file import table_info, verify
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.inputs import open_reader
@@ -87,31 +88,50 @@ def test_the_commands(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("at_once", [1, 4000, 10**9])
-def test_tables_are_read_a_stretch_at_a_time(tmp_path, dtype, at_once):
-    """Whatever the chunks, in the order of ids; never more than `at_once`, or a row a shard."""
-    layout = TableLayout(rows=395, dim=6, shards=4)
-    key = jax.random.key(0)
-    stored = layout.init(key, 1.0, dtype)
+@pytest.mark.parametrize("stretch", [1, 4000, 10**9])
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("most", [saved.MOST, 0], ids=["in order", "sorted on disk"])
+def test_tables_are_read_a_stretch_at_a_time(tmp_path, dtype, stretch, devices, most):
+    """Whatever the chunks and whoever wrote them, in the order of ids and without padding."""
+    layout, form = TableLayout(rows=395, dim=6, shards=8), RowFormat("fp8", 6)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("fsdp",))
+    stored = jax.device_put(layout.init(jax.random.key(0), 1.0, dtype), jax.NamedSharding(
+        mesh, jax.P("fsdp")))
     place = epath.Path(tmp_path / "saved")
-    with ocp.Context(array_options=ocp.options.ArrayOptions(
-            saving=ocp.options.ArrayOptions.Saving(
-                storage_options=ocp.options.ArrayOptions.Saving.StorageOptions(
-                    chunk_byte_size=800)))):
+    with saving(chunk_byte_size=800):
         ocp.save_checkpointables(place, {"state": {"tables": {"here": stored}}})
-    found = list(table_rows(place / "state", "tables.here", layout, at_once))
-    sizes = [len(rows) for _, rows in found]
-    itemsize = stored.dtype.itemsize
-    assert max(sizes) <= max(4, at_once // (6 * itemsize))
-    assert [start for start, _ in found] == np.cumsum([0, *sizes[:-1]]).tolist()
-    rows = np.concatenate([rows for _, rows in found])
-    np.testing.assert_array_equal(
-        rows, codec.decode(layout.gather(stored, jnp.arange(layout.rows))))
-    other = TableLayout(rows=395, dim=7, shards=4)
-    with pytest.raises(UserError, match=r"tables.here = \(4, 99, 6\): must have the shape"):
-        next(table_rows(place / "state", "tables.here", other))
+
+    def pieces(name="tables.here", layout=layout, folder=tmp_path):
+        return list(packed_rows(place / "state", name, layout, form, folder, stretch, most))
+
+    rows = codec.decode(layout.gather(stored, jnp.arange(layout.rows)))
+    np.testing.assert_array_equal(np.concatenate(pieces()), form.pack(np.asarray(rows)))
+    if most and devices == 1 and stretch == 4000:
+        assert max(map(len, pieces())) * 6 * stored.dtype.itemsize <= stretch
+    with pytest.raises(UserError, match=r"tables.here = \(8, 50, 6\): must have the shape"):
+        pieces(layout=TableLayout(rows=395, dim=7, shards=8))
     with pytest.raises(MachineError, match=r"tables.there cannot be read: "):
-        next(table_rows(place / "state", "tables.there", layout))
+        pieces("tables.there")
+    if not most:
+        with pytest.raises(MachineError, match="none: could not be written"):
+            pieces(folder=tmp_path / "none")
+
+
+def saving(**options):
+    kind = ocp.options.ArrayOptions.Saving
+    return ocp.Context(array_options=ocp.options.ArrayOptions(
+        saving=kind(storage_options=kind.StorageOptions(**options))))
+
+
+def test_entries_that_are_not_finite_are_not_exported(trained, tmp_path, monkeypatch):
+    def rows(*arguments):
+        del arguments
+        yield RowFormat("fp8", 8).pack(np.full((1, 8), np.nan, np.float32))
+
+    monkeypatch.setattr(exporting, "packed_rows", rows)
+    with pytest.raises(UserError, match=r"layer_0: entry of row 0 of 1 = nan: must be finite"):
+        export_tables(trained, "fp8", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path, capsys):
