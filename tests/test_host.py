@@ -1,6 +1,7 @@
 """Tables in host memory, and the hash on the host: the rows and ids of the reference."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from engram_jax import recipes
 from engram_jax.config import ROW_DTYPES, OverEncodingConfig
 from engram_jax.errors import MachineError, UserError
 from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.hashing.ngrams import NgramHash
+from engram_jax.hashing.ngrams import NgramHash, reach_from_dead
 from engram_jax.memory import host
 from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.host import HostTable
@@ -145,16 +146,17 @@ def golden_addressing():
 
 
 def test_the_hash_of_deepseek_v41():
+    """Its long text, with and without dead positions."""
     found = HostHash(golden_addressing())
-    fixture = GOLDEN["fixture_long"]
-    ids = found(np.array([fixture["compressed"]], np.int32))
-    digest = _digest(ids)
-    assert digest == fixture["sha256_hash_ids_int64[T,2,24]"]
+    fixture, dead = GOLDEN["fixture_long"], GOLDEN["fixture_dead_positions"]
+    tokens_BT = np.array([fixture["compressed"]], np.int32)
+    assert digest(found(tokens_BT)) == fixture["sha256_hash_ids_int64[T,2,24]"]
+    dead_BT = np.isin(np.arange(tokens_BT.size), dead["dead_positions"])[None]
+    masked = found(tokens_BT, reach_BT=np.asarray(reach_from_dead(dead_BT)))
+    assert digest(masked) == dead["sha256_hash_ids_int64[T,2,24]"]
 
 
-def _digest(ids):
-    import hashlib
-
+def digest(ids):
     both = np.stack([ids["layer_1"][0], ids["layer_14"][0]], axis=1)
     return hashlib.sha256(np.ascontiguousarray(both, "<i8").tobytes()).hexdigest()
 

@@ -50,7 +50,8 @@ def checked_ids(ids_U: np.ndarray, rows: int) -> np.ndarray:
         require(False, "row ids", f"{given.dtype} {given.shape}", "must be whole numbers [U]")
     ids = given.astype(np.intp, copy=False)
     # One comparison for both ends: as an unsigned number, a negative one is large.
-    if ids.size and int(np.maximum.reduce(ids.view(np.uintp))) >= rows:
+    unsigned: np.ndarray = ids.view(np.uintp)
+    if ids.size and unsigned.max() >= rows:
         wrong = ids[(ids < 0) | (ids >= rows)]
         require(False, "row id", int(wrong[0]), f"must be in 0..{rows - 1}")
     return ids

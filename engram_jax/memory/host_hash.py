@@ -119,9 +119,9 @@ class _Group:
             NO_TOKEN if history is None else history[:, history.shape[1] - self.before:])
         raw_BS += 1
         # One comparison for both ends: as an unsigned number, a negative one is large.
-        if tokens_BT.size and (
-                np.maximum.reduce(raw_BS.view(np.uint64), axis=None) >= len(self.lookup)
-                or np.minimum.reduce(raw_BS[:, self.before:], axis=None) < 1):
+        unsigned_BS: np.ndarray = raw_BS.view(np.uint64)
+        if tokens_BT.size and (unsigned_BS.max() >= len(self.lookup)
+                               or raw_BS[:, self.before:].min() < 1):
             _refuse(tokens_BT, history, len(self.lookup) - 1)
         x_BS = self.lookup.take(raw_BS, mode="clip")
         row, item = x_BS.strides
