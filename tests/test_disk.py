@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import resource
+import shutil
 import struct
 import time
 import zlib
@@ -85,6 +86,8 @@ def test_disk_and_host_give_the_same_bytes(tmp_path, dtype, check):
         np.testing.assert_array_equal(out[:300], rows[ids])
         assert (out[300:] == 77).all()
         home.close()
+        with pytest.raises(UserError, match="row id = 3: must be in"):
+            home.lookup(np.array([3]))
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -267,6 +270,14 @@ def test_a_disk_that_refuses_more_leaves_nothing(tmp_path, room):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9**9, 9**9, 999))
+    info = table_info(rows=10**8, dim=256)
+    with pytest.raises(MachineError, match=r"t: needs 26\.4 GB, the disk has 0\.0 GB free"):
+        TableWriter(tmp_path / "t", info)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_writer_leaves_what_was_there(path):

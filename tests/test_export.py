@@ -117,6 +117,26 @@ def test_tables_are_read_a_stretch_at_a_time(tmp_path, dtype, stretch, devices, 
             pieces(folder=tmp_path / "none")
 
 
+def test_stretches_are_of_whole_chunks(tmp_path, monkeypatch):
+    """So that none is read twice."""
+    layout = TableLayout(rows=395, dim=6, shards=8)
+    place, starts = epath.Path(tmp_path / "saved"), []
+    with saving(chunk_byte_size=2000):
+        ocp.save_checkpointables(place, {"state": {"tables": {
+            "here": layout.init(jax.random.key(0), 1.0)}}})
+    real = saved._Saved.read
+
+    def read(table, shards, rows):
+        starts.append((rows.start, table.chunk[1]))
+        return real(table, shards, rows)
+
+    monkeypatch.setattr(saved._Saved, "read", read)
+    list(packed_rows(place / "state", "tables.here", layout, RowFormat("fp8", 6), tmp_path, 4000))
+    chunk = starts[0][1]
+    assert chunk > 1
+    assert [start for start, _ in starts] == list(range(0, 50, 4000 // (8 * 24) // chunk * chunk))
+
+
 def saving(**options):
     kind = ocp.options.ArrayOptions.Saving
     return ocp.Context(array_options=ocp.options.ArrayOptions(

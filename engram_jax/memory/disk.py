@@ -86,6 +86,7 @@ class DiskTable:
 
     def close(self) -> None:
         """As `Home.close`."""
+        self.rows = 0
         self._file.close()
 
     def _read(self, ids_U: np.ndarray, rows_UB: np.ndarray) -> None:

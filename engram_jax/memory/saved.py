@@ -53,7 +53,7 @@ def packed_rows(
               else _sorted_on_disk(table, format, Path(scratch), stretch))
     left = layout.rows
     for packed_UB in pieces:
-        yield packed_UB[:left]  # without the padding at the end
+        yield packed_UB[:left]  # without the padding, which comes last
         left = max(0, left - len(packed_UB))
 
 
@@ -121,10 +121,9 @@ def _sorted_on_disk(
                 file.write(part_UB.reshape(-1).data)
                 done += len(part_UB)
         file.seek(0)
-        for start in range(0, rows, window):
+        for _ in range(stretches):
             data = np.frombuffer(file.read(shards * window * width), np.uint8)
-            packed_SWB = data.reshape(shards, window, width)[:, :rows - start]
-            yield packed_SWB.swapaxes(0, 1).reshape(-1, width)
+            yield data.reshape(shards, window, width).swapaxes(0, 1).reshape(-1, width)
 
 
 def _chunks(table: _Saved, format: RowFormat) -> Iterator[tuple[int, int, np.ndarray]]:
