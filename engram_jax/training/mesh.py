@@ -89,7 +89,21 @@ def check(run: RunConfig, mesh: Mesh) -> None:
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
     """How the run's parameters are split."""
-    return split(abstract_state(run).params, mesh.shape[FSDP], run.model.compute_dtype)
+    return split(abstract_state(run).params, mesh.shape[FSDP], run.model.compute_dtype,
+                 neighbours(list(mesh.devices[0])))
+
+
+def neighbours(devices: Sequence[jax.Device]) -> int:
+    """How many of the first devices lie together: up to a step along a TPU slice's slowest axis.
+
+    All of them where they lie on one axis of the slice, and where there is no slice.
+    """
+    if devices[0].platform != "tpu":
+        return len(devices)
+    steps = {next(i for i, place in enumerate(along) if place != along[0])
+             for along in zip(*(device.coords for device in devices), strict=True)
+             if len(set(along)) > 1}
+    return max(steps) if len(steps) > 1 else len(devices)
 
 
 def exchanges(run: RunConfig, mesh: Mesh) -> dict[str, Exchange]:
