@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from engram_jax import torus
 from engram_jax.training.optimizers import labels, on_matrices
 
 DATA, FSDP = "data", "fsdp"
@@ -33,8 +34,7 @@ class Split:
         so it also holds for one block's slice of a leaf that is stacked over blocks.
       devices: along the axis `fsdp`.
       dtype: in which matrices are gathered.
-      near: matrices are gathered and gradients scattered in two steps, among `near` neighbours on
-        the axis `fsdp` and among the groups of them; `devices` makes it one step.
+      near: of them, how many lie together (`torus.neighbours`).
     """
 
     axes: Any
@@ -82,9 +82,9 @@ class Split:
             count = matrices.shape[0]
             padded = jnp.pad(matrices, ((0, -count % self.devices), (0, 0), (0, 0)))
             shares = padded.reshape(self.devices, -1, *padded.shape[1:])
-            whole = _joined(jax.lax.all_to_all(shares, FSDP, 0, 0), 3 + axis)
+            whole = _joined(torus.all_to_all(shares, FSDP, self.near), 3 + axis)
             parts = _cut(step(whole), 3 + axis, self.devices)
-            return jax.lax.all_to_all(parts, FSDP, 0, 0).reshape(padded.shape)[:count]
+            return torus.all_to_all(parts, FSDP, self.near).reshape(padded.shape)[:count]
 
         return spread
 
@@ -97,7 +97,6 @@ def split(abstract_params: Any, devices: int, dtype: str, near: int = 0) -> Spli
     """How to split a tree: matrices along their second-last axis, or else the last.
 
     The second-last first: a TPU keeps the last axis in lanes of 128, and a narrow one wastes them.
-    `near` 0 gathers in one step.
     """
 
     def axis(path: tuple, leaf: Any, label: str) -> int:
@@ -106,7 +105,7 @@ def split(abstract_params: Any, devices: int, dtype: str, near: int = 0) -> Spli
         return next((a for a in (-2, -1) if leaf.shape[a] % devices == 0), 0)
 
     axes = jax.tree_util.tree_map_with_path(axis, abstract_params, labels(abstract_params))
-    return Split(axes, devices, dtype, near or devices)
+    return Split(axes, devices, dtype, near)
 
 
 def _spec(ndim: int, axis: int) -> PartitionSpec:
@@ -116,7 +115,7 @@ def _spec(ndim: int, axis: int) -> PartitionSpec:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gathered(part: jax.Array, axis: int, dtype: str, near: int) -> jax.Array:
     """The whole matrix in `dtype`; the gradient is summed over the axis `fsdp` in float32."""
-    return _joined(_gathered(part.astype(dtype), near), part.ndim + axis)
+    return _joined(torus.all_gather(part.astype(dtype), FSDP, near), part.ndim + axis)
 
 
 def _gathered_backward(
@@ -124,49 +123,11 @@ def _gathered_backward(
 ) -> tuple[jax.Array]:
     del dtype
     parts = _cut(grad.astype(jnp.float32), grad.ndim + axis, jax.lax.axis_size(FSDP))
-    return (_scattered(parts, near),)
+    return (torus.reduce_scatter(parts, FSDP, near),)
 
 
 gathered.defvjp(
     lambda part, axis, dtype, near: (gathered(part, axis, dtype, near), None), _gathered_backward)
-
-
-# Where a group of devices is a whole three-dimensional slice, libtpu 0.0.42 makes all-reduces of
-# all-gathers, and of reduce-scatters already where it is a whole two-dimensional one: P times the
-# memory and about twice the bytes. In two steps, each along fewer of the slice's axes, they stay
-# what they are.
-
-
-def _gathered(part: jax.Array, near: int) -> jax.Array:
-    """The parts of all P devices of the axis `fsdp`, [P, ...]."""
-    devices = jax.lax.axis_size(FSDP)
-    if near == devices:
-        return jax.lax.all_gather(part, FSDP)
-    neighbours, strangers = _groups(devices, near)
-    parts = jax.lax.all_gather(part, FSDP, axis_index_groups=neighbours)
-    parts = jax.lax.all_gather(parts, FSDP, axis_index_groups=strangers)
-    return parts.reshape(devices, *part.shape)
-
-
-def _scattered(parts: jax.Array, near: int) -> jax.Array:
-    """Of parts [P, ...], this device's summed over the axis `fsdp`."""
-    devices = parts.shape[0]
-    if near == devices:
-        return jax.lax.psum_scatter(parts, FSDP)
-    neighbours, strangers = _groups(devices, near)
-    parts = parts.reshape(-1, near, *parts.shape[1:])
-    parts = jax.lax.psum_scatter(parts, FSDP, axis_index_groups=strangers)
-    return jax.lax.psum_scatter(parts, FSDP, axis_index_groups=neighbours)
-
-
-def _groups(devices: int, near: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Indices along `fsdp`: groups of `near` neighbours, and groups with one of each of those."""
-    neighbours = [list(range(start, start + near)) for start in range(0, devices, near)]
-    return neighbours, [list(group) for group in zip(*neighbours, strict=True)]
-
-
-# Collectives act on a leading axis of devices, and the parts are joined and cut here: an all_to_all
-# along an inner axis took the TPU compiler over five minutes for 256 devices.
 
 
 def _joined(parts: jax.Array, axis: int) -> jax.Array:

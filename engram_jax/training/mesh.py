@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from engram_jax import torus
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.memory.exchange import Exchange
@@ -90,20 +91,7 @@ def check(run: RunConfig, mesh: Mesh) -> None:
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
     """How the run's parameters are split."""
     return split(abstract_state(run).params, mesh.shape[FSDP], run.model.compute_dtype,
-                 neighbours(list(mesh.devices[0])))
-
-
-def neighbours(devices: Sequence[jax.Device]) -> int:
-    """How many of the first devices lie together: up to a step along a TPU slice's slowest axis.
-
-    All of them where they lie on one axis of the slice, and where there is no slice.
-    """
-    if devices[0].platform != "tpu":
-        return len(devices)
-    steps = {next(i for i, place in enumerate(along) if place != along[0])
-             for along in zip(*(device.coords for device in devices), strict=True)
-             if len(set(along)) > 1}
-    return max(steps) if len(steps) > 1 else len(devices)
+                 torus.neighbours(list(mesh.devices[0])))
 
 
 def exchanges(run: RunConfig, mesh: Mesh) -> dict[str, Exchange]:
@@ -120,6 +108,7 @@ def exchanges(run: RunConfig, mesh: Mesh) -> dict[str, Exchange]:
         share = math.ceil((run.training.row_capacity or 1.0) * ids / mesh.size)
         at_once = row_optimizer(run).at_once
         out[site.name] = Exchange(layout=site.layout, axes=AXES, devices=mesh.size,
+                                  near=torus.neighbours(list(mesh.devices.flat)),
                                   capacity=most if at_once else max(1, min(share, most)))
     return out
 
