@@ -6,6 +6,7 @@ line on standard error.
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator, Sequence
 
-from engram_jax import __version__
+from engram_jax.arguments import parser
 from engram_jax.config import RunConfig
 from engram_jax.errors import MachineError, UserError
 from engram_jax.settings import with_settings
@@ -25,16 +26,13 @@ if typing.TYPE_CHECKING:
     from engram_jax.training.records import RunDirectory
     from engram_jax.training.state import TrainState
 
-SET_HELP = ("change a field of the config, for example --set training.steps=100 or "
-            "--set data.path=my.txt; may be repeated")
-
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = parser().parse_args(words)
     _quieten()
     try:
-        options.command(options)
+        COMMANDS[options.command](options)
     except (Exception, KeyboardInterrupt) as error:
         if (ending := _ending(error)) is None:
             raise
@@ -87,151 +85,6 @@ class _OrphansAside:
 
 def _one_line(error: BaseException) -> str:
     return " ".join((str(error) or type(error).__name__).split())
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of every command."""
-    top = _Parser(
-        prog="engram-jax",
-        description="Engram: conditional memory for language models, on JAX meshes.",
-        epilog="Start with: engram-jax describe tiny; engram-jax sweep memory_scaling --out runs")
-    top.add_argument("--version", action="version", version=f"engram-jax {__version__}")
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_describe(commands)
-    _add_plan(commands)
-    _add_train(commands)
-    _add_sweep(commands)
-    _add_evaluate(commands)
-    _add_generate(commands)
-    _add_bench(commands)
-    return top
-
-
-def _command(commands, name: str, run, summary: str, example: str) -> argparse.ArgumentParser:  # type: ignore[no-untyped-def]
-    made: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"Example: engram-jax {example}")
-    made.set_defaults(command=run)
-    return made
-
-
-def _add_set(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
-                         dest="settings", help=SET_HELP)
-
-
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _add_processes(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group(
-        "many processes", "the same command in each, all with the same settings; see BUILD.md")
-    group.add_argument("--distributed", action="store_true",
-                       help="find the others: Cloud TPU, Slurm, Kubernetes, Open MPI")
-    group.add_argument("--coordinator", metavar="HOST:PORT",
-                       help="where process 0 is, on a cluster that is not found by itself")
-    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0 on")
-    group.add_argument("--timeout", type=int, default=300, metavar="SECONDS",
-                       help="give up on processes that do not come in time (default 300)")
-
-
-def _add_recipe(command: argparse.ArgumentParser) -> None:
-    from engram_jax.recipes import RECIPES
-
-    command.add_argument("recipe", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
-
-
-def _add_describe(commands) -> None:  # type: ignore[no-untyped-def]
-    command = _command(commands, "describe", describe,
-                       "count a model's parameters, FLOPs and table bytes", "describe engram-27b")
-    _add_recipe(command)
-    _add_set(command)
-    _add_json(command)
-
-
-def _add_plan(commands) -> None:  # type: ignore[no-untyped-def]
-    command = _command(
-        commands, "plan", plan,
-        "compile a training step for a TPU slice, without one: memory, FLOPs, collectives, time",
-        "plan engram-27b --topology v5p:4x4x4 --set training.accumulate=20")
-    _add_recipe(command)
-    command.add_argument("--topology", required=True, metavar="CHIP:LAYOUT",
-                         help="a slice, for example v5e:16x16 or v5p:4x4x4")
-    command.add_argument("--fsdp", type=int, default=0, metavar="N",
-                         help="devices that parameters are split over (default: all)")
-    _add_set(command)
-    _add_json(command)
-
-
-def _add_train(commands) -> None:  # type: ignore[no-untyped-def]
-    command = _command(
-        commands, "train", train,
-        "train one model; the same command goes on where a stopped run was",
-        "train tiny --out runs/mine --set data.path=my.txt --set training.steps=200")
-    _add_recipe(command)
-    command.add_argument("--out", required=True, metavar="DIR",
-                         help="the run's own folder, on a disk or gs://")
-    _add_mesh(command)
-    _add_set(command)
-    _add_processes(command)
-
-
-def _add_mesh(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--mesh", metavar="DATAxFSDP", default=None,
-                         help="split batches over both, parameters over the second, tables over "
-                         "both; default $ENGRAM_MESH, or else all devices as 1xN")
-
-
-def _add_sweep(commands) -> None:  # type: ignore[no-untyped-def]
-    command = _command(
-        commands, "sweep", sweep,
-        "train every model of an experiment and set them side by side",
-        "sweep memory_scaling --out runs/scaling --set data.path=my.txt")
-    command.add_argument("experiment", metavar="EXPERIMENT", help="a folder of experiments/")
-    command.add_argument("--out", required=True, metavar="DIR", help="gets one folder a run")
-    _add_mesh(command)
-    _add_set(command)
-    _add_processes(command)
-
-
-def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]
-    command = _command(
-        commands, "evaluate", evaluate,
-        "loss and bits per byte of a trained run on its validation text",
-        "evaluate runs/mine --set data.path=other.txt")
-    command.add_argument("directory", metavar="DIR", help="a run's folder")
-    _add_set(command)
-    _add_json(command)
-
-
-def _add_generate(commands) -> None:  # type: ignore[no-untyped-def]
-    command = _command(commands, "generate", generate, "continue a text with a trained run",
-                       "generate runs/mine --prompt 'def read(' --tokens 60")
-    command.add_argument("directory", metavar="DIR", help="a run's folder")
-    command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
-    command.add_argument("--tokens", type=int, default=64, metavar="N",
-                         help="how many tokens to generate (default 64)")
-    command.add_argument("--temperature", type=float, default=0.0, metavar="X",
-                         help="0 takes the likeliest token (default), 1 samples the model")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
-
-
-def _add_bench(commands) -> None:  # type: ignore[no-untyped-def]
-    command = _command(commands, "bench", bench,
-                       "measure this machine: hash (jitted against NumPy), table (row updates "
-                       "against the table's size), optimizers (of tables), exchange (rows on "
-                       "eight devices against a sharded gather)", "bench hash --json")
-    command.add_argument("what", choices=["hash", "table", "optimizers", "exchange"])
-    _add_json(command)
 
 
 def describe(options: argparse.Namespace) -> None:
@@ -329,6 +182,24 @@ def generate(options: argparse.Namespace) -> None:
     print()
 
 
+def export(options: argparse.Namespace) -> None:
+    from engram_jax.exporting import export_tables
+
+    export_tables(options.directory, options.dtype, options.out, _say)
+
+
+def verify(options: argparse.Namespace) -> None:
+    from engram_jax.memory.table_file import verify as verified
+
+    found = {path: verified(path) for path in options.files}
+    if options.json:
+        print(json.dumps({path: dataclasses.asdict(info) for path, info in found.items()}))
+        return
+    for path, info in found.items():
+        print(f"{path}: whole; {info.rows:,} rows of {info.dim} columns in {info.dtype}, "
+              f"{info.site} of {info.run!r} at step {info.step}")
+
+
 def bench(options: argparse.Namespace) -> None:
     result = _benchmark(options.what)
     if options.json:
@@ -351,6 +222,10 @@ def _benchmark(what: str) -> dict[str, typing.Any]:
         from engram_jax.benchmarks.row_optimizers import row_optimizer_benchmark
 
         return row_optimizer_benchmark()
+    if what == "gather":
+        from engram_jax.benchmarks.gather import gather_benchmark
+
+        return gather_benchmark()
     from engram_jax.benchmarks.exchange import DEVICES, exchange_benchmark
 
     # Read when the first device is asked for; machines with accelerators do not mind it.
@@ -388,6 +263,11 @@ def _program() -> str:
 
 def _say(line: str) -> None:
     print(line, flush=True)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    command.__name__: command for command in (
+        describe, plan, train, sweep, evaluate, generate, export, verify, bench)}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from engram_jax.errors import UserError
 
 MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
 TABLE_OPTIMIZERS = ("row_adam", "dense_adam", "row_rmsprop", "row_adagrad", "balanced_momentum")
+ROW_DTYPES = ("float32", "bfloat16", "int8", "fp8")  # of tables off the device
 
 
 def require(condition: bool, field: str, value: object, right: str) -> None:

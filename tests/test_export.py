@@ -1,0 +1,159 @@
+"""`engram-jax export` and `verify`: a run's tables as files, row for row, and what goes wrong."""
+
+import json
+import resource
+
+import jax
+import jax.numpy as jnp
+import micro
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+import pytest
+from etils import epath
+
+from engram_jax import cli, exporting
+from engram_jax.config import ROW_DTYPES
+from engram_jax.errors import MachineError, UserError
+from engram_jax.exporting import export_tables, table_rows
+from engram_jax.memory import codec
+from engram_jax.memory.disk import DiskTable
+from engram_jax.memory.formats import RowFormat
+from engram_jax.memory.layout import TableLayout
+from engram_jax.memory.table_file import table_info, verify
+from engram_jax.training.checkpoints import Checkpoints
+from engram_jax.training.inputs import open_reader
+from engram_jax.training.loop import train
+from engram_jax.training.mesh import placed_state, single_mesh
+from engram_jax.training.records import RunDirectory
+
+pytestmark = pytest.mark.usefixtures("compilations")
+
+
+@pytest.fixture(scope="module", name="trained")
+def a_trained_run(tmp_path_factory, compilations):
+    """A run's folder."""
+    del compilations
+    folder = tmp_path_factory.mktemp("export")
+    run = micro.plain(micro.micro(micro.write_text(folder / "text.txt")))
+    train(run, folder / "run", lambda line: None)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module", name="table")
+def its_table(trained):
+    """Its one table's rows, float32 [rows, dim], and the reader."""
+    records = RunDirectory(trained)
+    run = records.config()
+    reader = open_reader(run, records.tokenizer())
+    with Checkpoints(records.checkpoints, 2, reader.fingerprints()) as found:
+        state = found.restore(placed_state(run, single_mesh()))
+    layout = reader.addressing.sites[0].layout
+    rows = layout.gather(state.tables["layer_0"], jnp.arange(layout.rows))
+    return np.asarray(rows), reader
+
+
+@pytest.mark.parametrize("dtype", ROW_DTYPES)
+def test_the_file_holds_the_rows_of_the_checkpoint(trained, table, dtype):
+    rows, reader = table
+    path, = export_tables(trained, dtype)
+    assert path == trained / "tables" / f"layer_0.{dtype}.table"
+    expect = table_info(reader.addressing, "layer_0", dtype, "micro", micro.STEPS)
+    assert verify(path) == expect
+    home = DiskTable.open(path, expect=expect, check="read")
+    form = RowFormat(dtype, rows.shape[1])
+    np.testing.assert_array_equal(home.lookup(np.arange(len(rows))), form.pack(rows))
+    if dtype == "float32":
+        np.testing.assert_array_equal(
+            jax.jit(form.unpack)(home.lookup(np.arange(len(rows)))), rows)
+    home.close()
+
+
+def test_the_commands(trained, tmp_path, capsys):
+    assert cli.main(["export", str(trained), "--format", "table", "--out", str(tmp_path)]) == 0
+    path = tmp_path / "layer_0.fp8.table"
+    assert f"wrote {path}: 406 rows, 7,758 bytes" in capsys.readouterr().out
+    assert cli.main(["verify", str(path)]) == 0
+    assert f"{path}: whole; 406 rows of 8 columns in fp8" in capsys.readouterr().out
+    assert cli.main(["verify", "--json", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)[str(path)]["run"] == "micro"
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    assert cli.main(["verify", str(path)]) == 1
+    assert capsys.readouterr().err == (
+        f"engram-jax: {path}: rows 0..405 are altered (block 0 fails its checksum); export it "
+        "again\n")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("at_once", [1, 4000, 10**9])
+def test_tables_are_read_a_stretch_at_a_time(tmp_path, dtype, at_once):
+    """Whatever the chunks, in the order of ids; never more than `at_once`, or a row a shard."""
+    layout = TableLayout(rows=395, dim=6, shards=4)
+    key = jax.random.key(0)
+    stored = layout.init(key, 1.0, dtype)
+    place = epath.Path(tmp_path / "saved")
+    with ocp.Context(array_options=ocp.options.ArrayOptions(
+            saving=ocp.options.ArrayOptions.Saving(
+                storage_options=ocp.options.ArrayOptions.Saving.StorageOptions(
+                    chunk_byte_size=800)))):
+        ocp.save_checkpointables(place, {"state": {"tables": {"here": stored}}})
+    found = list(table_rows(place / "state", "tables.here", layout, at_once))
+    sizes = [len(rows) for _, rows in found]
+    itemsize = stored.dtype.itemsize
+    assert max(sizes) <= max(4, at_once // (6 * itemsize))
+    assert [start for start, _ in found] == np.cumsum([0, *sizes[:-1]]).tolist()
+    rows = np.concatenate([rows for _, rows in found])
+    np.testing.assert_array_equal(
+        rows, codec.decode(layout.gather(stored, jnp.arange(layout.rows))))
+    other = TableLayout(rows=395, dim=7, shards=4)
+    with pytest.raises(UserError, match=r"tables.here = \(4, 99, 6\): must have the shape"):
+        next(table_rows(place / "state", "tables.here", other))
+    with pytest.raises(MachineError, match=r"tables.there cannot be read: "):
+        next(table_rows(place / "state", "tables.there", layout))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(trained, tmp_path, capsys):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, before[1]))
+    try:
+        words = ["export", str(trained), "--format", "table", "--out", str(tmp_path / "full")]
+        assert cli.main(words) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err.endswith("could not be written (File too large)\n")
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_what_cannot_be_exported_is_one_line(trained, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="holds no run"):
+        export_tables(tmp_path / "none", "fp8")
+    with pytest.raises(UserError, match="table file = 'gs://bucket/x': rows are read from a local"):
+        export_tables(trained, "fp8", "gs://bucket/x")
+    monkeypatch.setattr(exporting, "open_reader", lambda run, tokenizer: open_reader(
+        micro.with_model(run, engram=None), tokenizer))
+    with pytest.raises(UserError, match="model = 'micro': has no memory"):
+        export_tables(trained, "fp8")
+
+
+def test_a_run_without_a_checkpoint(trained, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    with pytest.raises(UserError, match="has no checkpoint yet; train it first"):
+        export_tables(tmp_path, "fp8")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        export_tables(tmp_path, "fp8")
+
+
+def test_a_checkpoint_of_another_hash_is_refused(trained, tmp_path):
+    """A config that was edited after the training."""
+    (tmp_path / "run").mkdir()
+    for name in ("tokenizer.json", "checkpoints"):
+        (tmp_path / "run" / name).symlink_to(trained / name)
+    config = json.loads((trained / "config.json").read_text())
+    config["model"]["engram"]["hash_seed"] = 5
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="was trained with another tokenizer or hash"):
+        export_tables(tmp_path / "run", "fp8")
+    assert not (tmp_path / "run" / "tables").exists()
