@@ -1,0 +1,231 @@
+"""The rows of a chunk of tokens, from wherever the tables live.
+
+`DeviceRows` hashes and gathers on the device, where the tables are. `HostRows` hashes on the host,
+reads each row once on a worker thread, and puts rows onto the device in the order of the layers.
+Both give the same bits.
+
+Shapes: B sequences, T tokens, P tokens of history, H rows of a token, C columns of a row, U
+distinct rows, X bytes of a packed row.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from engram_jax.config import ModelConfig
+from engram_jax.inference.caches import Place, of_slot
+from engram_jax.inference.stages import advance
+from engram_jax.memory.fetch import distinct
+from engram_jax.memory.formats import RowFormat
+from engram_jax.memory.homes import Home
+from engram_jax.memory.host_hash import HostHash
+from engram_jax.memory.sites import Addressing, gather_rows
+
+
+class Chunk(NamedTuple):
+    """Tokens on the host.
+
+    Attributes:
+      tokens_BT: raw ids, int32.
+      count_B: how many of them are real; what rows the others get does not matter.
+      history_BP: the raw ids before them, oldest first, int32.
+      reach_BT: as `NgramHash.row_ids` takes it; None sees all.
+    """
+
+    tokens_BT: np.ndarray
+    count_B: np.ndarray
+    history_BP: np.ndarray
+    reach_BT: np.ndarray | None
+
+
+Answer = Callable[[str], jax.Array]  # the name of a site to its rows [B, T, H, C]
+
+
+class Rows(Protocol):
+    """A source of rows.
+
+    Attributes:
+      on_host: it needs the tokens on the host.
+      counters: what it did so far.
+    """
+
+    on_host: bool
+    counters: "Counters"
+
+    def on_device(
+        self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
+    ) -> Answer:
+        """The rows of tokens that are on the device (`on_host` is false)."""
+
+    def ask(self, chunk: Chunk) -> Answer:
+        """Begin to fetch the rows of tokens that are on the host (`on_host` is true)."""
+
+    def close(self) -> None:
+        """Stop what runs."""
+
+
+@dataclasses.dataclass
+class Counters:
+    """Of rows from the host.
+
+    Attributes:
+      tokens: that rows were fetched for.
+      asked, read: rows, with repeats and without.
+      bytes: put onto the device, places of rows included.
+      fetch_s: spent by the worker.
+      waited_s: of those, how long somebody waited for it.
+    """
+
+    tokens: int = 0
+    asked: int = 0
+    read: int = 0
+    bytes: int = 0
+    fetch_s: float = 0.0
+    waited_s: float = 0.0
+
+    @property
+    def hidden_share(self) -> float:
+        """How much of the fetching nobody waited for."""
+        return 1 - self.waited_s / self.fetch_s if self.fetch_s else 1.0
+
+
+class DeviceRows:
+    """Tables on the device.
+
+    Args:
+      model: of the tables.
+      addressing: tokens to rows.
+      tables: for each site [S, R, D], as training has them.
+      end_id: as in `stages.advance`.
+    """
+
+    on_host = False
+
+    def __init__(self, model: ModelConfig, addressing: Addressing, tables: dict[str, jax.Array],
+                 end_id: int | None = None):
+        self.counters = Counters()
+        self._tables = tables
+
+        @jax.jit
+        def gather(
+            tables: dict[str, jax.Array], tokens_BT: jax.Array, count_B: jax.Array, place: Place,
+            slot: jax.Array | None,
+        ) -> dict[str, jax.Array]:
+            here = of_slot(place, slot, 0)
+            context, _ = advance(here, tokens_BT, count_B, end_id)
+            positions_BT = None if end_id is None else context.positions_BT - context.first_BT
+            return gather_rows(
+                model, tables, addressing.ids(tokens_BT, positions_BT, here.history_BH))
+
+        self._gather = gather
+
+    def on_device(
+        self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
+    ) -> Answer:
+        return self._gather(self._tables, tokens_BT, count_B, place, slot).__getitem__
+
+    def ask(self, chunk: Chunk) -> Answer:
+        raise AssertionError("tables on the device take tokens on the device")
+
+    def close(self) -> None:
+        pass
+
+
+class HostRows:
+    """Tables off the device: a home for each site.
+
+    One worker serves requests in the order in which they come, and each request's sites in the
+    order in which the network needs them. What goes wrong there is raised where the rows are
+    waited for.
+    """
+
+    on_host = True
+
+    def __init__(self, addressing: Addressing, homes: dict[str, Home]):
+        self.counters = Counters()
+        self._hash = HostHash(addressing)
+        self._homes = homes
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "rows")
+
+    def on_device(
+        self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
+    ) -> Answer:
+        raise AssertionError("tables on the host take tokens on the host")
+
+    def ask(self, chunk: Chunk) -> Answer:
+        futures: dict[str, concurrent.futures.Future] = {
+            name: concurrent.futures.Future() for name in self._homes}
+        self._worker.submit(self._fetch, chunk, futures)
+
+        def answer(site: str) -> jax.Array:
+            start = time.perf_counter()
+            packed_UX, inverse_BTH = futures[site].result()
+            self.counters.waited_s += time.perf_counter() - start
+            return placed(packed_UX, inverse_BTH, self._homes[site].format)
+
+        return answer
+
+    def _fetch(self, chunk: Chunk, futures: dict[str, concurrent.futures.Future]) -> None:
+        """Serve a request: on the worker."""
+        start = time.perf_counter()
+        try:
+            real_BT = np.arange(chunk.tokens_BT.shape[1])[None] < chunk.count_B[:, None]
+            ids = self._hash(chunk.tokens_BT, chunk.history_BP, chunk.reach_BT)
+            self.counters.tokens += int(chunk.count_B.sum())
+            for site, future in futures.items():
+                future.set_result(self._read(site, ids[site], real_BT))
+        except BaseException as error:  # or else somebody would wait for ever
+            for future in futures.values():
+                if not future.done():
+                    future.set_exception(error)
+        self.counters.fetch_s += time.perf_counter() - start
+
+    def _read(
+        self, site: str, ids_BTH: np.ndarray, real_BT: np.ndarray
+    ) -> tuple[jax.Array, jax.Array]:
+        """Each distinct row once, packed, and the place of each asked row among them."""
+        home = self._homes[site]
+        ids_U, inverse_NH = distinct(ids_BTH[real_BT])
+        inverse_BTH = np.zeros(ids_BTH.shape, np.int32)
+        inverse_BTH[real_BT] = inverse_NH
+        packed_UX = np.empty((_room(ids_U.size, ids_BTH.size), home.format.row_bytes), np.uint8)
+        home.lookup(ids_U, out=packed_UX)
+        self.counters.asked += inverse_NH.size
+        self.counters.read += ids_U.size
+        self.counters.bytes += packed_UX.nbytes + inverse_BTH.nbytes
+        return jax.device_put((packed_UX, inverse_BTH))
+
+    def close(self) -> None:
+        self._worker.shutdown()
+        for home in self._homes.values():
+            home.close()
+
+
+def _room(count: int, most: int) -> int:
+    """A size for `count` rows: few sizes, so that few programs are compiled."""
+    return min(most, max(16, 1 << max(0, count - 1).bit_length()))
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def placed(packed_UX: jax.Array, inverse_BTH: jax.Array, format: RowFormat) -> jax.Array:
+    """Packed rows decoded and where they were asked for, float32 [B, T, H, C]."""
+    return format.unpack(packed_UX).at[inverse_BTH].get(mode="promise_in_bounds")
+
+
+def reach_numpy(tokens_BT: np.ndarray, history_BP: np.ndarray, end_id: int) -> np.ndarray:
+    """How far each token sees where documents begin after `end_id`, int32 [B, T].
+
+    A start further back than the history reaches makes no difference.
+    """
+    before_BS = np.concatenate([history_BP, tokens_BT], axis=1)
+    at_S = np.arange(before_BS.shape[1], dtype=np.int32)
+    starts_BS = np.zeros(before_BS.shape, bool)
+    starts_BS[:, 1:] = before_BS[:, :-1] == end_id
+    since_BS = np.maximum.accumulate(np.where(starts_BS, at_S, -before_BS.shape[1]), axis=1)
+    return (at_S[None] - since_BS + 1)[:, history_BP.shape[1]:].astype(np.int32)
