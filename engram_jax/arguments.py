@@ -185,6 +185,13 @@ def _add_bench(commands) -> None:  # type: ignore[no-untyped-def]
                        "measure this machine: hash (jitted against NumPy), table (row updates "
                        "against the table's size), optimizers (of tables), exchange (rows on "
                        "eight devices against a sharded gather), gather (tokens to packed rows "
-                       "from a table in host memory)", "bench hash --json")
-    command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather"])
+                       "from a table in host memory), offload (inference with the table on the "
+                       "device, the host and a disk, against no memory)", "bench hash --json")
+    command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather",
+                                          "offload"])
+    command.add_argument("--size", choices=["tiny", "4b"], default="",
+                         help="of bench offload: the demo's model (default), or a dense model of "
+                         "4.1B parameters with a table of 42 GB, for an accelerator")
+    command.add_argument("--trace", default="", metavar="DIR",
+                         help="of bench offload: write a trace of a few requests, for Perfetto")
     _add_json(command)

@@ -201,7 +201,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    result = _benchmark(options.what)
+    result = _benchmark(options)
     if options.json:
         print(json.dumps(result, indent=1))
     else:
@@ -209,7 +209,16 @@ def bench(options: argparse.Namespace) -> None:
             print(f"{name:<28} {value:,.4g}" if isinstance(value, float) else f"{name:<28} {value}")
 
 
-def _benchmark(what: str) -> dict[str, typing.Any]:
+def _benchmark(options: argparse.Namespace) -> dict[str, typing.Any]:
+    what = options.what
+    for name in ("size", "trace"):
+        if getattr(options, name) and what != "offload":
+            raise UserError(f"--{name} is of bench offload, not of bench {what}")
+    if what == "offload":
+        from engram_jax.benchmarks import offload
+
+        return offload.offload_benchmark(
+            offload.WORKLOADS[options.size or "tiny"](), options.trace)
     if what == "hash":
         from engram_jax.benchmarks.hashing import hash_benchmark
 

@@ -300,7 +300,9 @@ class Engine:
         """All stages of a chunk."""
         model, cache, rows = self._model, self._cache, self._rows
         first, *rest = self._stages
-        if answer is None and not rows.on_host:
+        if not rest and first.site is None:
+            pass  # no memory
+        elif answer is None and not rows.on_host:
             answer = rows.on_device(tokens_BT, count_B, cache.place, slot)
         elif answer is None and (not self._overlap or first.site is not None):
             answer = rows.ask(host())

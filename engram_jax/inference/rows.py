@@ -79,7 +79,8 @@ class Counters:
       asked, read: rows, with repeats and without.
       bytes: put onto the device, places of rows included.
       fetch_s: spent by the worker.
-      waited_s: of those, how long somebody waited for it.
+      latency_s: from each request until its last rows were there.
+      waited_s: of that, how long somebody waited.
     """
 
     tokens: int = 0
@@ -87,12 +88,18 @@ class Counters:
     read: int = 0
     bytes: int = 0
     fetch_s: float = 0.0
+    latency_s: float = 0.0
     waited_s: float = 0.0
+
+    def since(self, before: "Counters") -> "Counters":
+        """What has been counted since these were `before`."""
+        return Counters(**{name: value - getattr(before, name)
+                           for name, value in vars(self).items()})
 
     @property
     def hidden_share(self) -> float:
-        """How much of the fetching nobody waited for."""
-        return 1 - self.waited_s / self.fetch_s if self.fetch_s else 1.0
+        """How much of the time until rows were there nobody waited for."""
+        return 1 - self.waited_s / self.latency_s if self.latency_s else 1.0
 
 
 class DeviceRows:
@@ -161,7 +168,7 @@ class HostRows:
     def ask(self, chunk: Chunk) -> Answer:
         futures: dict[str, concurrent.futures.Future] = {
             name: concurrent.futures.Future() for name in self._homes}
-        self._worker.submit(self._fetch, chunk, futures)
+        self._worker.submit(self._fetch, chunk, futures, time.perf_counter())
 
         def answer(site: str) -> jax.Array:
             start = time.perf_counter()
@@ -171,7 +178,9 @@ class HostRows:
 
         return answer
 
-    def _fetch(self, chunk: Chunk, futures: dict[str, concurrent.futures.Future]) -> None:
+    def _fetch(
+        self, chunk: Chunk, futures: dict[str, concurrent.futures.Future], asked_at: float
+    ) -> None:
         """Serve a request: on the worker."""
         start = time.perf_counter()
         try:
@@ -184,7 +193,9 @@ class HostRows:
             for future in futures.values():
                 if not future.done():
                     future.set_exception(error)
-        self.counters.fetch_s += time.perf_counter() - start
+        end = time.perf_counter()
+        self.counters.fetch_s += end - start
+        self.counters.latency_s += end - asked_at
 
     def _read(
         self, site: str, ids_BTH: np.ndarray, real_BT: np.ndarray
