@@ -92,14 +92,14 @@ def offload_benchmark(work: Workload | None = None, trace: str = "") -> dict[str
       trace: a folder for a trace of a few requests with the table in host memory.
 
     Returns:
-      `baseline_tokens_per_s`, without memory, prompts and generated tokens together; `arms`, each
-      with `home`, `overlap`, `cache` (none yet), `tokens_per_s`, `penalty` (its lost share of the
-      baseline), `first_token_ms` (median, alone), `token_ms` and `token_ms_p99` (between a
-      sequence's tokens, others beside it), and for rows from the host `hidden_share` (of the
-      time until rows were there, what nobody waited for), `hit_rate` (of the cache), `bytes_per_token`,
-      `fetch_us_per_token` and `read_share` (of the rows asked, what was left without repeats);
-      `same_tokens`: every arm with memory and rows of the same dtype generated the same; and what
-      was measured.
+      `baseline_tokens_per_s`, without memory, prompts and generated tokens together. `arms`, each
+      with `home`, `overlap`, `cache` (none yet), `tokens_per_s`, `penalty` (the share of the
+      baseline that it loses), `first_token_ms` (median, alone), `token_ms` and `token_ms_p99`
+      (between a sequence's tokens, with others beside it), and for rows from the host
+      `hidden_share` (of the time until rows were there, what nobody waited for), `hit_rate` (of the
+      cache), `bytes_per_token`, `fetch_us_per_token` and `read_share` (of the rows asked for, what
+      is left without repeats). `same_tokens`: all arms with memory generated the same. And what was
+      measured.
     """
     work = work or tiny()
     inputs = _inputs(work)
