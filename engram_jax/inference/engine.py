@@ -280,7 +280,8 @@ class Engine:
     def _tell(self, tokens_B: jax.Array, fresh: set[int]) -> list[Event]:
         """Wait for tokens, and free the slots of sequences that end with them."""
         events = []
-        read_B = np.asarray(tokens_B) if fresh else ()
+        with jax.profiler.TraceAnnotation("wait for tokens"):
+            read_B = np.asarray(tokens_B) if fresh else ()
         for slot in sorted(fresh):
             sequence, token = self._slots[slot], int(read_B[slot])
             if sequence is None:

@@ -172,7 +172,8 @@ class HostRows:
 
         def answer(site: str) -> jax.Array:
             start = time.perf_counter()
-            packed_UX, inverse_BTH = futures[site].result()
+            with jax.profiler.TraceAnnotation(f"wait for the rows of {site}"):
+                packed_UX, inverse_BTH = futures[site].result()
             self.counters.waited_s += time.perf_counter() - start
             return placed(packed_UX, inverse_BTH, self._homes[site].format)
 
@@ -188,7 +189,8 @@ class HostRows:
             ids = self._hash(chunk.tokens_BT, chunk.history_BP, chunk.reach_BT)
             self.counters.tokens += int(chunk.count_B.sum())
             for site, future in futures.items():
-                future.set_result(self._read(site, ids[site], real_BT))
+                with jax.profiler.TraceAnnotation(f"fetch the rows of {site}"):
+                    future.set_result(self._read(site, ids[site], real_BT))
         except BaseException as error:  # or else somebody would wait for ever
             for future in futures.values():
                 if not future.done():
