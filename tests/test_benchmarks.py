@@ -3,6 +3,7 @@
 import pytest
 
 from engram_jax.benchmarks.exchange import exchange_benchmark
+from engram_jax.benchmarks.gather import gather_benchmark
 from engram_jax.benchmarks.row_optimizers import row_optimizer_benchmark
 from engram_jax.benchmarks.table import table_benchmark
 from engram_jax.config import TABLE_OPTIMIZERS
@@ -27,3 +28,14 @@ def test_exchange():
     assert 1 <= found["ratio"] <= 1.35
     assert found["gspmd_ratio"] >= 5
     assert found["rounds"] >= 1
+
+
+def test_gather():
+    """Each row of a prompt is read once, and all ways find the same bytes."""
+    found = gather_benchmark(batches=(1, 3), steps=16, prefill=512, table_bytes=2**20)
+    assert found["equal"]
+    for name in ("us_per_step", "us_per_token", "numpy_us_per_step", "bare_gather_us"):
+        assert list(found[name]) == ["1", "3"]
+    assert found["prefill_rows_read"] == found["prefill_rows_distinct"]
+    assert found["prefill_rows_read"] < found["prefill_rows_asked"] == 512 * 24
+    assert found["table_gib"] >= 2**-10

@@ -164,6 +164,20 @@ def test_altered_rows_are_not_served(path, opened):
     assert (unchecked.lookup(np.array([500])) != rows[500]).any()
 
 
+def test_a_block_is_checked_once(path, opened, monkeypatch):
+    home = opened(DiskTable.open, path, check="read")
+    sizes, real = [], os.preadv
+
+    def counted(file, buffers, offset):
+        sizes.append(len(buffers[0]))
+        return real(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    for ids in ([5], [6, 200], [900]):
+        home.lookup(np.array(ids))
+    assert sizes == [390 * 42, 42, 42, 42, 220 * 42, 42]
+
+
 @pytest.mark.parametrize("at", [0, 20, 200, -2, -9])
 def test_an_altered_header_or_trailer_does_not_open(path, at):
     flip(path, at)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import micro
 import numpy as np
+import object_store
 import orbax.checkpoint.experimental.v1 as ocp
 import pytest
 from etils import epath
@@ -157,3 +158,19 @@ def test_a_checkpoint_of_another_hash_is_refused(trained, tmp_path):
     with pytest.raises(UserError, match="was trained with another tokenizer or hash"):
         export_tables(tmp_path / "run", "fp8")
     assert not (tmp_path / "run" / "tables").exists()
+
+
+def test_a_run_in_object_storage_is_exported_to_a_disk(trained, tmp_path):
+    with object_store.ObjectStore() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment().items():
+            patch.setenv(name, value)
+        object_store.use(patch)
+        for file in trained.rglob("*"):
+            if file.is_file():
+                epath.Path(f"gs://bucket/run/{file.relative_to(trained)}").write_bytes(
+                    file.read_bytes())
+        with pytest.raises(UserError, match="table file = 'gs://bucket/run/tables'"):
+            export_tables("gs://bucket/run", "fp8")
+        path, = export_tables("gs://bucket/run", "fp8", tmp_path)
+    other, = export_tables(trained, "fp8")
+    assert path.read_bytes() == other.read_bytes()

@@ -57,7 +57,7 @@ def test_an_array_of_another_format_is_refused():
 
 
 def test_memory_that_is_not_there_is_one_line():
-    with pytest.raises(MachineError, match=r"the table needs 38[0-9]{3}\.\d GiB of host memory, "):
+    with pytest.raises(MachineError, match=r"38[0-9]{3}\.\d GiB of host memory are needed, "):
         HostTable.allocate(RowFormat("float32", 1024), 10**10)
 
 

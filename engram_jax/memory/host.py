@@ -34,11 +34,15 @@ _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
 class HostTable:
-    """A home in host memory; made by `allocate`, `from_array` or `from_file`."""
+    """A home in host memory; made by `allocate`, `from_array` or `from_file`.
+
+    Attributes:
+      packed_RB: the rows themselves, uint8.
+    """
 
     def __init__(self, format: RowFormat, packed_RB: np.ndarray):
         self.format, self.rows = format, len(packed_RB)
-        self._packed_RB = packed_RB
+        self.packed_RB = packed_RB
 
     @classmethod
     def allocate(cls, format: RowFormat, rows: int) -> "HostTable":
@@ -49,7 +53,7 @@ class HostTable:
           MachineError: there is not enough free memory.
         """
         require(rows >= 1, "rows", rows, "must be at least 1")
-        return cls(format, _zeros(rows * format.row_bytes).reshape(rows, format.row_bytes))
+        return cls(format, touched_zeros(rows * format.row_bytes).reshape(rows, format.row_bytes))
 
     @classmethod
     def from_array(cls, format: RowFormat, packed_RB: np.ndarray) -> "HostTable":
@@ -90,12 +94,12 @@ class HostTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the table."""
-        return self._packed_RB.nbytes
+        return self.packed_RB.nbytes
 
     @property
     def huge_bytes(self) -> int:
         """How much of it lies in huge pages now; 0 where the system does not tell."""
-        start = self._packed_RB.ctypes.data
+        start = self.packed_RB.ctypes.data
         return _huge_bytes(start, start + self.nbytes)
 
     def write(self, start: int, packed_UB: np.ndarray) -> None:
@@ -107,31 +111,34 @@ class HostTable:
         stop = start + len(packed_UB)
         require(0 <= start <= stop <= self.rows, "rows", (start, stop),
                 f"must be in 0..{self.rows}")
-        self._packed_RB[start:stop] = packed_UB
+        self.packed_RB[start:stop] = packed_UB
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """As `Home.lookup`."""
         ids = checked_ids(ids_U, self.rows)
         # Clipping changes nothing after the check; it is what lets NumPy write to `out` directly.
-        return self._packed_RB.take(ids, axis=0, mode="clip",
+        return self.packed_RB.take(ids, axis=0, mode="clip",
                                     out=room(out, len(ids), self.format))
 
     def close(self) -> None:
         """As `Home.close`: the memory goes when nobody holds a view of it any more."""
-        self.rows, self._packed_RB = 0, np.empty((0, self.format.row_bytes), np.uint8)
+        self.rows, self.packed_RB = 0, np.empty((0, self.format.row_bytes), np.uint8)
 
 
-def _zeros(size: int) -> np.ndarray:
-    """uint8 [size] of zeros, touched."""
+def touched_zeros(size: int) -> np.ndarray:
+    """uint8 [size] of zeros, in huge pages as far as Linux gives them, and touched.
+
+    Raises:
+      MachineError: there is not enough free memory.
+    """
     free = _available()
     if free is not None and size > free:
-        raise MachineError(f"the table needs {size / 2**30:.1f} GiB of host memory, "
+        raise MachineError(f"{size / 2**30:.1f} GiB of host memory are needed, "
                            f"{free / 2**30:.1f} GiB are free")
     try:
         memory = mmap.mmap(-1, size, **_PRIVATE)
     except (OSError, ValueError, OverflowError) as error:
-        raise MachineError(f"the table needs {size / 2**30:.1f} GiB of host memory: "
-                           f"{error}") from error
+        raise MachineError(f"{size / 2**30:.1f} GiB of host memory are needed: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     _touch(memory)
@@ -161,15 +168,19 @@ def _available() -> int | None:
 
 
 def _huge_bytes(start: int, stop: int) -> int:
-    """Bytes in huge pages of the mappings of this process that lie in start..stop."""
+    """Bytes of start..stop that are in huge pages, by the kernel's list of mappings.
+
+    Neighbouring mappings are listed as one; then this is its share of their huge pages.
+    """
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
         return 0
-    huge, inside = 0, False
+    huge, share = 0.0, 0.0
     for line in lines:
         if found := _RANGE.match(line):
-            inside = start < int(found[2], 16) and int(found[1], 16) < stop
-        elif inside and line.startswith("AnonHugePages:"):
-            huge += int(line.split()[1]) * 1024
-    return huge
+            first, last = int(found[1], 16), int(found[2], 16)
+            share = max(0, min(stop, last) - max(start, first)) / (last - first)
+        elif line.startswith("AnonHugePages:"):
+            huge += share * int(line.split()[1]) * 1024
+    return round(huge)
