@@ -49,6 +49,7 @@ class Workload:
       slots, chunk: of the engine.
       repeats: of every arm.
       homes: that are tried; "none" is the same model without memory.
+      cache_bytes: of the cache on the device in the arms that have one.
     """
 
     model: ModelConfig
@@ -60,6 +61,7 @@ class Workload:
     chunk: int
     repeats: int
     homes: tuple[str, ...] = ("none", "device", "host", "disk")
+    cache_bytes: int
 
 
 def tiny() -> Workload:
@@ -68,7 +70,7 @@ def tiny() -> Workload:
     assert model.engram is not None
     engram = dataclasses.replace(model.engram, rows_per_head=(524_288, 524_288))
     return Workload(model=dataclasses.replace(model, engram=engram), dtype="float32", sequences=48,
-                    generated=(16, 48), slots=8, chunk=256, repeats=3)
+                    generated=(16, 48), slots=8, chunk=256, repeats=3, cache_bytes=2**22)
 
 
 def dense_4b() -> Workload:
@@ -78,7 +80,7 @@ def dense_4b() -> Workload:
                           head_dim=256, kernel=0)
     return Workload(model=dataclasses.replace(model, engram=engram), dtype="fp8", sequences=512,
                     generated=(100, 1024), slots=128, chunk=1024, repeats=2,
-                    homes=("none", "host"))
+                    homes=("none", "host"), cache_bytes=2**30)
 
 
 WORKLOADS = {"tiny": tiny, "4b": dense_4b}
@@ -93,8 +95,8 @@ def offload_benchmark(work: Workload | None = None, trace: str = "") -> dict[str
 
     Returns:
       `baseline_tokens_per_s`, without memory, prompts and generated tokens together. `arms`, each
-      with `home`, `overlap`, `cache` (none yet), `tokens_per_s`, `penalty` (the share of the
-      baseline that it loses), `first_token_ms` (median, alone), `token_ms` and `token_ms_p99`
+      with `home`, `overlap`, `cache` (bytes on the device), `tokens_per_s`, `penalty` (the share of
+      the baseline that it loses), `first_token_ms` (median, alone), `token_ms` and `token_ms_p99`
       (between a sequence's tokens, with others beside it), and for rows from the host
       `hidden_share` (of the time until rows were there, what nobody waited for), `hit_rate` (of the
       cache), `bytes_per_token`, `fetch_us_per_token` and `read_share` (of the rows asked for, what
@@ -159,8 +161,8 @@ def _requests(work: Workload, inputs: Inputs) -> list[Request]:
 class _Arm:
     """An engine, and what it was seen to do."""
 
-    def __init__(self, home: str, overlap: bool, engine: Engine, rows: Rows):
-        self.home, self.overlap = home, overlap
+    def __init__(self, home: str, overlap: bool, cache: int, engine: Engine, rows: Rows):
+        self.home, self.overlap, self.cache = home, overlap, cache
         self.tokens: list[list[int]] = []
         self._engine, self._rows = engine, rows
         self._counters = Counters()
@@ -203,7 +205,7 @@ class _Arm:
     def found(self) -> dict[str, Any]:
         ms = np.array(self._between_s) * 1e3
         row: dict[str, Any] = {
-            "home": self.home, "overlap": self.overlap, "cache": None,
+            "home": self.home, "overlap": self.overlap, "cache": self.cache,
             "tokens_per_s": statistics.median(self._rates),
             "first_token_ms": statistics.median(self._first_s) * 1e3,
             "token_ms": float(np.median(ms)), "token_ms_p99": float(np.quantile(ms, 0.99)),
@@ -211,6 +213,7 @@ class _Arm:
         }
         if (counted := self._counters).tokens:
             row.update(hidden_share=counted.hidden_share,
+                       hit_rate=counted.hit_rate if self.cache else None,
                        bytes_per_token=counted.bytes / counted.tokens,
                        fetch_us_per_token=counted.fetch_s / counted.tokens * 1e6,
                        read_share=counted.read / counted.asked)
@@ -225,16 +228,18 @@ def _arms(
         transformer.init(work.model, jax.random.key(0)), work.model))()
     arms = []
     for home in work.homes:
-        for overlap in (True, False) if home in ("host", "disk") else (True,):
+        off = home in ("host", "disk")
+        for overlap, cache in (((True, 0), (False, 0), (True, work.cache_bytes)) if off
+                               else ((True, 0),)):
             model = dataclasses.replace(work.model, engram=None) if home == "none" else work.model
-            rows = _rows(work, inputs, home, folder)
+            rows = _rows(work, inputs, home, cache, folder)
             stack.callback(rows.close)
             engine = Engine(
                 model, _without_memory(params, work.model) if home == "none" else params,
                 transformer.init_router_bias(model), rows, pad_id=inputs.pad_id,
                 known=inputs.vocab_size, slots=work.slots,
                 length=work.prompt[1] + work.generated[1], chunk=work.chunk, overlap=overlap)
-            arms.append(_Arm(home, overlap, engine, rows))
+            arms.append(_Arm(home, overlap, cache, engine, rows))
     return arms
 
 
@@ -248,7 +253,7 @@ def _without_memory(params: dict[str, Any], model: ModelConfig) -> dict[str, Any
     return {**params, "segments": chain}
 
 
-def _rows(work: Workload, inputs: Inputs, home: str, folder: Path) -> Rows:
+def _rows(work: Workload, inputs: Inputs, home: str, cache: int, folder: Path) -> Rows:
     addressing = inputs.addressing
     if home == "none":
         return DeviceRows(dataclasses.replace(work.model, engram=None),
@@ -257,7 +262,7 @@ def _rows(work: Workload, inputs: Inputs, home: str, folder: Path) -> Rows:
         return DeviceRows(work.model, addressing, {
             site.name: _table(site) for site in addressing.sites})
     return HostRows(addressing, {
-        site.name: _home(work, addressing, site, home, folder) for site in addressing.sites})
+        site.name: _home(work, addressing, site, home, folder) for site in addressing.sites}, cache)
 
 
 def _table(site: Site) -> jax.Array:

@@ -21,6 +21,7 @@ import numpy as np
 from engram_jax.config import ModelConfig
 from engram_jax.inference.caches import Place, of_slot
 from engram_jax.inference.stages import advance
+from engram_jax.memory.device_cache import DeviceCache, Sender
 from engram_jax.memory.fetch import distinct
 from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.homes import Home
@@ -76,7 +77,8 @@ class Counters:
 
     Attributes:
       tokens: that rows were fetched for.
-      asked, read: rows, with repeats and without.
+      asked, read: rows, with repeats in a request and without.
+      hits: of those read, how many the cache on the device had.
       bytes: put onto the device, places of rows included.
       fetch_s: spent by the worker.
       latency_s: from each request until its last rows were there.
@@ -86,6 +88,7 @@ class Counters:
     tokens: int = 0
     asked: int = 0
     read: int = 0
+    hits: int = 0
     bytes: int = 0
     fetch_s: float = 0.0
     latency_s: float = 0.0
@@ -95,6 +98,11 @@ class Counters:
         """What has been counted since these were `before`."""
         return Counters(**{name: value - getattr(before, name)
                            for name, value in vars(self).items()})
+
+    @property
+    def hit_rate(self) -> float:
+        """Of the cache on the device; repeats in a request are no hits."""
+        return self.hits / self.read if self.read else 0.0
 
     @property
     def hidden_share(self) -> float:
@@ -150,14 +158,23 @@ class HostRows:
     One worker serves requests in the order in which they come, and each request's sites in the
     order in which the network needs them. What goes wrong there is raised where the rows are
     waited for.
+
+    Args:
+      addressing: tokens to rows.
+      homes: for each site the home of its table.
+      cache_bytes: on the device, for the rows of each site's n-grams that were used last; 0 keeps
+        none there.
     """
 
     on_host = True
 
-    def __init__(self, addressing: Addressing, homes: dict[str, Home]):
+    def __init__(self, addressing: Addressing, homes: dict[str, Home], cache_bytes: int = 0):
         self.counters = Counters()
         self._hash = HostHash(addressing)
-        self._homes = homes
+        self._sources: dict[str, Sender | DeviceCache] = {
+            site.name: DeviceCache(homes[site.name], site.hash_config.heads, cache_bytes)
+            if cache_bytes else Sender(homes[site.name]) for site in addressing.sites}
+        self._formats = {name: home.format for name, home in homes.items()}
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "rows")
 
     def on_device(
@@ -167,7 +184,7 @@ class HostRows:
 
     def ask(self, chunk: Chunk) -> Answer:
         futures: dict[str, concurrent.futures.Future] = {
-            name: concurrent.futures.Future() for name in self._homes}
+            name: concurrent.futures.Future() for name in self._sources}
         self._worker.submit(self._fetch, chunk, futures, time.perf_counter())
 
         def answer(site: str) -> jax.Array:
@@ -175,7 +192,7 @@ class HostRows:
             with jax.profiler.TraceAnnotation(f"wait for the rows of {site}"):
                 packed_UX, inverse_BTH = futures[site].result()
             self.counters.waited_s += time.perf_counter() - start
-            return placed(packed_UX, inverse_BTH, self._homes[site].format)
+            return placed(packed_UX, inverse_BTH, self._formats[site])
 
         return answer
 
@@ -203,26 +220,22 @@ class HostRows:
         self, site: str, ids_BTH: np.ndarray, real_BT: np.ndarray
     ) -> tuple[jax.Array, jax.Array]:
         """Each distinct row once, packed, and the place of each asked row among them."""
-        home = self._homes[site]
-        ids_U, inverse_NH = distinct(ids_BTH[real_BT])
+        source = self._sources[site]
+        ids_U, inverse_NH = distinct(ids_BTH[real_BT], source.group)
         inverse_BTH = np.zeros(ids_BTH.shape, np.int32)
         inverse_BTH[real_BT] = inverse_NH
-        packed_UX = np.empty((_room(ids_U.size, ids_BTH.size), home.format.row_bytes), np.uint8)
-        home.lookup(ids_U, out=packed_UX)
-        self.counters.asked += inverse_NH.size
-        self.counters.read += ids_U.size
-        self.counters.bytes += packed_UX.nbytes + inverse_BTH.nbytes
-        return jax.device_put((packed_UX, inverse_BTH))
+        sent = source.fetch(ids_U)
+        counters = self.counters
+        counters.asked += inverse_NH.size
+        counters.read += ids_U.size
+        counters.hits += sent.hits
+        counters.bytes += sent.bytes + inverse_BTH.nbytes
+        return sent.packed_UB, jax.device_put(inverse_BTH)
 
     def close(self) -> None:
         self._worker.shutdown()
-        for home in self._homes.values():
-            home.close()
-
-
-def _room(count: int, most: int) -> int:
-    """A size for `count` rows: few sizes, so that few programs are compiled."""
-    return min(most, max(16, 1 << max(0, count - 1).bit_length()))
+        for source in self._sources.values():
+            source.close()
 
 
 @functools.partial(jax.jit, static_argnames="format")
