@@ -49,18 +49,18 @@ def reduce_scatter(parts: jax.Array, axes: Axes, near: int) -> jax.Array:
     if not near:
         return jax.lax.psum_scatter(parts, axes)
     together, apart = _groups(axes, near)
-    tiled = _tiled(parts)
-    tiled = tiled.reshape(-1, near, *tiled.shape[1:])
-    tiled = jax.lax.psum_scatter(tiled, axes, axis_index_groups=apart)
-    tiled = jax.lax.psum_scatter(tiled, axes, axis_index_groups=together)
-    return tiled.reshape(-1)[: parts[0].size].reshape(parts.shape[1:])
+    parts = parts.reshape(-1, near, *parts.shape[1:])
+    parts = jax.lax.psum_scatter(parts, axes, axis_index_groups=apart)
+    return jax.lax.psum_scatter(parts, axes, axis_index_groups=together)
 
 
-def _tiled(parts: jax.Array) -> jax.Array:
-    """Parts [P, ...] as whole tiles: a part of 10 rows would be an all-reduce again."""
-    flat = parts.reshape(parts.shape[0], -1)
-    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % (_TILE[0] * _TILE[1]))))
-    return flat.reshape(parts.shape[0], -1, *_TILE)
+def packed(rows: int, columns: int) -> tuple[int, ...]:
+    """A shape in which a TPU keeps a part of a matrix without a gap, or else the part's own.
+
+    Of a part of 10 rows it would keep 16, in every buffer that a collective reads or writes.
+    """
+    tiles, rest = divmod(rows * columns, _TILE[0] * _TILE[1])
+    return (rows, columns) if rest else (tiles, *_TILE)
 
 
 def all_to_all(parts: jax.Array, axes: Axes, near: int) -> jax.Array:
