@@ -176,7 +176,8 @@ def generate(options: argparse.Namespace) -> None:
         made = pieces(model, options.prompt, tokens=options.tokens, cache=options.cache,
                       temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
                       seed=options.seed)
-        print(options.prompt, end="", flush=True)
+        first = next(made, "")  # nothing is printed before rows are known to be there
+        print(options.prompt, end=first, flush=True)
         for piece in made:
             print(piece, end="", flush=True)
         print()

@@ -46,7 +46,8 @@ class Request:
         require(self.tokens >= 1, "tokens", self.tokens, "must be at least 1")
         require(0 <= self.temperature < float("inf"), "temperature", self.temperature,
                 "must not be negative, nor infinite")
-        require(self.top_k >= 0, "top_k", self.top_k, "must not be negative; 0 is all")
+        require(0 <= self.top_k < 2**31, "top_k", self.top_k,
+                "must be in 0..2**31 - 1; 0 is all")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0..2**32 - 1")
 
@@ -82,7 +83,7 @@ class Engine:
       rows: where its rows come from.
       pad_id: the raw token before the start of a sequence, as in training.
       end_id: the token that ends a document, and with it a generation; None is no such token.
-      known: tokens that may be generated are below it; 0 is all.
+      known: tokens that there are, in prompts and to be generated, are below it; 0 is all.
       slots: sequences at once (B).
       length: tokens of a slot, prompt and generated ones together.
       chunk: tokens of a prompt that one step reads (T).
@@ -131,28 +132,36 @@ class Engine:
         Raises:
           UserError: it does not fit into a slot, or has tokens that there are not.
         """
+        self._check(request)
+        self._waiting.append(_Sequence(self._submitted, request))
+        self._submitted += 1
+        return self._submitted - 1
+
+    def _check(self, request: Request) -> None:
         prompt, needed = request.prompt, len(request.prompt) + request.tokens
         require(needed <= self._length, "prompt", f"{len(prompt)} tokens",
                 f"with {request.tokens} more to generate needs {needed} places, and a sequence "
                 f"has {self._length}")
         for extreme in (min(prompt), max(prompt)):
-            require(0 <= extreme < self._model.vocab_size, "prompt", extreme,
-                    f"is no token: ids are in 0..{self._model.vocab_size - 1}")
-        self._waiting.append(_Sequence(self._submitted, request))
-        self._submitted += 1
-        return self._submitted - 1
+            require(0 <= extreme < self._known, "prompt", extreme,
+                    f"is no token: ids are in 0..{self._known - 1}")
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
-        """The tokens of each request, the end token included."""
-        first = self._submitted
-        out: list[list[int]] = []
+        """The tokens of each request, the end token included.
+
+        Raises:
+          UserError: as `submit`, before any is begun; or others are on their way, whose tokens
+            would be lost.
+        """
+        require(not self.busy, "generate", "busy", "others are on their way; go on with `step`")
+        requests = list(requests)
         for request in requests:
-            self.submit(request)
-            out.append([])
+            self._check(request)
+        out: dict[int, list[int]] = {self.submit(request): [] for request in requests}
         while self.busy:
             for event in self.step():
-                out[event.number - first].append(event.token)
-        return out
+                out[event.number].append(event.token)
+        return list(out.values())
 
     @property
     def busy(self) -> bool:
@@ -167,10 +176,7 @@ class Engine:
         """
         self._join()
         self._read_prompt()
-        if any(self._decoding()):
-            events = self._decode()
-        else:
-            events = self._told()
+        events = self._decode() if any(self._decoding()) else self._told()
         self._look_ahead()
         return events
 
@@ -284,14 +290,14 @@ class Engine:
             read_B = np.asarray(tokens_B) if fresh else ()
         for slot in sorted(fresh):
             sequence, token = self._slots[slot], int(read_B[slot])
-            if sequence is None:
-                continue  # it had ended when this was drawn
+            assert sequence is not None
             self._window_BP[slot] = np.append(self._window_BP[slot, 1:], token)
             sequence.told += 1
             sequence.done = token == self._end_id or sequence.told == sequence.request.tokens
             events.append(Event(sequence.number, token, sequence.done))
             if sequence.done:
                 self._slots[slot] = None
+                self._fresh.discard(slot)  # what was drawn before this token had been seen
         return events
 
     def _dispatch(
@@ -320,7 +326,8 @@ class Engine:
         if answer is None and rest:
             answer = rows.ask(host())
         for stage in rest:
-            assert stage.site is not None and answer is not None
+            assert stage.site is not None
+            assert answer is not None
             part = slice(stage.start, stage.stop)
             x_BTMD, keys[part], conv_BPMD = stages.proceed(
                 self._params["segments"][part], self._bias[part], keys[part],
