@@ -143,8 +143,20 @@ def _add_generate(commands) -> None:  # type: ignore[no-untyped-def]
     command.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     command.add_argument("--tokens", type=int, default=64, metavar="N",
                          help="how many tokens to generate (default 64)")
+    command.add_argument("--memory", choices=["device", "host", "disk"], default="device",
+                         help="where the tables are; the text is the same (default device)")
+    command.add_argument("--dtype", choices=ROW_DTYPES, default="",
+                         help="of the rows on host or disk; default that of training")
+    command.add_argument("--cache", type=int, default=0, metavar="N",
+                         help="tokens that the cache holds, the prompt's included; default as many "
+                         "as needed")
     command.add_argument("--temperature", type=float, default=0.0, metavar="X",
                          help="0 takes the likeliest token (default), 1 samples the model")
+    command.add_argument("--top-k", type=int, default=0, metavar="N",
+                         help="sample from the N likeliest tokens; 0 is all (default)")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="X",
+                         help="sample from the likeliest tokens that together have this "
+                         "probability (default 1)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
 
 
@@ -173,6 +185,13 @@ def _add_bench(commands) -> None:  # type: ignore[no-untyped-def]
                        "measure this machine: hash (jitted against NumPy), table (row updates "
                        "against the table's size), optimizers (of tables), exchange (rows on "
                        "eight devices against a sharded gather), gather (tokens to packed rows "
-                       "from a table in host memory)", "bench hash --json")
-    command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather"])
+                       "from a table in host memory), offload (inference with the table on the "
+                       "device, the host and a disk, against no memory)", "bench hash --json")
+    command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather",
+                                          "offload"])
+    command.add_argument("--size", choices=["tiny", "4b"], default="",
+                         help="of bench offload: the demo's model (default), or a dense model of "
+                         "4.1B parameters with a table of 42 GB, for an accelerator")
+    command.add_argument("--trace", default="", metavar="DIR",
+                         help="of bench offload: write a trace of a few requests, for Perfetto")
     _add_json(command)

@@ -168,18 +168,19 @@ def evaluate(options: argparse.Namespace) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     from engram_jax.inference.generate import generate as pieces
-    from engram_jax.training.inputs import open_reader
+    from engram_jax.inference.serving import served
     from engram_jax.training.records import RunDirectory
 
-    records = RunDirectory(options.directory)
-    run = records.config()
-    reader = open_reader(run, records.tokenizer())
-    made = pieces(run, reader, _restored(records, run, reader), options.prompt,
-                  tokens=options.tokens, temperature=options.temperature, seed=options.seed)
-    print(options.prompt, end="", flush=True)
-    for piece in made:
-        print(piece, end="", flush=True)
-    print()
+    model = served(RunDirectory(options.directory), options.memory, options.dtype)
+    with contextlib.closing(model.rows):
+        made = pieces(model, options.prompt, tokens=options.tokens, cache=options.cache,
+                      temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
+                      seed=options.seed)
+        first = next(made, "")  # nothing is printed before rows are known to be there
+        print(options.prompt, end=first, flush=True)
+        for piece in made:
+            print(piece, end="", flush=True)
+        print()
 
 
 def export(options: argparse.Namespace) -> None:
@@ -201,7 +202,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    result = _benchmark(options.what)
+    result = _benchmark(options)
     if options.json:
         print(json.dumps(result, indent=1))
     else:
@@ -209,7 +210,16 @@ def bench(options: argparse.Namespace) -> None:
             print(f"{name:<28} {value:,.4g}" if isinstance(value, float) else f"{name:<28} {value}")
 
 
-def _benchmark(what: str) -> dict[str, typing.Any]:
+def _benchmark(options: argparse.Namespace) -> dict[str, typing.Any]:
+    what = options.what
+    for name in ("size", "trace"):
+        if getattr(options, name) and what != "offload":
+            raise UserError(f"--{name} is of bench offload, not of bench {what}")
+    if what == "offload":
+        from engram_jax.benchmarks import offload
+
+        return offload.offload_benchmark(
+            offload.WORKLOADS[options.size or "tiny"](), options.trace)
     if what == "hash":
         from engram_jax.benchmarks.hashing import hash_benchmark
 
@@ -245,13 +255,10 @@ def _restored(
     records: "RunDirectory", run: RunConfig, reader: "Reader"
 ) -> "TrainState":
     """The last checkpoint of a run, on this process's first device."""
-    from engram_jax.training.checkpoints import Checkpoints
+    from engram_jax.training.checkpoints import last_checkpoint
     from engram_jax.training.mesh import placed_state, single_mesh
 
-    if not records.checkpoints.exists():
-        raise UserError(f"{records.path}: has no checkpoint yet; train it first")
-    kept = run.training.keep_checkpoints
-    with Checkpoints(records.checkpoints, kept, reader.fingerprints()) as found:
+    with last_checkpoint(records, reader) as found:
         return found.restore(placed_state(run, single_mesh()))
 
 

@@ -125,6 +125,11 @@ class EngramConfig(HashConfig):
     def conv_dilation(self) -> int:
         return self.dilation or self.max_order
 
+    @property
+    def conv_reach(self) -> int:
+        """How many positions back the convolution looks."""
+        return max(0, self.kernel - 1) * self.conv_dilation
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OverEncodingConfig(HashConfig):

@@ -1,19 +1,24 @@
-"""The tables of a trained run as files that inference reads: `engram-jax export`."""
+"""The tables of a trained run as files that inference reads: `engram-jax export`.
+
+Shapes: U rows, B bytes of a packed row.
+"""
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import orbax.checkpoint.experimental.v1 as ocp
+import numpy as np
 from etils import epath
 
 from engram_jax.config import require
-from engram_jax.errors import MachineError, UserError
+from engram_jax.errors import UserError
+from engram_jax.memory.formats import RowFormat
+from engram_jax.memory.host import HostTable
 from engram_jax.memory.saved import packed_rows
 from engram_jax.memory.sites import Site
 from engram_jax.memory.table_file import TableInfo, TableWriter, require_local, table_info
-from engram_jax.storage import first_line
-from engram_jax.training.checkpoints import Checkpoints
+from engram_jax.training.checkpoints import last_checkpoint
 from engram_jax.training.inputs import Reader, open_reader
 from engram_jax.training.records import RunDirectory
 
@@ -38,42 +43,68 @@ def export_tables(directory: epath.PathLike, dtype: str, out: str | os.PathLike[
     require_local(folder)
     run = records.config()
     reader = open_reader(run, records.tokenizer())
-    sites = reader.addressing.sites
-    require(bool(sites), "model", run.name, "has no memory, so there is no table to export")
-    step, state = _last_state(records, reader)
+    require(bool(reader.addressing.sites), "model", run.name,
+            "has no memory, so there is no table to export")
+    saved = SavedTables(records, reader)
     written = []
-    for site in sites:
+    for site in saved.sites:
         path = Path(folder) / f"{site.name}.{dtype}.table"
-        _export(state, site, table_info(reader.addressing, site.name, dtype, run.name, step), path)
+        with TableWriter(path, saved.info(site, dtype)) as writer:
+            for _, packed_UB in saved.packed(site, dtype, path.parent):
+                writer.write(packed_UB)
         say(f"wrote {path}: {site.layout.rows:,} rows, {path.stat().st_size:,} bytes")
         written.append(path)
     return written
 
 
-def _last_state(records: RunDirectory, reader: Reader) -> tuple[int, epath.Path]:
-    """Step and place of the last checkpoint, which must be of the run's own hash and tokenizer."""
-    if not records.checkpoints.exists():
-        raise UserError(f"{records.path}: has no checkpoint yet; train it first")
-    with Checkpoints(records.checkpoints, 1, reader.fingerprints()) as found:
-        step = found.latest
-    if step is None:
-        raise UserError(f"{records.checkpoints}: holds no whole checkpoint")
-    place = records.checkpoints / str(step)
-    try:
-        carried = ocp.checkpointables_metadata(place).custom_metadata or {}
-    except Exception as error:  # of orbax and what it is built on: no common base
-        raise MachineError(f"{place}: cannot be read: {first_line(error)}") from error
-    if carried.get("fingerprints") != reader.fingerprints():
-        raise UserError(f"{place}: was trained with another tokenizer or hash than those of "
-                        f"{records.path}")
-    return step, place / "state"
+class SavedTables:
+    """The tables of a run's last checkpoint, read a stretch at a time.
 
+    Args:
+      records: of the run.
+      reader: of the run.
 
-def _export(state: epath.Path, site: Site, info: TableInfo, path: Path) -> None:
-    with TableWriter(path, info) as writer:
+    Raises:
+      UserError: no checkpoint, or one of another tokenizer or hash.
+      MachineError: it cannot be read.
+    """
+
+    def __init__(self, records: RunDirectory, reader: Reader):
+        self.sites = reader.addressing.sites
+        self._addressing, self._run = reader.addressing, records.config().name
+        with last_checkpoint(records, reader) as found:
+            self._step, self._state = found.last_state()
+
+    def info(self, site: Site, dtype: str) -> TableInfo:
+        """What the table of a site is with rows of `dtype`."""
+        return table_info(self._addressing, site.name, dtype, self._run, self._step)
+
+    def packed(self, site: Site, dtype: str, scratch: Path | None = None
+               ) -> Iterator[tuple[int, np.ndarray]]:
+        """A site's rows in the order of their ids: first id, packed rows uint8 [U, B].
+
+        Args:
+          site, dtype: of the table.
+          scratch: the folder for what `saved.packed_rows` may have to sort on disk; the system's
+            for temporary files by default.
+        """
+        start = 0
         try:
             for packed_UB in packed_rows(
-                    state, f"tables.{site.name}", site.layout, info.format, path.parent):
-                writer.write(packed_UB)
+                    self._state, f"tables.{site.name}", site.layout,
+                    RowFormat(dtype, site.layout.dim), scratch or tempfile.gettempdir()):
+                yield start, packed_UB
+                start += len(packed_UB)
         except UserError as error:
-            raise UserError(f"{site.name}: {error}") from error
+            raise UserError(f"{site.name}, from row {start} on: {error}") from error
+
+    def on_host(self, site: Site, dtype: str) -> HostTable:
+        """A site's table in host memory.
+
+        Raises:
+          MachineError: there is not enough of it, or the checkpoint cannot be read.
+        """
+        table = HostTable.allocate(RowFormat(dtype, site.layout.dim), site.layout.rows)
+        for start, packed_UB in self.packed(site, dtype):
+            table.write(start, packed_UB)
+        return table

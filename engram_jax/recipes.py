@@ -32,7 +32,8 @@ def _paper(name: str, moe: MoEConfig | None, engram: EngramConfig | None) -> Run
         data=DataConfig(path="hf:HuggingFaceFW/fineweb-edu", tokenizer="deepseek-ai/DeepSeek-V3",
                         sequence_length=4096, batch_size=1280),
         optimizer=OptimizerConfig(),
-        training=TrainingConfig(steps=50_000, checkpoint_every=1000, evaluate_every=1000),
+        training=TrainingConfig(
+            steps=50_000, accumulate=5, checkpoint_every=1000, evaluate_every=1000),
     )
 
 

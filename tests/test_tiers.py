@@ -6,11 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax.errors import MachineError, UserError
-from engram_jax.memory import tiers
+from engram_jax.memory import ngram_index
 from engram_jax.memory.fetch import distinct
 from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.host import HostTable
-from engram_jax.memory.tiers import WAYS, CachedTable
+from engram_jax.memory.ngram_index import WAYS
+from engram_jax.memory.tiers import CachedTable
 
 FORMAT, ROWS, K = RowFormat("fp8", 40), 900, 3
 ENTRY = K * FORMAT.row_bytes
@@ -55,7 +56,7 @@ def test_rows_are_those_of_the_home_below(sets, same_key, asked):
     cache = CachedTable(below, K, sets * WAYS * ENTRY)
     with pytest.MonkeyPatch.context() as patch:
         if same_key:
-            patch.setattr(tiers, "group_keys", lambda ids: np.zeros(len(ids), np.uint64))
+            patch.setattr(ngram_index, "group_keys", lambda ids: np.zeros(len(ids), np.uint64))
         for numbers in asked:
             ids = ngrams(numbers) if numbers else np.empty(0, np.int64)
             np.testing.assert_array_equal(cache.lookup(ids), below.table.lookup(ids))

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from engram_jax import torus
 from engram_jax.memory.layout import TableLayout
 
 UNUSED = jnp.iinfo(jnp.int32).max
@@ -123,12 +124,14 @@ class Exchange:
       layout: of the whole table.
       axes: mesh axes over which the shards are spread; none for one device.
       devices: how many devices they span; divides `layout.shards`.
+      near: of them, how many lie together (`torus.neighbours`).
       capacity: rows asked of each peer in a round.
     """
 
     layout: TableLayout
     axes: tuple[str, ...] = ()
     devices: int = 1
+    near: int = 0
     capacity: int = 1
 
     @property
@@ -293,7 +296,7 @@ class Exchange:
         """What each peer holds for this device, in the peers' order; the leading axis is P."""
         if self.devices == 1:
             return send
-        return jax.lax.all_to_all(send, self.axes, 0, 0, tiled=True)
+        return torus.all_to_all(send, self.axes, self.near)
 
 
 def distinct(sorted_N: jax.Array) -> tuple[jax.Array, jax.Array]:

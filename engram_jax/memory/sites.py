@@ -89,7 +89,8 @@ class Addressing:
     vocabularies: dict[str, CompressedVocabulary]
 
     def ids(
-        self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None
+        self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
+        history_BP: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
         """Row ids in each site's table, int32 [B, T, H].
 
@@ -97,14 +98,20 @@ class Addressing:
           tokens_BT: raw token ids, int32.
           positions_BT: position of each token in its document, int32; look-backs then stop at the
             document's start. None lets them cross it.
+          history_BP: the raw ids before these, oldest first, at least as many as any look-back;
+            None is the start of a sequence.
         """
         out = {}
         for site in self.sites:
-            lookup = jnp.asarray(self.vocabularies[site.name].lookup)
+            ngrams, vocabulary = self.hashes[site.name], self.vocabularies[site.name]
+            lookup = jnp.asarray(vocabulary.lookup)
             reach_BT = None if positions_BT is None else positions_BT + 1
+            before_BN = None if history_BP is None else lookup.at[
+                history_BP[:, history_BP.shape[1] - ngrams.max_order + 1:]].get(
+                    mode="promise_in_bounds")
             canonical_BT = lookup.at[tokens_BT].get(mode="promise_in_bounds")
-            out[site.name] = self.hashes[site.name].table_ids(
-                canonical_BT, site.layer, reach_BT=reach_BT)
+            out[site.name] = ngrams.table_ids(
+                canonical_BT, site.layer, history=before_BN, reach_BT=reach_BT)
         return out
 
     def fingerprints(self) -> dict[str, str]:

@@ -1,5 +1,9 @@
 """Multi-head latent attention without query compression (DeepSeek-V2, arXiv 2405.04434).
 
+What is kept of a position is its latent [C] and one rotated key [R] that all heads share. Training
+expands the latents to keys and values; decoding (`cached_attention`) attends to the latents
+themselves, with the expansion moved over to the query and to the result.
+
 Shapes: B batch, T time (S the attended time), D width, H heads, C latent rank, N and R the parts of
 a head without and with rotary positions, V value dim.
 """
@@ -49,22 +53,75 @@ def attention(
       [B, T, D] in x's dtype; scores and softmax are float32.
     """
     batch, time, _ = x_BTD.shape
-    n, r, v, heads = config.nope_dim, config.rope_dim, config.value_dim, config.heads
-    query_BTHX = linear(x_BTD, params["query"]).reshape(batch, time, heads, n + r)
-    latent_BTC, shared_BTR = jnp.split(linear(x_BTD, params["latent"]), [config.kv_rank], axis=-1)
-    latent_BTC = rms_norm(latent_BTC, params["latent_gain"], eps)
+    n, v, heads = config.nope_dim, config.value_dim, config.heads
+    positions_1T = jnp.arange(time, dtype=jnp.int32)[None]
+    query = jnp.concatenate(_queries(params, x_BTD, positions_1T, config), axis=-1)
+    latent_BTC, shared_BTR = latents(params, x_BTD, positions_1T, config, eps)
     expanded = linear(latent_BTC, params["expand"]).reshape(batch, time, heads, n + v)
     key_BSHN, value_BSHV = jnp.split(expanded, [n], axis=-1)
-
-    positions_T = jnp.arange(time, dtype=jnp.float32)
-    rotated_BTHR = rope(query_BTHX[..., n:], positions_T, config.rope_theta)
-    shared_BS1R = rope(shared_BTR[:, :, None], positions_T, config.rope_theta)
-    query = jnp.concatenate([query_BTHX[..., :n], rotated_BTHR], axis=-1)
-    shared = jnp.broadcast_to(shared_BS1R, (batch, time, heads, r))
+    shared = jnp.broadcast_to(
+        shared_BTR[:, :, None], (batch, time, heads, config.rope_dim))
     key = jnp.concatenate([key_BSHN, shared], axis=-1)
-
     mixed = _mixed(query, key, value_BSHV, documents_BT)
     return linear(mixed.reshape(batch, time, heads * v), params["output"])
+
+
+def _queries(
+    params: Params, x_BTD: jax.Array, positions_BT: jax.Array, config: AttentionConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Each head's query: [B, T, H, N], and its rotated part [B, T, H, R]."""
+    n, r = config.nope_dim, config.rope_dim
+    query = linear(x_BTD, params["query"]).reshape(*x_BTD.shape[:2], config.heads, n + r)
+    return query[..., :n], rope(query[..., n:], positions_BT, config.rope_theta)
+
+
+def latents(
+    params: Params, x_BTD: jax.Array, positions_BT: jax.Array, config: AttentionConfig, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """What a cache keeps of each position: latent [B, T, C] and rotated key [B, T, R]."""
+    latent_BTC, shared_BTR = jnp.split(linear(x_BTD, params["latent"]), [config.kv_rank], axis=-1)
+    latent_BTC = rms_norm(latent_BTC, params["latent_gain"], eps)
+    shared_BT1R = rope(shared_BTR[:, :, None], positions_BT, config.rope_theta)
+    return latent_BTC, shared_BT1R[:, :, 0]
+
+
+def cached_attention(
+    params: Params,
+    x_BTD: jax.Array,
+    latent_BSC: jax.Array,
+    shared_BSR: jax.Array,
+    positions_BT: jax.Array,
+    first_BT: jax.Array,
+    config: AttentionConfig,
+) -> jax.Array:
+    """Attention of new positions to cached ones, their own included.
+
+    Args:
+      params: as `init_attention` makes them.
+      x_BTD: normalised input of the new positions.
+      latent_BSC, shared_BSR: the cache, as `latents` gives it, position s at place s.
+      positions_BT: int32, the new positions.
+      first_BT: int32, the first position that each may look at; the last is itself.
+      config: sizes.
+
+    Returns:
+      [B, T, D], what `attention` gives, to rounding.
+    """
+    expand_CHX = params["expand"].astype(x_BTD.dtype).reshape(
+        config.kv_rank, config.heads, config.nope_dim + config.value_dim)
+    key_CHN, value_CHV = jnp.split(expand_CHX, [config.nope_dim], axis=-1)
+    query_BTHN, rotated_BTHR = _queries(params, x_BTD, positions_BT, config)
+    query_BTHC = jnp.einsum("bthn,chn->bthc", query_BTHN, key_CHN)
+    wide = {"preferred_element_type": jnp.float32}
+    scores_BHTS = (jnp.einsum("bthc,bsc->bhts", query_BTHC, latent_BSC, **wide)
+                   + jnp.einsum("bthr,bsr->bhts", rotated_BTHR, shared_BSR, **wide))
+    scores_BHTS = scores_BHTS * (config.nope_dim + config.rope_dim) ** -0.5
+    place_11S = jnp.arange(latent_BSC.shape[1], dtype=jnp.int32)[None, None]
+    mask_BTS = (place_11S >= first_BT[..., None]) & (place_11S <= positions_BT[..., None])
+    weights_BHTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, -1e30), axis=-1)
+    mixed_BTHC = jnp.einsum("bhts,bsc->bthc", weights_BHTS.astype(x_BTD.dtype), latent_BSC)
+    mixed_BTHV = jnp.einsum("bthc,chv->bthv", mixed_BTHC, value_CHV)
+    return linear(mixed_BTHV.reshape(*x_BTD.shape[:2], -1), params["output"])
 
 
 def _mixed(
@@ -111,11 +168,11 @@ def visible(time: int, documents_BS: jax.Array | None, start: int = 0) -> jax.Ar
     return causal_1TS & (documents_BS[:, start:, None] == documents_BS[:, None, :])
 
 
-def rope(x_BTHR: jax.Array, positions_T: jax.Array, theta: float) -> jax.Array:
+def rope(x_BTHR: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
     """Rotary positions, the two halves of the last axis as the pairs (not interleaved)."""
     half = x_BTHR.shape[-1] // 2
     frequency_R = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (positions_T[:, None] * frequency_R[None])[None, :, None]
+    angle = (positions_BT.astype(jnp.float32)[..., None] * frequency_R[None, None])[:, :, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -42,10 +42,12 @@ def init_engram(key: jax.Array, width: int, streams: int, config: EngramConfig) 
 
 
 class Fused(NamedTuple):
-    """delta_BTMD, to be added to the streams, and the gates, float32 [B, T, M]."""
+    """delta_BTMD, to be added to the streams; the gates, float32 [B, T, M]; what the convolution
+    read, [B, T, M, D], None without one."""
 
     delta_BTMD: jax.Array
     gate_BTM: jax.Array
+    taps_BTMD: jax.Array | None
 
 
 def fuse(
@@ -54,6 +56,7 @@ def fuse(
     rows_BTHC: jax.Array,
     config: EngramConfig,
     position_BT: jax.Array | None = None,
+    before_BPMD: jax.Array | None = None,
 ) -> Fused:
     """Y of H <- H + Y (paper eq. 4 to 6).
 
@@ -64,6 +67,8 @@ def fuse(
       config: settings of the module.
       position_BT: position of each token in its document; the convolution then stops at the
         document's start.
+      before_BPMD: what the convolution read at the P = `config.conv_reach` positions before these,
+        oldest first; None where there were none.
     """
     memory_BTE = rows_BTHC.reshape(*rows_BTHC.shape[:2], -1).astype(hidden_BTMD.dtype)
     projected = jnp.einsum("bte,med->btmd", memory_BTE, params["project"].astype(memory_BTE.dtype))
@@ -73,10 +78,11 @@ def fuse(
     gate_BTM = gate(params, hidden_BTMD, key_BTMD, config)
     gated_BTMD = gate_BTM[..., None].astype(value_BT1D.dtype) * value_BT1D
     if not config.kernel:
-        return Fused(gated_BTMD, gate_BTM)
+        return Fused(gated_BTMD, gate_BTM, None)
     normed_BTMD = rms_norm(gated_BTMD, params["conv_gain"], config.conv_norm_eps)
-    mixed_BTMD = causal_conv(normed_BTMD, params["conv"], config.conv_dilation, position_BT)
-    return Fused(jax.nn.silu(mixed_BTMD) + gated_BTMD, gate_BTM)
+    mixed_BTMD = causal_conv(
+        normed_BTMD, params["conv"], config.conv_dilation, position_BT, before_BPMD)
+    return Fused(jax.nn.silu(mixed_BTMD) + gated_BTMD, gate_BTM, normed_BTMD)
 
 
 def gate(
@@ -92,16 +98,28 @@ def gate(
 
 
 def causal_conv(
-    x_BTMD: jax.Array, taps_LMD: jax.Array, dilation: int, position_BT: jax.Array | None
+    x_BTMD: jax.Array,
+    taps_LMD: jax.Array,
+    dilation: int,
+    position_BT: jax.Array | None,
+    before_BPMD: jax.Array | None = None,
 ) -> jax.Array:
-    """Depthwise convolution: out[t] = sum_l taps[l] x[t - (L - 1 - l) dilation]."""
+    """Depthwise convolution: out[t] = sum_l taps[l] x[t - (L - 1 - l) dilation].
+
+    `before_BPMD` is what came before x, P = (L - 1) dilation positions; None is zeros.
+    """
     taps, time = taps_LMD.shape[0], x_BTMD.shape[1]
+    reach = (taps - 1) * dilation
     total = jnp.zeros_like(x_BTMD)
     for tap in range(taps):
         back = (taps - 1 - tap) * dilation
-        if back >= time:
+        if before_BPMD is not None:
+            joined_BSMD = jnp.concatenate([before_BPMD, x_BTMD], axis=1)
+            shifted = joined_BSMD[:, reach - back : reach - back + time]
+        elif back >= time:
             continue
-        shifted = jnp.pad(x_BTMD[:, : time - back], ((0, 0), (back, 0), (0, 0), (0, 0)))
+        else:
+            shifted = jnp.pad(x_BTMD[:, : time - back], ((0, 0), (back, 0), (0, 0), (0, 0)))
         if position_BT is not None:
             shifted = jnp.where((position_BT >= back)[:, :, None, None], shifted, 0)
         total = total + shifted * taps_LMD[tap][None, None].astype(x_BTMD.dtype)

@@ -15,6 +15,7 @@ L blocks of a segment, E experts.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ from engram_jax.model.attention import attention, init_attention
 from engram_jax.model.documents import Documents, documents
 from engram_jax.model.engram import fuse, init_engram
 from engram_jax.model.layers import (
+    Params,
     Whole,
     as_they_are,
     ffn,
@@ -170,32 +172,42 @@ def run_segment(
         fused = fuse(whole(params["engram"], "engram"), x_BTMD, rows_BTHC, config.engram,
                      None if docs is None else docs.position_BT)
         x_BTMD, gate_BTM = x_BTMD + fused.delta_BTMD, fused.gate_BTM
-    plain = functools.partial(_block, config=config, docs=docs, whole=whole)
-    block = jax.checkpoint(plain) if config.remat == "block" else plain
 
-    def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, jax.Array | None]:
-        return block(inputs[0], x, inputs[1])
+    def plain(
+        params: dict[str, Any], x_BTMD: jax.Array, bias_E: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        params = whole(params, "blocks")
+        x_BTMD, _, load_E = block(params, x_BTMD, bias_E, attend, config)
+        return x_BTMD, load_E
 
-    x_BTMD, load_LE = jax.lax.scan(step, x_BTMD, (params["blocks"], bias_LE))
+    def attend(params: Params, x_BTD: jax.Array) -> tuple[jax.Array, None]:
+        number_BT = None if docs is None else docs.number_BT
+        return attention(params, x_BTD, config.attention, config.norm_eps, number_BT), None
+
+    step = jax.checkpoint(plain) if config.remat == "block" else plain
+    x_BTMD, load_LE = jax.lax.scan(
+        lambda x, inputs: step(inputs[0], x, inputs[1]), x_BTMD, (params["blocks"], bias_LE))
     return x_BTMD, load_LE, gate_BTM
 
 
-def _block(
+def block(
     params: dict[str, Any],
     x_BTMD: jax.Array,
     bias_E: jax.Array | None,
-    *,
+    attend: Callable[[Params, jax.Array], tuple[jax.Array, Any]],
     config: ModelConfig,
-    docs: Documents | None,
-    whole: Whole,
-) -> tuple[jax.Array, jax.Array | None]:
-    params = whole(params, "blocks")
-    number_BT = None if docs is None else docs.number_BT
+) -> tuple[jax.Array, Any, jax.Array | None]:
+    """Attention and FFN, each wrapped in its hyper-connection.
 
-    def attend(x_BTD: jax.Array) -> tuple[jax.Array, None]:
+    `attend` maps its parameters and the normalised input to [B, T, D] and anything beside it.
+
+    Returns:
+      The streams, what `attend` gave beside them, and the experts' loads [E] or None.
+    """
+
+    def attended(x_BTD: jax.Array) -> tuple[jax.Array, Any]:
         normed = rms_norm(x_BTD, params["attention_gain"], config.norm_eps)
-        return attention(
-            params["attention"], normed, config.attention, config.norm_eps, number_BT), None
+        return attend(params["attention"], normed)
 
     def feed(x_BTD: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         normed = rms_norm(x_BTD, params["ffn_gain"], config.norm_eps)
@@ -206,8 +218,9 @@ def _block(
 
     connect = functools.partial(
         hyper_connections.connect, rounds=config.sinkhorn_rounds, eps=config.norm_eps)
-    x_BTMD, _ = connect(params["attention_mixing"], x_BTMD, attend)
-    return connect(params["ffn_mixing"], x_BTMD, feed)
+    x_BTMD, beside = connect(params["attention_mixing"], x_BTMD, attended)
+    x_BTMD, load_E = connect(params["ffn_mixing"], x_BTMD, feed)
+    return x_BTMD, beside, load_E
 
 
 def head(params: dict[str, Any], x_BTMD: jax.Array, config: ModelConfig) -> jax.Array:

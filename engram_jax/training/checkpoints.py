@@ -4,8 +4,9 @@ Each checkpoint also carries the fingerprints of the tokenizer and of each memor
 and rows are worth nothing to a model that reads or hashes otherwise.
 """
 
+import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from etils import epath
 from engram_jax.errors import MachineError, UserError
 from engram_jax.storage import first_line
 from engram_jax.training import processes
+from engram_jax.training.inputs import Reader
+from engram_jax.training.records import RunDirectory
 from engram_jax.training.state import TrainState
 
 
@@ -93,7 +96,8 @@ class Checkpoints:
             raise self._failed(step, error) from error
 
     def restore(
-        self, abstract: TrainState, batches: Any | None = None, step: int | None = None
+        self, abstract: TrainState, batches: Any | None = None, step: int | None = None,
+        only: Sequence[str] = (),
     ) -> TrainState:
         """The state of a checkpoint (the latest by default); `batches` is wound to its place.
 
@@ -102,16 +106,18 @@ class Checkpoints:
             mesh, whatever the mesh was that wrote it.
           batches: the iterator; in any number of processes.
           step: of the checkpoint.
+          only: fields of the state to read; what the others hold then is of no use. () reads all.
 
         Raises:
           UserError: no checkpoint, another hash or tokenizer, or other shapes.
           MachineError: the checkpoint cannot be read.
         """
-        step = self.latest if step is None else step
-        if step is None:
-            raise UserError(f"{self._directory}: holds no whole checkpoint")
+        step = self._latest() if step is None else step
         self._check(step, abstract)
-        wanted: dict[str, Any] = {"state": abstract}
+        left_out = [name for name in vars(abstract) if only and name not in only]
+        wanted: dict[str, Any] = {"state": dataclasses.replace(abstract, **{
+            name: jax.tree.map(lambda _: ocp.PLACEHOLDER, getattr(abstract, name))
+            for name in left_out})}
         if batches is not None:
             wanted["batches"] = batches.get_state()
         try:
@@ -125,6 +131,22 @@ class Checkpoints:
             batches.set_state(jax.tree.map(int, found["batches"]))
         return found["state"]
 
+    def last_state(self) -> tuple[int, epath.Path]:
+        """The step of the last checkpoint, and where its arrays are.
+
+        Raises:
+          UserError: no checkpoint, or one of another hash or tokenizer.
+          MachineError: it cannot be read.
+        """
+        step = self._latest()
+        self._check_fingerprints(step, self._metadata(step))
+        return step, self._directory / str(step) / "state"
+
+    def _latest(self) -> int:
+        if (step := self.latest) is None:
+            raise UserError(f"{self._directory}: holds no whole checkpoint")
+        return step
+
     def _steps(self) -> list[int]:
         return [found.step for found in self._checkpointer.checkpoints]
 
@@ -132,23 +154,35 @@ class Checkpoints:
         # Written last; where renaming a folder is not atomic, the name alone proves nothing.
         return (self._directory / str(step) / "commit_success.txt").exists()
 
-    def _check(self, step: int, abstract: TrainState) -> None:
-        """Refuse a checkpoint whose rows or shapes mean something else."""
-        place = self._directory / str(step)
+    def _metadata(self, step: int) -> Any:
+        """What orbax knows of a checkpoint, that of its arrays included."""
         try:
             metadata = self._checkpointer.checkpointables_metadata(step)
-            if (saved := metadata.metadata["state"]) is None:
+            if metadata.metadata["state"] is None:
                 raise ValueError("the description of its arrays is damaged or missing")
-            carried = (metadata.custom_metadata or {}).get("fingerprints", {})
         except Exception as error:
-            raise MachineError(f"{place}: cannot be read: {first_line(error)}") from error
-        if carried != self._fingerprints:
-            name = min(set(carried.items()) ^ set(self._fingerprints.items()))[0]
-            what = "" if name == "tokenizer" else f"the memory {name!r} of "
-            raise UserError(
-                f"{place}: {what}this model was trained with another tokenizer or hash "
-                f"(digest {_ends(carried.get(name))}, here {_ends(self._fingerprints.get(name))}); "
-                "use the data and hash settings that it was trained with")
+            raise MachineError(f"{self._directory / str(step)}: cannot be read: "
+                               f"{first_line(error)}") from error
+        return metadata
+
+    def _check_fingerprints(self, step: int, metadata: Any) -> None:
+        """Refuse a checkpoint whose rows mean something else."""
+        carried = (metadata.custom_metadata or {}).get("fingerprints", {})
+        if carried == self._fingerprints:
+            return
+        name = min(set(carried.items()) ^ set(self._fingerprints.items()))[0]
+        what = "" if name == "tokenizer" else f"the memory {name!r} of "
+        raise UserError(
+            f"{self._directory / str(step)}: {what}this model was trained with another tokenizer "
+            f"or hash (digest {_ends(carried.get(name))}, here "
+            f"{_ends(self._fingerprints.get(name))}); use the data and hash settings that it was "
+            "trained with")
+
+    def _check(self, step: int, abstract: TrainState) -> None:
+        """Refuse a checkpoint whose rows or shapes mean something else."""
+        place, metadata = self._directory / str(step), self._metadata(step)
+        self._check_fingerprints(step, metadata)
+        saved = metadata.metadata["state"]
         expected, found = _shapes(abstract), _shapes(saved)
         for path in sorted(expected.keys() | found.keys()):
             if expected.get(path) != found.get(path):
@@ -160,6 +194,18 @@ class Checkpoints:
         last = "there is no earlier one" if kept is None else f"the last good one is of step {kept}"
         return MachineError(f"{self._directory}: the checkpoint of step {step} could not be "
                             f"written ({first_line(error)}); {last}")
+
+
+def last_checkpoint(records: RunDirectory, reader: Reader) -> Checkpoints:
+    """The checkpoints of a run that has some.
+
+    Raises:
+      UserError: it has none.
+    """
+    if not records.checkpoints.exists():
+        raise UserError(f"{records.path}: has no checkpoint yet; train it first")
+    return Checkpoints(records.checkpoints, records.config().training.keep_checkpoints,
+                       reader.fingerprints())
 
 
 def _ends(digest: str | None) -> str:

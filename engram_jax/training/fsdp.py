@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from engram_jax import torus
 from engram_jax.training.optimizers import labels, on_matrices
 
 DATA, FSDP = "data", "fsdp"
@@ -33,11 +34,13 @@ class Split:
         so it also holds for one block's slice of a leaf that is stacked over blocks.
       devices: along the axis `fsdp`.
       dtype: in which matrices are gathered.
+      near: of them, how many lie together (`torus.neighbours`).
     """
 
     axes: Any
     devices: int
     dtype: str
+    near: int
 
     def whole(self, params: Any, *path: str | int) -> Any:
         """The subtree `params`, found at `path`, with its matrices whole."""
@@ -45,7 +48,8 @@ class Split:
         for step in path:
             axes = axes[step]
         return jax.tree.map(
-            lambda leaf, axis: gathered(leaf, axis, self.dtype) if axis else leaf, params, axes)
+            lambda leaf, axis: gathered(leaf, axis, self.dtype, self.near) if axis else leaf,
+            params, axes)
 
     def summed(self, grads: Any) -> Any:
         """Gradients summed over all devices that hold the same part."""
@@ -78,9 +82,10 @@ class Split:
             count = matrices.shape[0]
             padded = jnp.pad(matrices, ((0, -count % self.devices), (0, 0), (0, 0)))
             shares = padded.reshape(self.devices, -1, *padded.shape[1:])
-            whole = _joined(jax.lax.all_to_all(shares, FSDP, 0, 0), 3 + axis)
-            parts = _cut(step(whole), 3 + axis, self.devices)
-            return jax.lax.all_to_all(parts, FSDP, 0, 0).reshape(padded.shape)[:count]
+            whole = _joined(torus.all_to_all(_packed(shares), FSDP, self.near), axis,
+                            shares.shape[1:])
+            parts = _cut(step(whole), axis, self.devices)
+            return torus.all_to_all(parts, FSDP, self.near).reshape(padded.shape)[:count]
 
         return spread
 
@@ -89,7 +94,7 @@ class Split:
         return jax.tree.map(lambda leaf, axis: _spec(leaf.ndim, axis), params, self.axes)
 
 
-def split(abstract_params: Any, devices: int, dtype: str) -> Split:
+def split(abstract_params: Any, devices: int, dtype: str, near: int = 0) -> Split:
     """How to split a tree: matrices along their second-last axis, or else the last.
 
     The second-last first: a TPU keeps the last axis in lanes of 128, and a narrow one wastes them.
@@ -101,42 +106,60 @@ def split(abstract_params: Any, devices: int, dtype: str) -> Split:
         return next((a for a in (-2, -1) if leaf.shape[a] % devices == 0), 0)
 
     axes = jax.tree_util.tree_map_with_path(axis, abstract_params, labels(abstract_params))
-    return Split(axes, devices, dtype)
+    return Split(axes, devices, dtype, near)
 
 
 def _spec(ndim: int, axis: int) -> PartitionSpec:
     return PartitionSpec(*(FSDP if axis and i == ndim + axis else None for i in range(ndim)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gathered(part: jax.Array, axis: int, dtype: str) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gathered(part: jax.Array, axis: int, dtype: str, near: int) -> jax.Array:
     """The whole matrix in `dtype`; the gradient is summed over the axis `fsdp` in float32."""
-    return _joined(jax.lax.all_gather(part.astype(dtype), FSDP), part.ndim + axis)
+    parts = torus.all_gather(_packed(part.astype(dtype)), FSDP, near)
+    return _joined(parts, axis, part.shape)
 
 
-def _gathered_backward(axis: int, dtype: str, _: None, grad: jax.Array) -> tuple[jax.Array]:
+def _gathered_backward(
+    axis: int, dtype: str, near: int, _: None, grad: jax.Array
+) -> tuple[jax.Array]:
     del dtype
-    parts = _cut(grad.astype(jnp.float32), grad.ndim + axis, jax.lax.axis_size(FSDP))
-    return (jax.lax.psum_scatter(parts, FSDP),)
+    devices = jax.lax.axis_size(FSDP)
+    part = torus.reduce_scatter(_cut(grad.astype(jnp.float32), axis, devices), FSDP, near)
+    shape = list(grad.shape)
+    shape[axis] //= devices
+    return (part.reshape(shape),)
 
 
-gathered.defvjp(lambda part, axis, dtype: (gathered(part, axis, dtype), None), _gathered_backward)
+gathered.defvjp(
+    lambda part, axis, dtype, near: (gathered(part, axis, dtype, near), None), _gathered_backward)
 
 
-# Collectives act on a leading axis of devices, and the parts are joined and cut here: an all_to_all
-# along an inner axis took the TPU compiler over five minutes for 256 devices.
+# Parts travel as `torus.packed` says, so that a TPU's buffers have no gaps; and libtpu made
+# all-reduces of reduce-scatters whose parts were [55, 10, 1536].
 
 
-def _joined(parts: jax.Array, axis: int) -> jax.Array:
-    """Parts [P, ...] joined along `axis` of what is behind the first."""
-    moved = jnp.moveaxis(parts, 0, axis)
-    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2:])
+def _packed(parts: jax.Array) -> jax.Array:
+    """Parts [..., in, out], packed."""
+    return parts.reshape(*parts.shape[:-2], *torus.packed(*parts.shape[-2:]))
+
+
+def _joined(parts: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
+    """Packed parts of `shape`, [P, ...], joined along `axis`, -2 or -1."""
+    *lead, rows, columns = shape
+    if axis == -2:
+        return jnp.moveaxis(parts, 0, len(lead)).reshape(*lead, -1, columns)
+    return jnp.moveaxis(parts.reshape(-1, *shape), 0, -2).reshape(*lead, rows, -1)
 
 
 def _cut(whole: jax.Array, axis: int, devices: int) -> jax.Array:
-    """The inverse of `_joined`."""
-    shape = (*whole.shape[:axis], devices, -1, *whole.shape[axis + 1:])
-    return jnp.moveaxis(whole.reshape(shape), axis, 0)
+    """The inverse of `_joined`: packed parts [P, ...]."""
+    *lead, rows, columns = whole.shape
+    if axis == -2:
+        parts = whole.reshape(*lead, devices, *torus.packed(rows // devices, columns))
+        return jnp.moveaxis(parts, len(lead), 0)
+    parts = whole.reshape(*lead, rows, devices, columns // devices)
+    return _packed(jnp.moveaxis(parts, -2, 0))
 
 
 def _is_masked(leaf: Any) -> bool:

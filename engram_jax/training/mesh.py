@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from engram_jax import torus
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.memory.exchange import Exchange
@@ -89,7 +90,8 @@ def check(run: RunConfig, mesh: Mesh) -> None:
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
     """How the run's parameters are split."""
-    return split(abstract_state(run).params, mesh.shape[FSDP], run.model.compute_dtype)
+    return split(abstract_state(run).params, mesh.shape[FSDP], run.model.compute_dtype,
+                 torus.neighbours(list(mesh.devices[0])))
 
 
 def exchanges(run: RunConfig, mesh: Mesh) -> dict[str, Exchange]:
@@ -106,6 +108,7 @@ def exchanges(run: RunConfig, mesh: Mesh) -> dict[str, Exchange]:
         share = math.ceil((run.training.row_capacity or 1.0) * ids / mesh.size)
         at_once = row_optimizer(run).at_once
         out[site.name] = Exchange(layout=site.layout, axes=AXES, devices=mesh.size,
+                                  near=torus.neighbours(list(mesh.devices.flat)),
                                   capacity=most if at_once else max(1, min(share, most)))
     return out
 

@@ -1,0 +1,257 @@
+"""The rows of a chunk of tokens, from wherever the tables live.
+
+`DeviceRows` hashes and gathers on the device, where the tables are. `HostRows` hashes on the host,
+reads each row once on a worker thread, and puts rows onto the device in the order of the layers.
+Both give the same bits.
+
+Shapes: B sequences, T tokens, P tokens of history, H rows of a token, C columns of a row, U
+distinct rows, X bytes of a packed row.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from engram_jax.config import ModelConfig
+from engram_jax.inference.caches import Place, of_slot
+from engram_jax.inference.stages import advance
+from engram_jax.memory.device_cache import DeviceCache, Sender
+from engram_jax.memory.fetch import distinct
+from engram_jax.memory.formats import RowFormat
+from engram_jax.memory.homes import Home
+from engram_jax.memory.host_hash import HostHash
+from engram_jax.memory.sites import Addressing, gather_rows
+
+
+class Chunk(NamedTuple):
+    """Tokens on the host.
+
+    Attributes:
+      tokens_BT: raw ids, int32.
+      count_B: how many of them are real; what rows the others get does not matter.
+      history_BP: the raw ids before them, oldest first, int32.
+      reach_BT: as `NgramHash.row_ids` takes it; None sees all.
+    """
+
+    tokens_BT: np.ndarray
+    count_B: np.ndarray
+    history_BP: np.ndarray
+    reach_BT: np.ndarray | None
+
+
+Answer = Callable[[str], jax.Array]  # the name of a site to its rows [B, T, H, C]
+
+
+class Rows(Protocol):
+    """A source of rows.
+
+    Attributes:
+      on_host: it needs the tokens on the host.
+      counters: what it did so far.
+    """
+
+    on_host: bool
+    counters: "Counters"
+
+    def on_device(
+        self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
+    ) -> Answer:
+        """The rows of tokens that are on the device (`on_host` is false)."""
+
+    def ask(self, chunk: Chunk) -> Answer:
+        """Begin to fetch the rows of tokens that are on the host (`on_host` is true)."""
+
+    def close(self) -> None:
+        """Stop what runs."""
+
+
+@dataclasses.dataclass
+class Counters:
+    """Of rows from the host.
+
+    Attributes:
+      tokens: that rows were fetched for.
+      asked, read: rows, with repeats in a request and without.
+      hits: of those read, how many the cache on the device had.
+      bytes: put onto the device, places of rows included.
+      fetch_s: spent by the worker.
+      latency_s: from each request until its last rows were there.
+      waited_s: of that, how long somebody waited.
+    """
+
+    tokens: int = 0
+    asked: int = 0
+    read: int = 0
+    hits: int = 0
+    bytes: int = 0
+    fetch_s: float = 0.0
+    latency_s: float = 0.0
+    waited_s: float = 0.0
+
+    def since(self, before: "Counters") -> "Counters":
+        """What has been counted since these were `before`."""
+        return Counters(**{name: value - getattr(before, name)
+                           for name, value in vars(self).items()})
+
+    @property
+    def hit_rate(self) -> float:
+        """Of the cache on the device; repeats in a request are no hits."""
+        return self.hits / self.read if self.read else 0.0
+
+    @property
+    def hidden_share(self) -> float:
+        """How much of the time until rows were there nobody waited for."""
+        return 1 - self.waited_s / self.latency_s if self.latency_s else 1.0
+
+
+class DeviceRows:
+    """Tables on the device.
+
+    Args:
+      model: of the tables.
+      addressing: tokens to rows.
+      tables: for each site [S, R, D], as training has them.
+      end_id: as in `stages.advance`.
+    """
+
+    on_host = False
+
+    def __init__(self, model: ModelConfig, addressing: Addressing, tables: dict[str, jax.Array],
+                 end_id: int | None = None):
+        self.counters = Counters()
+        self._tables = tables
+
+        @jax.jit
+        def gather(
+            tables: dict[str, jax.Array], tokens_BT: jax.Array, count_B: jax.Array, place: Place,
+            slot: jax.Array | None,
+        ) -> dict[str, jax.Array]:
+            here = of_slot(place, slot, 0)
+            context, _ = advance(here, tokens_BT, count_B, end_id)
+            positions_BT = None if end_id is None else context.positions_BT - context.first_BT
+            return gather_rows(
+                model, tables, addressing.ids(tokens_BT, positions_BT, here.history_BH))
+
+        self._gather = gather
+
+    def on_device(
+        self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
+    ) -> Answer:
+        return self._gather(self._tables, tokens_BT, count_B, place, slot).__getitem__
+
+    def ask(self, chunk: Chunk) -> Answer:
+        raise AssertionError("tables on the device take tokens on the device")
+
+    def close(self) -> None:
+        pass
+
+
+class HostRows:
+    """Tables off the device: a home for each site.
+
+    One worker serves requests in the order in which they come, and each request's sites in the
+    order in which the network needs them. What goes wrong there is raised where the rows are
+    waited for.
+
+    Args:
+      addressing: tokens to rows.
+      homes: for each site the home of its table.
+      cache_bytes: on the device, for the rows of each site's n-grams that were used last; 0 keeps
+        none there.
+    """
+
+    on_host = True
+
+    def __init__(self, addressing: Addressing, homes: dict[str, Home], cache_bytes: int = 0):
+        self.counters = Counters()
+        self._hash = HostHash(addressing)
+        self._sources: dict[str, Sender | DeviceCache] = {
+            site.name: DeviceCache(homes[site.name], site.hash_config.heads, cache_bytes)
+            if cache_bytes else Sender(homes[site.name]) for site in addressing.sites}
+        self._formats = {name: home.format for name, home in homes.items()}
+        self._worker = concurrent.futures.ThreadPoolExecutor(1, "rows")
+
+    def on_device(
+        self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
+    ) -> Answer:
+        raise AssertionError("tables on the host take tokens on the host")
+
+    def ask(self, chunk: Chunk) -> Answer:
+        futures: dict[str, concurrent.futures.Future] = {
+            name: concurrent.futures.Future() for name in self._sources}
+        self._worker.submit(self._fetch, chunk, futures, time.perf_counter())
+
+        def answer(site: str) -> jax.Array:
+            start = time.perf_counter()
+            with jax.profiler.TraceAnnotation(f"wait for the rows of {site}"):
+                packed_UX, inverse_BTH = futures[site].result()
+            self.counters.waited_s += time.perf_counter() - start
+            return placed(packed_UX, inverse_BTH, self._formats[site])
+
+        return answer
+
+    def _fetch(
+        self, chunk: Chunk, futures: dict[str, concurrent.futures.Future], asked_at: float
+    ) -> None:
+        """Serve a request: on the worker."""
+        start = time.perf_counter()
+        try:
+            real_BT = np.arange(chunk.tokens_BT.shape[1])[None] < chunk.count_B[:, None]
+            ids = self._hash(chunk.tokens_BT, chunk.history_BP, chunk.reach_BT)
+            self.counters.tokens += int(chunk.count_B.sum())
+            for site, future in futures.items():
+                with jax.profiler.TraceAnnotation(f"fetch the rows of {site}"):
+                    future.set_result(self._read(site, ids[site], real_BT))
+        except BaseException as error:  # or else somebody would wait for ever
+            for future in futures.values():
+                if not future.done():
+                    future.set_exception(error)
+        end = time.perf_counter()
+        self.counters.fetch_s += end - start
+        self.counters.latency_s += end - asked_at
+
+    def _read(
+        self, site: str, ids_BTH: np.ndarray, real_BT: np.ndarray
+    ) -> tuple[jax.Array, jax.Array]:
+        """Each distinct row once, packed, and the place of each asked row among them."""
+        source = self._sources[site]
+        ids_U, inverse_NH = distinct(ids_BTH[real_BT], source.group)
+        inverse_BTH = np.zeros(ids_BTH.shape, np.int32)
+        inverse_BTH[real_BT] = inverse_NH
+        sent = source.fetch(ids_U)
+        counters = self.counters
+        counters.asked += inverse_NH.size
+        counters.read += ids_U.size
+        counters.hits += sent.hits
+        counters.bytes += sent.bytes + inverse_BTH.nbytes
+        return sent.packed_UB, jax.device_put(inverse_BTH)
+
+    def close(self) -> None:
+        self._worker.shutdown()
+        for source in self._sources.values():
+            source.close()
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def placed(packed_UX: jax.Array, inverse_BTH: jax.Array, format: RowFormat) -> jax.Array:
+    """Packed rows decoded and where they were asked for, float32 [B, T, H, C]."""
+    return format.unpack(packed_UX).at[inverse_BTH].get(mode="promise_in_bounds")
+
+
+def reach_numpy(tokens_BT: np.ndarray, history_BP: np.ndarray, end_id: int) -> np.ndarray:
+    """How far each token sees where documents begin after `end_id`, int32 [B, T].
+
+    A start further back than the history reaches makes no difference.
+    """
+    before_BS = np.concatenate([history_BP, tokens_BT], axis=1)
+    at_S = np.arange(before_BS.shape[1], dtype=np.int32)
+    starts_BS = np.zeros(before_BS.shape, bool)
+    starts_BS[:, 1:] = before_BS[:, :-1] == end_id
+    since_BS = np.maximum.accumulate(np.where(starts_BS, at_S, -before_BS.shape[1]), axis=1)
+    return (at_S[None] - since_BS + 1)[:, history_BP.shape[1]:].astype(np.int32)

@@ -1,0 +1,92 @@
+"""A trained run, ready to serve: its parameters on the device, its tables where they should be."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from engram_jax.config import ROW_DTYPES, RunConfig, require
+from engram_jax.exporting import SavedTables, export_tables
+from engram_jax.inference.rows import DeviceRows, HostRows, Rows
+from engram_jax.memory.disk import DiskTable
+from engram_jax.memory.homes import Home
+from engram_jax.memory.sites import Site
+from engram_jax.training.checkpoints import last_checkpoint
+from engram_jax.training.inputs import Reader, open_reader
+from engram_jax.training.mesh import placed_state, single_mesh
+from engram_jax.training.records import RunDirectory
+
+HOMES = ("device", "host", "disk")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Served:
+    """What an engine needs of a run.
+
+    Attributes:
+      run, reader: its config, and how it reads text.
+      params, router_bias: of the model, on this process's first device.
+      rows: of its tables.
+    """
+
+    run: RunConfig
+    reader: Reader
+    params: dict[str, Any]
+    router_bias: list[jax.Array | None]
+    rows: Rows
+
+
+def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Served:
+    """The last checkpoint of a run.
+
+    Args:
+      records: of the run.
+      memory: "device", as in training; "host", read from the checkpoint into host memory; "disk", a
+        file in the run's folder, which is written if it is not there.
+      dtype: of the rows on host or disk, one of `config.ROW_DTYPES`; "" is that of training.
+
+    Raises:
+      UserError: no checkpoint, or a setting out of range.
+      MachineError: what is on disk cannot be read or written.
+    """
+    require(memory in HOMES, "memory", memory, f"must be one of {', '.join(HOMES)}")
+    require(not dtype or dtype in ROW_DTYPES, "dtype", dtype,
+            f"must be one of {', '.join(ROW_DTYPES)}")
+    require(not dtype or memory != "device", "dtype", dtype,
+            "is of tables on host or disk; on the device they are as in training")
+    run = records.config()
+    reader = open_reader(run, records.tokenizer())
+    fields = ("params", "router_bias", *(["tables"] if memory == "device" else []))
+    with last_checkpoint(records, reader) as found:
+        state = found.restore(placed_state(run, single_mesh()), only=fields)
+    end_id = reader.end_id if run.model.isolate_documents else None
+    rows: Rows
+    if memory == "device":
+        rows = DeviceRows(run.model, reader.addressing, state.tables, end_id)
+    else:
+        rows = HostRows(reader.addressing, _homes(records, reader, memory, dtype))
+    return Served(run=run, reader=reader, params=state.params, router_bias=state.router_bias,
+                  rows=rows)
+
+
+def _homes(records: RunDirectory, reader: Reader, memory: str, dtype: str) -> dict[str, Home]:
+    """The run's tables off the device."""
+    saved = SavedTables(records, reader)
+    homes: dict[str, Home] = {}
+    for site in saved.sites:
+        own = dtype or site.hash_config.table_dtype
+        homes[site.name] = (saved.on_host(site, own) if memory == "host"
+                            else _on_disk(records, saved, site, own))
+    return homes
+
+
+def _on_disk(records: RunDirectory, saved: SavedTables, site: Site, dtype: str) -> DiskTable:
+    """A table's file in the run's folder, written first if it is not of the last checkpoint."""
+    path, wanted = records.path / "tables" / f"{site.name}.{dtype}.table", saved.info(site, dtype)
+    if path.exists():
+        found = DiskTable.open(path, expect=wanted, check="read")
+        if found.info.step == wanted.step:
+            return found
+        found.close()
+    export_tables(records.path, dtype)
+    return DiskTable.open(path, expect=wanted, check="read")

@@ -1,0 +1,271 @@
+"""The chain of a model with caches, cut where rows are needed: each stage is one dispatch.
+
+Stage 0 embeds the tokens and runs the blocks before the first Engram layer; each further stage
+begins with an Engram fusion. So what runs before a fusion can be dispatched while its rows are on
+their way. `finish` turns the last stage's streams into tokens.
+
+Shapes: as in `caches` and `transformer`; T tokens of a chunk, of which the first `count` are real.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from engram_jax.config import ModelConfig
+from engram_jax.inference.caches import Keys, Place, of_slot, put_slot
+from engram_jax.inference.sampling import Sampling, sample
+from engram_jax.memory.sites import INPUT_SITE, engram_site
+from engram_jax.model import transformer
+from engram_jax.model.attention import cached_attention, latents
+from engram_jax.model.engram import fuse
+from engram_jax.model.layers import Params
+from engram_jax.model.transformer import Segment, segments
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Segments start..stop-1 of the chain; `site`: whose rows the stage begins with, if any."""
+
+    start: int
+    stop: int
+    site: str | None
+
+
+def stages(model: ModelConfig) -> tuple[Stage, ...]:
+    """The stages of a model; the first has the embedding, and may have no segment."""
+    chain = segments(model)
+    fused = [number for number, segment in enumerate(chain) if segment.engram]
+    cuts = [0, *fused, len(chain)]
+    first = INPUT_SITE if model.over_encoding is not None else None
+    names = [first, *(engram_site(chain[number].start) for number in fused)]
+    return tuple(Stage(start, stop, name)
+                 for start, stop, name in zip(cuts[:-1], cuts[1:], names, strict=True))
+
+
+class Context(NamedTuple):
+    """Of a chunk: positions int32 [B, T], the first that each may look at int32 [B, T], how many
+    tokens are real int32 [B]."""
+
+    positions_BT: jax.Array
+    first_BT: jax.Array
+    count_B: jax.Array
+
+
+def advance(
+    place: Place, tokens_BT: jax.Array, count_B: jax.Array, end_id: int | None
+) -> tuple[Context, Place]:
+    """Where a chunk is, and where the sequences are after it.
+
+    `end_id`: the token after which a document begins, for a model that isolates documents.
+    """
+    at_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+    positions_BT = place.length_B[:, None] + at_1T
+    first_BT = jnp.broadcast_to(place.first_B[:, None], positions_BT.shape)
+    if end_id is not None:
+        before_BT = jnp.concatenate([place.history_BH[:, -1:], tokens_BT[:, :-1]], axis=1)
+        starts_BT = jnp.where(before_BT == end_id, positions_BT, 0)
+        first_BT = jnp.maximum(first_BT, jax.lax.cummax(starts_BT, axis=1))
+    last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
+    first_B = jnp.where(
+        count_B > 0, jnp.take_along_axis(first_BT, last_B1, axis=1)[:, 0], place.first_B)
+    history_BH = _last(place.history_BH, tokens_BT, count_B)
+    return (Context(positions_BT, first_BT, count_B),
+            Place(place.length_B + count_B, first_B, history_BH))
+
+
+def _last(before_BP: jax.Array, new_BT: jax.Array, count_B: jax.Array) -> jax.Array:
+    """The last P entries along time once the first `count` of the new ones have come."""
+    joined_BS = jnp.concatenate([before_BP, new_BT], axis=1)
+    at_BP = count_B[:, None] + jnp.arange(before_BP.shape[1], dtype=jnp.int32)[None]
+    return jnp.take_along_axis(
+        joined_BS, jnp.expand_dims(at_BP, range(2, joined_BS.ndim)), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "end_id"), donate_argnames=("keys", "place"))
+def begin(
+    params: dict[str, Any],
+    bias: list[jax.Array | None],
+    keys: list[Keys],
+    place: Place,
+    tokens_BT: jax.Array,
+    count_B: jax.Array,
+    rows_BTHC: jax.Array | None,
+    slot: jax.Array | None,
+    *,
+    model: ModelConfig,
+    end_id: int | None,
+) -> tuple[jax.Array, list[Keys], Place, Context]:
+    """Stage 0: tokens to streams.
+
+    Args:
+      params: the model's, cut to this stage's segments (`stage_params`).
+      bias: the router biases of the same segments.
+      keys: of the same segments, all slots.
+      place: of all slots.
+      tokens_BT: int32; of all slots, or of one.
+      count_B: how many of them are real; the others leave nothing behind.
+      rows_BTHC: of the input's memory, if the model has one.
+      slot: the one slot that the tokens are of; None for all.
+      model, end_id: static.
+
+    Returns:
+      Streams [B, T, M, D], keys and place after the chunk, and the chunk's context.
+    """
+    context, moved = advance(of_slot(place, slot, 0), tokens_BT, count_B, end_id)
+    rows = {} if rows_BTHC is None else {INPUT_SITE: rows_BTHC}
+    x_BTMD = transformer.embed(params, tokens_BT, rows, model)
+    x_BTMD, keys, _ = _run(
+        params["segments"], bias, keys, None, x_BTMD, None, context, slot, model, 0)
+    return x_BTMD, keys, put_slot(place, moved, slot, 0), context
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "start"), donate_argnames=("keys", "conv_BPMD"))
+def proceed(
+    params: list[dict[str, Any]],
+    bias: list[jax.Array | None],
+    keys: list[Keys],
+    conv_BPMD: jax.Array | None,
+    x_BTMD: jax.Array,
+    rows_BTHC: jax.Array,
+    context: Context,
+    slot: jax.Array | None,
+    *,
+    model: ModelConfig,
+    start: int,
+) -> tuple[jax.Array, list[Keys], jax.Array | None]:
+    """A further stage, whose first segment is number `start`: fusion, then blocks."""
+    return _run(params, bias, keys, conv_BPMD, x_BTMD, rows_BTHC, context, slot, model, start)
+
+
+def _run(
+    params: list[dict[str, Any]], bias: list[jax.Array | None], keys: list[Keys],
+    conv_BPMD: jax.Array | None, x_BTMD: jax.Array, rows_BTHC: jax.Array | None, context: Context,
+    slot: jax.Array | None, model: ModelConfig, start: int,
+) -> tuple[jax.Array, list[Keys], jax.Array | None]:
+    """The segments of a stage: (streams, keys, what the convolution read)."""
+    chain = segments(model)[start : start + len(params)]
+    after = []
+    for segment, own, bias_LE, kept in zip(chain, params, bias, keys, strict=True):
+        if segment.engram:
+            assert rows_BTHC is not None
+            part_BPMD = of_slot(conv_BPMD, slot, 0)
+            x_BTMD, part_BPMD = _fuse(own["engram"], x_BTMD, rows_BTHC, part_BPMD, context, model)
+            conv_BPMD = put_slot(conv_BPMD, part_BPMD, slot, 0)
+        x_BTMD, part = _blocks(
+            own["blocks"], bias_LE, of_slot(kept, slot, 1), x_BTMD, segment, context, model)
+        after.append(put_slot(kept, part, slot, 1))
+    return x_BTMD, after, conv_BPMD
+
+
+def _fuse(
+    params: Params, x_BTMD: jax.Array, rows_BTHC: jax.Array, conv_BPMD: jax.Array | None,
+    context: Context, model: ModelConfig,
+) -> tuple[jax.Array, jax.Array | None]:
+    assert model.engram is not None
+    position_BT = (context.positions_BT - context.first_BT) if model.isolate_documents else None
+    fused = fuse(params, x_BTMD, rows_BTHC, model.engram, position_BT, conv_BPMD)
+    if conv_BPMD is not None:
+        assert fused.taps_BTMD is not None
+        conv_BPMD = _last(conv_BPMD, fused.taps_BTMD, context.count_B)
+    return x_BTMD + fused.delta_BTMD, conv_BPMD
+
+
+def _blocks(
+    params: dict[str, Any], bias_LE: jax.Array | None, keys: Keys, x_BTMD: jax.Array,
+    segment: Segment, context: Context, model: ModelConfig,
+) -> tuple[jax.Array, Keys]:
+    """A segment's blocks; the keys are carried, so that each block writes into them in place."""
+
+    def step(carry: tuple[jax.Array, Keys], inputs: Any) -> tuple[tuple[jax.Array, Keys], None]:
+        own, bias_E, number = inputs
+        x_BTMD, keys = carry
+
+        def attend(params: Params, x_BTD: jax.Array) -> tuple[jax.Array, Keys]:
+            new = latents(params, x_BTD, context.positions_BT, model.attention, model.norm_eps)
+            written = _written(keys, number, new, context)
+            return cached_attention(
+                params, x_BTD, written.latent_LBSC[number], written.shared_LBSR[number],
+                context.positions_BT, context.first_BT, model.attention), written
+
+        x_BTMD, keys, _ = transformer.block(own, x_BTMD, bias_E, attend, model)
+        return (x_BTMD, keys), None
+
+    numbers_L = jnp.arange(segment.depth, dtype=jnp.int32)
+    (x_BTMD, keys), _ = jax.lax.scan(step, (x_BTMD, keys), (params, bias_LE, numbers_L))
+    return x_BTMD, keys
+
+
+def _written(
+    keys: Keys, number: jax.Array, new: tuple[jax.Array, jax.Array], context: Context
+) -> Keys:
+    """Block `number`'s keys with those of the chunk's real tokens at their positions."""
+    batch, time = context.positions_BT.shape
+    length = keys.latent_LBSC.shape[2]
+    real_BT = jnp.arange(time, dtype=jnp.int32)[None] < context.count_B[:, None]
+    at_BT = jnp.where(real_BT, context.positions_BT, length)
+    slot_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    return Keys(*(leaf.at[number, slot_B1, at_BT].set(part.astype(leaf.dtype), mode="drop")
+                  for leaf, part in zip(keys, new, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "known"))
+def finish(
+    params: dict[str, Any],
+    x_BTMD: jax.Array,
+    context: Context,
+    sampling: Sampling,
+    tokens_B: jax.Array,
+    slot: jax.Array | None,
+    *,
+    model: ModelConfig,
+    known: int,
+) -> jax.Array:
+    """The token after each sequence's last real one, int32 [B]; others keep what they had.
+
+    Args:
+      params: what `transformer.head` reads.
+      x_BTMD: of the last stage.
+      context: of the chunk.
+      sampling: of all slots.
+      tokens_B: the tokens before, of all slots.
+      slot: as in `begin`.
+      model: static.
+      known: static; ids from it on are never taken (the model has room for more than the
+        tokenizer knows).
+    """
+    logits_BV = last_logits(params, x_BTMD, context, model)[:, :known]
+    last_B = context.positions_BT[:, 0] + context.count_B
+    drawn_B = sample(logits_BV, of_slot(sampling, slot, 0), last_B)
+    kept_B = of_slot(tokens_B, slot, 0)
+    return put_slot(tokens_B, jnp.where(context.count_B > 0, drawn_B, kept_B), slot, 0)
+
+
+def last_logits(
+    params: dict[str, Any], x_BTMD: jax.Array, context: Context, model: ModelConfig
+) -> jax.Array:
+    """Logits after each sequence's last real token, float32 [B, V]."""
+    last_B111 = jnp.maximum(context.count_B - 1, 0)[:, None, None, None]
+    return transformer.head(params, jnp.take_along_axis(x_BTMD, last_B111, axis=1), model)[:, 0]
+
+
+# Matrices that are cast where they are used; everything else is used in float32.
+CAST = frozenset({"embedding", "head", "query", "latent", "expand", "output", "gate", "up", "down",
+                  "project", "conv"})
+
+
+def serving_params(params: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """The parameters as inference keeps them: matrices in the dtype that they are used in."""
+
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(model.compute_dtype) if path[-1].key in CAST else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def stage_params(params: dict[str, Any], stage: Stage) -> dict[str, Any]:
+    """The parameters with this stage's segments alone."""
+    return {**params, "segments": params["segments"][stage.start : stage.stop]}

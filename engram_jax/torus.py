@@ -1,0 +1,82 @@
+"""Collectives over many devices; on a TPU slice, in two steps along its axes.
+
+A slice is a torus of chips. Where one group of devices is all of a slice, libtpu 0.0.42 makes
+all-reduces of all-gathers (three-dimensional slices) and of reduce-scatters (two-dimensional ones,
+too), which take P times the memory and about twice the bytes, and takes up to a minute to compile a
+single all_to_all of 256 devices. First among those that lie together and then among the groups of
+them, each stays what it is and compiles in a second. The links carry no more than before: on a
+torus, whatever is not for a neighbour passes through others anyhow.
+
+All act on a leading axis of P devices: an all_to_all along an inner axis took the compiler over
+five minutes. `near` is how many of the P, in their order, lie together (`neighbours`); 0 is one
+step. Everything but `neighbours` runs inside `jax.shard_map`.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+Axes = str | tuple[str, ...]
+_TILE = (8, 128)  # how a TPU keeps the last two axes of float32
+
+
+def neighbours(devices: Sequence[jax.Device]) -> int:
+    """How many of the first devices lie together: up to a step along the slice's slowest axis.
+
+    0 where they all lie on one axis of a slice, and where there is no slice.
+    """
+    if devices[0].platform != "tpu":
+        return 0
+    steps = {next(i for i, place in enumerate(along) if place != along[0])
+             for along in zip(*(device.coords for device in devices), strict=True)
+             if len(set(along)) > 1}
+    return max(steps) if len(steps) > 1 else 0
+
+
+def all_gather(part: jax.Array, axes: Axes, near: int) -> jax.Array:
+    """The parts of all devices, [P, ...]."""
+    if not near:
+        return jax.lax.all_gather(part, axes)
+    together, apart = _groups(axes, near)
+    parts = jax.lax.all_gather(part, axes, axis_index_groups=together)
+    parts = jax.lax.all_gather(parts, axes, axis_index_groups=apart)
+    return parts.reshape(-1, *part.shape)
+
+
+def reduce_scatter(parts: jax.Array, axes: Axes, near: int) -> jax.Array:
+    """Of parts [P, ...], this device's, summed over all devices."""
+    if not near:
+        return jax.lax.psum_scatter(parts, axes)
+    together, apart = _groups(axes, near)
+    parts = parts.reshape(-1, near, *parts.shape[1:])
+    parts = jax.lax.psum_scatter(parts, axes, axis_index_groups=apart)
+    return jax.lax.psum_scatter(parts, axes, axis_index_groups=together)
+
+
+def packed(rows: int, columns: int) -> tuple[int, ...]:
+    """A shape in which a TPU keeps a part of a matrix without a gap, or else the part's own.
+
+    Of a part of 10 rows it would keep 16, in every buffer that a collective reads or writes.
+    """
+    tiles, rest = divmod(rows * columns, _TILE[0] * _TILE[1])
+    return (rows, columns) if rest else (tiles, *_TILE)
+
+
+def all_to_all(parts: jax.Array, axes: Axes, near: int) -> jax.Array:
+    """What each device holds for this one, [P, ...], of what this one holds for each, [P, ...]."""
+    if not near:
+        return jax.lax.all_to_all(parts, axes, 0, 0)
+    together, apart = _groups(axes, near)
+    split = parts.reshape(-1, near, *parts.shape[1:])
+    split = jax.lax.all_to_all(split, axes, 0, 0, axis_index_groups=apart)
+    split = jnp.moveaxis(split, 1, 0)
+    split = jax.lax.all_to_all(split, axes, 0, 0, axis_index_groups=together)
+    return jnp.moveaxis(split, 1, 0).reshape(parts.shape)
+
+
+def _groups(axes: Axes, near: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Devices by number: groups of `near` that lie together, and groups of one of each of those."""
+    devices = jax.lax.axis_size(axes)
+    together = [list(range(start, start + near)) for start in range(0, devices, near)]
+    return together, [list(group) for group in zip(*together, strict=True)]
