@@ -132,18 +132,21 @@ def _mixed(
 
     Long sequences are cut into chunks of queries, each against the keys up to its own end, whose
     scores are computed anew in the backward pass: no more than [B, H, QUERY_CHUNK, T] of them are
-    kept at a time, and those of keys that come after the chunk are never computed.
+    kept at a time, and those of keys that come after the chunk are never computed. Each chunk waits
+    for the one before, or a compiler may run all of them at once.
     """
     time = query_BTHX.shape[1]
     if time <= QUERY_CHUNK:
         return _mix(query_BTHX, key_BSHX, value_BSHV, documents_BT, 0)
     mix = jax.checkpoint(_mix, static_argnums=4)
-    chunks = []
+    chunks: list[jax.Array] = []
     for start in range(0, time, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, time)
         documents = None if documents_BT is None else documents_BT[:, :stop]
-        chunks.append(mix(query_BTHX[:, start:stop], key_BSHX[:, :stop], value_BSHV[:, :stop],
-                          documents, start))
+        query = query_BTHX[:, start:stop]
+        if chunks:
+            query, chunks[-1] = jax.lax.optimization_barrier((query, chunks[-1]))
+        chunks.append(mix(query, key_BSHX[:, :stop], value_BSHV[:, :stop], documents, start))
     return jnp.concatenate(chunks, axis=1)
 
 

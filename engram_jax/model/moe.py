@@ -199,6 +199,8 @@ def _ragged_backward(
     saved: tuple[jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x_PD, weight_EDF, size_E = saved
+    # The kernel wants the weights transposed: not before the gradient is there.
+    weight_EDF, grad_PF = jax.lax.optimization_barrier((weight_EDF, grad_PF))
     grad_PD = jax.lax.ragged_dot(grad_PF, jnp.swapaxes(weight_EDF, 1, 2), size_E)
     return grad_PD, ragged_outer(x_PD, grad_PF, size_E), None
 
