@@ -1,7 +1,10 @@
 """Every benchmark runs, small, and tells what its docstring says, not how fast it was."""
 
+import dataclasses
+
 import pytest
 
+from engram_jax.benchmarks import offload
 from engram_jax.benchmarks.exchange import exchange_benchmark
 from engram_jax.benchmarks.gather import gather_benchmark
 from engram_jax.benchmarks.row_optimizers import row_optimizer_benchmark
@@ -39,3 +42,22 @@ def test_gather():
     assert found["prefill_rows_read"] == found["prefill_rows_distinct"]
     assert found["prefill_rows_read"] < found["prefill_rows_asked"] == 512 * 24
     assert found["table_gib"] >= 2**-10
+
+
+def test_offload():
+    """Whatever the home, overlapped or cached, the same tokens are generated."""
+    work = offload.tiny()
+    engram = dataclasses.replace(work.model.engram, rows_per_head=(512, 512))
+    work = dataclasses.replace(
+        work, model=dataclasses.replace(work.model, engram=engram), sequences=3, prompt=(5, 20),
+        generated=(2, 4), slots=2, chunk=16, repeats=1, cache_bytes=2**16)
+    found = offload.offload_benchmark(work)
+    assert found["same_tokens"]
+    assert found["baseline_tokens_per_s"] > 0
+    assert [(arm["home"], arm["overlap"], arm["cache"]) for arm in found["arms"]] == [
+        ("device", True, 0), *((home, overlap, cache) for home in ("host", "disk")
+                               for overlap, cache in ((True, 0), (False, 0), (True, 2**16)))]
+    for arm in found["arms"][1:]:
+        assert arm["bytes_per_token"] > 0
+        assert 0 <= arm["hidden_share"] <= 1
+        assert (arm["hit_rate"] is None) == (arm["cache"] == 0)
