@@ -135,6 +135,50 @@ def test_the_end_token_frees_the_slot_and_nothing_leaks(home, overlap, rows_of):
     assert engine.generate(requests) == expected
 
 
+def a_schedule(seed):
+    """Requests, the step before which each is submitted, and a token that ends some of them."""
+    random = np.random.default_rng(seed)
+    requests = []
+    for number in range(random.integers(1, 8)):
+        ids = np.array(serving.prompt(random.integers(1, 20), seed=[seed, number]))
+        ids[random.random(ids.size) < 0.1] = serving.END
+        requests.append(drawn(
+            tuple(ids.tolist()), int(random.integers(1, 12)), seed=number,
+            temperature=float(random.choice([0, 0.7])), top_k=int(random.choice([0, 3]))))
+    steps = np.sort(random.integers(0, 20, len(requests)))
+    return requests, steps.tolist(), int(random.integers(0, 8))
+
+
+def follow(engine, requests, steps):
+    """The tokens of requests that come one after the other."""
+    found, step = [[] for _ in requests], 0
+    waiting = list(zip(steps, requests, strict=True))
+    while waiting or engine.busy:
+        while waiting and waiting[0][0] <= step:
+            engine.submit(waiting.pop(0)[1])
+        for event in engine.step():
+            found[event.number].append(event.token)
+        step += 1
+    return found
+
+
+@pytest.mark.parametrize("model", [MODEL, ISOLATED], ids=["together", "isolated"])
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 300), marks=pytest.mark.slow)])
+def test_whoever_comes_when(seeds, model, rows_of):
+    """Each sequence is the one that it is alone, from the other home."""
+    on_device, on_host = rows_of("device", model), rows_of("host", model)
+    for seed in seeds:
+        requests, steps, late = a_schedule(seed)
+        whole = [serving.generated(model, on_device, [request], end_id=serving.END)[0]
+                 for request in requests]
+        ends = whole[0][min(late, len(whole[0]) - 1)] if model is MODEL else serving.END
+        alone = [serving.generated(model, on_device, [request], end_id=ends)[0]
+                 for request in requests]
+        for rows, overlap in ((on_host, True), (on_device, True), (on_host, False)):
+            engine = serving.engine(model, rows, end_id=ends, overlap=overlap)
+            assert follow(engine, requests, steps) == alone
+
+
 def test_tokens_that_the_tokenizer_does_not_know_are_never_generated(rows_of):
     prompts = [tuple(token % 150 for token in ids) for ids in PROMPTS]
     requests = [*serving.greedy(prompts[:2], TOKENS), drawn(prompts[2], temperature=9.0)]
@@ -235,10 +279,11 @@ def test_rows_that_do_not_come_raise_what_went_wrong(after, error, overlap, open
 # --- Memories of other kinds ---
 
 
+@pytest.mark.parametrize("base", [PLAIN, pytest.param(MODEL, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("home", ["device", "host"])
-def test_over_encoding(home, rows_of):
+def test_over_encoding(home, base, rows_of):
     over = OverEncodingConfig(rows_per_head=(64, 128), heads=2, shards=4)
-    model = dataclasses.replace(PLAIN, over_encoding=over)
+    model = dataclasses.replace(base, over_encoding=over)
     requests = serving.greedy(PROMPTS, TOKENS)
     assert serving.generated(model, rows_of(home, model), requests) == recomputed(model, requests)
 

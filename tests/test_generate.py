@@ -28,6 +28,11 @@ def a_trained_run(tmp_path_factory, compilations):
     return folder / "run"
 
 
+@pytest.fixture(autouse=True)
+def the_prompt_is_read_in_chunks(monkeypatch):
+    monkeypatch.setattr(generate, "CHUNK", 4)
+
+
 @pytest.fixture(name="run")
 def a_copy_of_it(trained, tmp_path):
     """To be written into."""
@@ -142,10 +147,3 @@ def test_the_cache_may_be_just_large_enough(trained, said, text):
     needed = int(error.split()[-1])
     assert text(trained, "--cache", needed) == text(trained)
     assert said(trained, "--cache", needed - 1)[0] == 2
-
-
-def test_a_long_prompt_is_read_in_chunks(trained, text, monkeypatch):
-    whole = text(trained)
-    monkeypatch.setattr(generate, "CHUNK", 4)
-    assert text(trained) == whole
-    assert text(trained, "--memory", "host") == whole

@@ -91,8 +91,8 @@ class Counters:
 
     @property
     def hidden_share(self) -> float:
-        """How much of the fetching nobody waited for."""
-        return 1 - self.waited_s / self.fetch_s if self.fetch_s else 1.0
+        """How much of the fetching nobody waited for; who waits wakes up a little later, too."""
+        return max(0.0, 1 - self.waited_s / self.fetch_s) if self.fetch_s else 1.0
 
 
 class DeviceRows:
@@ -179,12 +179,15 @@ class HostRows:
             ids = self._hash(chunk.tokens_BT, chunk.history_BP, chunk.reach_BT)
             self.counters.tokens += int(chunk.count_B.sum())
             for site, future in futures.items():
-                future.set_result(self._read(site, ids[site], real_BT))
+                found = self._read(site, ids[site], real_BT)
+                now = time.perf_counter()
+                self.counters.fetch_s += now - start
+                start = now
+                future.set_result(found)
         except BaseException as error:  # or else somebody would wait for ever
             for future in futures.values():
                 if not future.done():
                     future.set_exception(error)
-        self.counters.fetch_s += time.perf_counter() - start
 
     def _read(
         self, site: str, ids_BTH: np.ndarray, real_BT: np.ndarray
