@@ -205,11 +205,18 @@ class Waits:
 
 
 def test_what_needs_no_rows_is_dispatched_before_they_are_there(opened, monkeypatch):
+    """Before they are asked for, even, since the tokens have to be on the host for that."""
     let = threading.Event()
     homes = {name: Waits(home, let) for name, home in serving.host_tables(MODEL).items()}
-    begin, seen = engine_module.stages.begin, []
+    rows = opened(serving.host_rows(MODEL, homes))
+    begin, ask, seen, order = engine_module.stages.begin, rows.ask, [], []
+
+    def asks(chunk):
+        order.append("ask")
+        return ask(chunk)
 
     def begins(*args, **kwargs):
+        order.append("begin")
         seen.append(let.is_set())
         out = begin(*args, **kwargs)
         let.set()
@@ -222,15 +229,17 @@ def test_what_needs_no_rows_is_dispatched_before_they_are_there(opened, monkeypa
     monkeypatch.setattr(engine_module.stages, "begin", begins)
     monkeypatch.setattr(engine_module.stages, "finish", finishes)
     requests = serving.greedy(PROMPTS[:1], 4)
-    engine = serving.engine(MODEL, opened(serving.host_rows(MODEL, homes)))
+    monkeypatch.setattr(rows, "ask", asks)
+    engine = serving.engine(MODEL, rows)
     engine.submit(requests[0])
     text = []
     while engine.busy:
         let.clear()
         text += [event.token for event in engine.step()]
     assert [text] == recomputed(MODEL, requests)
-    assert len(seen) == 2 + 3
     assert not any(seen)
+    first_chunk, second_chunk, decoded = ["begin", "ask"], ["ask", "begin"], ["begin", "ask"] * 3
+    assert order == first_chunk + second_chunk + decoded
 
 
 class Fails(HostTable):
