@@ -33,6 +33,7 @@ ISOLATED = dataclasses.replace(
     engram=dataclasses.replace(
         MODEL.engram, layers=(1,), max_order=4, rows_per_head=(64, 128, 64)))
 PLAIN = dataclasses.replace(MODEL, moe=None, streams=1, engram=None, depth=1)
+FIRST = dataclasses.replace(PLAIN, engram=dataclasses.replace(MODEL.engram, layers=(0,)))
 
 
 class Parts(NamedTuple):

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import serving
-from serving import CHUNK, ISOLATED, LENGTH, MODEL, PLAIN, SLOTS, VOCAB
+from serving import CHUNK, FIRST, ISOLATED, LENGTH, MODEL, PLAIN, SLOTS, VOCAB
 
 from engram_jax.config import OverEncodingConfig
 from engram_jax.errors import MachineError, UserError
@@ -303,6 +303,21 @@ def test_without_any_memory(home, overlap, rows_of):
     requests = serving.greedy(PROMPTS, TOKENS)
     assert serving.generated(
         PLAIN, rows_of(home, PLAIN), requests, overlap=overlap) == recomputed(PLAIN, requests)
+
+
+@pytest.mark.parametrize("home", ["device", "host"])
+def test_without_convolution_or_head_of_its_own_and_with_memory_first(home, rows_of):
+    model = dataclasses.replace(
+        FIRST, tied_head=True, engram=dataclasses.replace(FIRST.engram, kernel=0))
+    requests = serving.greedy(PROMPTS, TOKENS)
+    assert serving.generated(model, rows_of(home, model), requests) == recomputed(model, requests)
+
+
+def test_in_bfloat16_every_home_gives_the_same_text(rows_of):
+    model = dataclasses.replace(FIRST, compute_dtype="bfloat16")
+    requests = [*serving.greedy(PROMPTS[:2], TOKENS), drawn(PROMPTS[2])]
+    on_device = serving.generated(model, rows_of("device", model), requests)
+    assert serving.generated(model, rows_of("host", model), requests) == on_device
 
 
 # --- What is refused ---
