@@ -9,7 +9,7 @@ import pytest
 
 from engram_jax import cli
 from engram_jax.config import ROW_DTYPES
-from engram_jax.inference import generate
+from engram_jax.inference import generate, serving
 from engram_jax.memory.disk import DiskTable
 from engram_jax.memory.table_file import TableWriter, verify
 from engram_jax.training.loop import train
@@ -96,6 +96,24 @@ def test_the_table_is_written_once_for_each_checkpoint(run, text, tmp_path):
     shutil.move(tmp_path / "last", last)
     assert text(run, "--memory", "disk") == text(run)
     assert verify(table(run)).step == micro.STEPS
+
+
+@pytest.mark.parametrize("memory", ["host", "disk"])
+def test_a_checkpoint_that_comes_meanwhile_is_not_mixed_in(
+    memory, run, text, tmp_path, monkeypatch
+):
+    """Parameters and tables are of one step."""
+    last = run / "checkpoints" / str(micro.STEPS)
+    shutil.move(last, tmp_path / "last")
+    before = text(run)
+
+    def late(*words, homes=serving._homes):
+        shutil.move(tmp_path / "last", last)
+        return homes(*words)
+
+    monkeypatch.setattr(serving, "_homes", late)
+    assert text(run, "--memory", memory) == before
+    assert memory == "host" or verify(table(run)).step == micro.STEPS - 1
 
 
 def altered(data):
