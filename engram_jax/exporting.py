@@ -45,13 +45,9 @@ def export_tables(directory: epath.PathLike, dtype: str, out: str | os.PathLike[
     reader = open_reader(run, records.tokenizer())
     require(bool(reader.addressing.sites), "model", run.name,
             "has no memory, so there is no table to export")
-    saved = SavedTables(records, reader)
-    written = []
+    saved, written = SavedTables(records, reader), []
     for site in saved.sites:
-        path = Path(folder) / f"{site.name}.{dtype}.table"
-        with TableWriter(path, saved.info(site, dtype)) as writer:
-            for _, packed_UB in saved.packed(site, dtype, path.parent):
-                writer.write(packed_UB)
+        path = saved.to_disk(site, dtype, folder)
         say(f"wrote {path}: {site.layout.rows:,} rows, {path.stat().st_size:,} bytes")
         written.append(path)
     return written
@@ -64,6 +60,10 @@ class SavedTables:
       records: of the run.
       reader: of the run.
 
+    Attributes:
+      sites: of the tables.
+      step: of the checkpoint; it stays the same when the run writes another.
+
     Raises:
       UserError: no checkpoint, or one of another tokenizer or hash.
       MachineError: it cannot be read.
@@ -73,11 +73,11 @@ class SavedTables:
         self.sites = reader.addressing.sites
         self._addressing, self._run = reader.addressing, records.config().name
         with last_checkpoint(records, reader) as found:
-            self._step, self._state = found.last_state()
+            self.step, self._state = found.last_state()
 
     def info(self, site: Site, dtype: str) -> TableInfo:
         """What the table of a site is with rows of `dtype`."""
-        return table_info(self._addressing, site.name, dtype, self._run, self._step)
+        return table_info(self._addressing, site.name, dtype, self._run, self.step)
 
     def packed(self, site: Site, dtype: str, scratch: Path | None = None
                ) -> Iterator[tuple[int, np.ndarray]]:
@@ -108,3 +108,15 @@ class SavedTables:
         for start, packed_UB in self.packed(site, dtype):
             table.write(start, packed_UB)
         return table
+
+    def to_disk(self, site: Site, dtype: str, folder: str | os.PathLike[str]) -> Path:
+        """A site's table written to a file of the folder; its path.
+
+        Raises:
+          MachineError: the checkpoint cannot be read or the file cannot be written.
+        """
+        path = Path(folder) / f"{site.name}.{dtype}.table"
+        with TableWriter(path, self.info(site, dtype)) as writer:
+            for _, packed_UB in self.packed(site, dtype, path.parent):
+                writer.write(packed_UB)
+        return path

@@ -29,9 +29,11 @@ MODEL = dataclasses.replace(
     _BASE, depth=3, engram=dataclasses.replace(_BASE.engram, layers=(1, 2)),
     moe=dataclasses.replace(_BASE.moe, dense_layers=1))
 ISOLATED = dataclasses.replace(
-    MODEL, moe=None, streams=1, isolate_documents=True,
-    engram=dataclasses.replace(MODEL.engram, max_order=4, rows_per_head=(64, 128, 64)))
+    MODEL, moe=None, streams=1, isolate_documents=True, depth=2,
+    engram=dataclasses.replace(
+        MODEL.engram, layers=(1,), max_order=4, rows_per_head=(64, 128, 64)))
 PLAIN = dataclasses.replace(MODEL, moe=None, streams=1, engram=None, depth=1)
+FIRST = dataclasses.replace(PLAIN, engram=dataclasses.replace(MODEL.engram, layers=(0,)))
 
 
 class Parts(NamedTuple):
@@ -105,7 +107,7 @@ def generated(model, rows, requests, **settings):
 
 def prompt(length, seed=0):
     """Tokens without the one that ends a document."""
-    random = np.random.default_rng([seed, length])
+    random = np.random.default_rng([*np.ravel(seed), length])
     return tuple(int(token) for token in random.integers(END + 1, VOCAB, length))
 
 

@@ -222,8 +222,9 @@ def test_fusion_in_pieces_is_the_whole():
 def test_parameters_in_the_compute_dtype_give_the_same_bits():
     over = OverEncodingConfig(rows_per_head=(64, 128), heads=2, shards=4)
     model = dataclasses.replace(
-        MODEL, compute_dtype="bfloat16", over_encoding=over, depth=2,
-        engram=dataclasses.replace(MODEL.engram, layers=(1,)))
+        MODEL, compute_dtype="bfloat16", over_encoding=over, depth=1,
+        engram=dataclasses.replace(MODEL.engram, layers=(0,)),
+        moe=dataclasses.replace(MODEL.moe, dense_layers=0))
     params, bias, tables, addressing = serving.parts(model)
     kept = stages.serving_params(params, model)
     sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (params, kept)]

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import serving
-from serving import CHUNK, ISOLATED, LENGTH, MODEL, PLAIN, SLOTS, VOCAB
+from serving import CHUNK, FIRST, ISOLATED, LENGTH, MODEL, PLAIN, SLOTS, VOCAB
 
 from engram_jax.config import OverEncodingConfig
 from engram_jax.errors import MachineError, UserError
@@ -135,6 +135,50 @@ def test_the_end_token_frees_the_slot_and_nothing_leaks(home, overlap, rows_of):
     assert engine.generate(requests) == expected
 
 
+def a_schedule(seed):
+    """Requests, the step before which each is submitted, and a token that ends some of them."""
+    random = np.random.default_rng(seed)
+    requests = []
+    for number in range(random.integers(1, 8)):
+        ids = np.array(serving.prompt(random.integers(1, 20), seed=[seed, number]))
+        ids[random.random(ids.size) < 0.1] = serving.END
+        requests.append(drawn(
+            tuple(ids.tolist()), int(random.integers(1, 12)), seed=number,
+            temperature=float(random.choice([0, 0.7])), top_k=int(random.choice([0, 3]))))
+    steps = np.sort(random.integers(0, 20, len(requests)))
+    return requests, steps.tolist(), int(random.integers(0, 8))
+
+
+def follow(engine, requests, steps):
+    """The tokens of requests that come one after the other."""
+    found, step = [[] for _ in requests], 0
+    waiting = list(zip(steps, requests, strict=True))
+    while waiting or engine.busy:
+        while waiting and waiting[0][0] <= step:
+            engine.submit(waiting.pop(0)[1])
+        for event in engine.step():
+            found[event.number].append(event.token)
+        step += 1
+    return found
+
+
+@pytest.mark.parametrize("model", [MODEL, ISOLATED], ids=["together", "isolated"])
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 300), marks=pytest.mark.slow)])
+def test_whoever_comes_when(seeds, model, rows_of):
+    """Each sequence is the one that it is alone, from the other home."""
+    on_device, on_host = rows_of("device", model), rows_of("host", model)
+    for seed in seeds:
+        requests, steps, late = a_schedule(seed)
+        whole = [serving.generated(model, on_device, [request], end_id=serving.END)[0]
+                 for request in requests]
+        ends = whole[0][min(late, len(whole[0]) - 1)] if model is MODEL else serving.END
+        alone = [serving.generated(model, on_device, [request], end_id=ends)[0]
+                 for request in requests]
+        for rows, overlap in ((on_host, True), (on_device, True), (on_host, False)):
+            engine = serving.engine(model, rows, end_id=ends, overlap=overlap)
+            assert follow(engine, requests, steps) == alone
+
+
 def test_tokens_that_the_tokenizer_does_not_know_are_never_generated(rows_of):
     prompts = [tuple(token % 150 for token in ids) for ids in PROMPTS]
     requests = [*serving.greedy(prompts[:2], TOKENS), drawn(prompts[2], temperature=9.0)]
@@ -161,11 +205,18 @@ class Waits:
 
 
 def test_what_needs_no_rows_is_dispatched_before_they_are_there(opened, monkeypatch):
+    """Before they are asked for, even, since the tokens have to be on the host for that."""
     let = threading.Event()
     homes = {name: Waits(home, let) for name, home in serving.host_tables(MODEL).items()}
-    begin, seen = engine_module.stages.begin, []
+    rows = opened(serving.host_rows(MODEL, homes))
+    begin, ask, seen, order = engine_module.stages.begin, rows.ask, [], []
+
+    def asks(chunk):
+        order.append("ask")
+        return ask(chunk)
 
     def begins(*args, **kwargs):
+        order.append("begin")
         seen.append(let.is_set())
         out = begin(*args, **kwargs)
         let.set()
@@ -178,15 +229,17 @@ def test_what_needs_no_rows_is_dispatched_before_they_are_there(opened, monkeypa
     monkeypatch.setattr(engine_module.stages, "begin", begins)
     monkeypatch.setattr(engine_module.stages, "finish", finishes)
     requests = serving.greedy(PROMPTS[:1], 4)
-    engine = serving.engine(MODEL, opened(serving.host_rows(MODEL, homes)))
+    monkeypatch.setattr(rows, "ask", asks)
+    engine = serving.engine(MODEL, rows)
     engine.submit(requests[0])
     text = []
     while engine.busy:
         let.clear()
         text += [event.token for event in engine.step()]
     assert [text] == recomputed(MODEL, requests)
-    assert len(seen) == 2 + 3
     assert not any(seen)
+    first_chunk, second_chunk, decoded = ["begin", "ask"], ["ask", "begin"], ["begin", "ask"] * 3
+    assert order == first_chunk + second_chunk + decoded
 
 
 class Fails(HostTable):
@@ -235,10 +288,11 @@ def test_rows_that_do_not_come_raise_what_went_wrong(after, error, overlap, open
 # --- Memories of other kinds ---
 
 
+@pytest.mark.parametrize("base", [PLAIN, pytest.param(MODEL, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("home", ["device", "host"])
-def test_over_encoding(home, rows_of):
+def test_over_encoding(home, base, rows_of):
     over = OverEncodingConfig(rows_per_head=(64, 128), heads=2, shards=4)
-    model = dataclasses.replace(PLAIN, over_encoding=over)
+    model = dataclasses.replace(base, over_encoding=over)
     requests = serving.greedy(PROMPTS, TOKENS)
     assert serving.generated(model, rows_of(home, model), requests) == recomputed(model, requests)
 
@@ -249,6 +303,21 @@ def test_without_any_memory(home, overlap, rows_of):
     requests = serving.greedy(PROMPTS, TOKENS)
     assert serving.generated(
         PLAIN, rows_of(home, PLAIN), requests, overlap=overlap) == recomputed(PLAIN, requests)
+
+
+@pytest.mark.parametrize("home", ["device", "host"])
+def test_without_convolution_or_head_of_its_own_and_with_memory_first(home, rows_of):
+    model = dataclasses.replace(
+        FIRST, tied_head=True, engram=dataclasses.replace(FIRST.engram, kernel=0))
+    requests = serving.greedy(PROMPTS, TOKENS)
+    assert serving.generated(model, rows_of(home, model), requests) == recomputed(model, requests)
+
+
+def test_in_bfloat16_every_home_gives_the_same_text(rows_of):
+    model = dataclasses.replace(FIRST, compute_dtype="bfloat16")
+    requests = [*serving.greedy(PROMPTS[:2], TOKENS), drawn(PROMPTS[2])]
+    on_device = serving.generated(model, rows_of("device", model), requests)
+    assert serving.generated(model, rows_of("host", model), requests) == on_device
 
 
 # --- What is refused ---

@@ -9,7 +9,7 @@ import pytest
 
 from engram_jax import cli
 from engram_jax.config import ROW_DTYPES
-from engram_jax.inference import generate
+from engram_jax.inference import generate, serving
 from engram_jax.memory.disk import DiskTable
 from engram_jax.memory.table_file import TableWriter, verify
 from engram_jax.training.loop import train
@@ -26,6 +26,11 @@ def a_trained_run(tmp_path_factory, compilations):
     run = micro.plain(micro.micro(micro.write_text(folder / "text.txt")))
     train(run, folder / "run", lambda line: None)
     return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def the_prompt_is_read_in_chunks(monkeypatch):
+    monkeypatch.setattr(generate, "CHUNK", 4)
 
 
 @pytest.fixture(name="run")
@@ -93,6 +98,24 @@ def test_the_table_is_written_once_for_each_checkpoint(run, text, tmp_path):
     assert verify(table(run)).step == micro.STEPS
 
 
+@pytest.mark.parametrize("memory", ["host", "disk"])
+def test_a_checkpoint_that_comes_meanwhile_is_not_mixed_in(
+    memory, run, text, tmp_path, monkeypatch
+):
+    """Parameters and tables are of one step."""
+    last = run / "checkpoints" / str(micro.STEPS)
+    shutil.move(last, tmp_path / "last")
+    before = text(run)
+
+    def late(*words, homes=serving._homes):
+        shutil.move(tmp_path / "last", last)
+        return homes(*words)
+
+    monkeypatch.setattr(serving, "_homes", late)
+    assert text(run, "--memory", memory) == before
+    assert memory == "host" or verify(table(run)).step == micro.STEPS - 1
+
+
 def altered(data):
     data[6000] ^= 1
     return data
@@ -142,10 +165,3 @@ def test_the_cache_may_be_just_large_enough(trained, said, text):
     needed = int(error.split()[-1])
     assert text(trained, "--cache", needed) == text(trained)
     assert said(trained, "--cache", needed - 1)[0] == 2
-
-
-def test_a_long_prompt_is_read_in_chunks(trained, text, monkeypatch):
-    whole = text(trained)
-    monkeypatch.setattr(generate, "CHUNK", 4)
-    assert text(trained) == whole
-    assert text(trained, "--memory", "host") == whole

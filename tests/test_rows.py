@@ -207,7 +207,9 @@ def test_each_row_of_a_chunk_is_read_once_and_those_of_padding_never(opened):
     rows, seen = watched(opened)
     text_1T = np.array([[9, 9, 9, 9, 9]], np.int32)
     _, last = chunks(MODEL, text_1T, 4)
-    found = np.asarray(rows.ask(last)("layer_1"))
+    answer = rows.ask(last)
+    found = np.asarray(answer("layer_1"))
+    answer("layer_2")
     ids = ids_of(MODEL, text_1T)["layer_1"]
     assert seen[0][2] == sorted(ids[0, 4].tolist())
     np.testing.assert_array_equal(found[0, 0], expected_tables()["layer_1"][ids[0, 4]])

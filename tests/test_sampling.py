@@ -82,23 +82,25 @@ def test_alike_tokens_are_not_all_kept():
 
 
 def test_settings_side_by_side():
-    """Each sequence's draw is the one that it has alone."""
+    """Each sequence's draw is the one that it has among its like."""
     random = np.random.default_rng(1)
-    logits = random.standard_normal((40, 30)).astype(np.float32)
-    fields = {"temperature": np.tile([0.0, 1.0, 2.0, 0.7], 10),
-              "top_k": np.repeat([0, 5, 0, 1], 10), "top_p": np.tile([1.0, 0.5, 0.9, 1.0, 0.2], 8),
-              "seed": random.integers(0, 2**32, 40)}
-    number = random.integers(0, 1000, 40).astype(np.int32)
-    together = _sample(logits, settings(40, **fields), number)
-    for row in range(40):
-        alone = settings(1, **{name: values[row] for name, values in fields.items()})
-        assert int(_sample(logits[row:row + 1], alone, number[row:row + 1])[0]) == together[row]
+    logits = random.standard_normal((64, 50)).astype(np.float32)
+    fields = {"temperature": np.tile([0.0, 1.0, 2.0, 0.7], 16),
+              "top_k": np.repeat([0, 5, 0, 1], 16), "top_p": np.resize([1.0, 0.5, 0.9], 64),
+              "seed": random.integers(0, 2**32, 64)}
+    number = random.integers(0, 1000, 64).astype(np.int32)
+    together = np.asarray(_sample(logits, settings(64, **fields), number))
+    for row in range(64):
+        alike = settings(64, **{name: values[row] for name, values in fields.items()})
+        found = _sample(logits[[row] * 64], alike, number[[row] * 64])
+        np.testing.assert_array_equal(found, together[row])
     greedy = fields["temperature"] == 0
     np.testing.assert_array_equal(together[greedy], logits[greedy].argmax(axis=-1))
 
 
 def test_a_draw_has_its_seed_and_its_place():
-    logits = np.zeros((3, 1000), np.float32)
-    found = np.asarray(_sample(logits, settings(3, seed=np.array([1, 1, 2])),
-                               np.array([4, 5, 4], np.int32)))
-    assert len(set(found.tolist())) == 3
+    """Of 64 among 50 alike tokens, far from all are the same."""
+    logits, some = np.zeros((64, 50), np.float32), np.arange(64, dtype=np.int32)
+    for seed, number in ((some, 0 * some), (0 * some, some)):
+        found = np.asarray(_sample(logits, settings(64, seed=seed), number))
+        assert len(set(found.tolist())) > 25

@@ -107,7 +107,7 @@ class Counters:
     @property
     def hidden_share(self) -> float:
         """How much of the time until rows were there nobody waited for."""
-        return 1 - self.waited_s / self.latency_s if self.latency_s else 1.0
+        return max(0.0, 1 - self.waited_s / self.latency_s) if self.latency_s else 1.0
 
 
 class DeviceRows:
@@ -207,14 +207,16 @@ class HostRows:
             self.counters.tokens += int(chunk.count_B.sum())
             for site, future in futures.items():
                 with jax.profiler.TraceAnnotation(f"fetch the rows of {site}"):
-                    future.set_result(self._read(site, ids[site], real_BT))
+                    found = self._read(site, ids[site], real_BT)
+                now = time.perf_counter()
+                self.counters.fetch_s += now - start
+                self.counters.latency_s += now - asked_at
+                start = asked_at = now  # counted before anybody who waits for it goes on
+                future.set_result(found)
         except BaseException as error:  # or else somebody would wait for ever
             for future in futures.values():
                 if not future.done():
                     future.set_exception(error)
-        end = time.perf_counter()
-        self.counters.fetch_s += end - start
-        self.counters.latency_s += end - asked_at
 
     def _read(
         self, site: str, ids_BTH: np.ndarray, real_BT: np.ndarray

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from engram_jax.config import ROW_DTYPES, RunConfig, require
-from engram_jax.exporting import SavedTables, export_tables
+from engram_jax.exporting import SavedTables
 from engram_jax.inference.rows import DeviceRows, HostRows, Rows
 from engram_jax.memory.disk import DiskTable
 from engram_jax.memory.homes import Home
@@ -56,22 +56,22 @@ def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Se
             "is of tables on host or disk; on the device they are as in training")
     run = records.config()
     reader = open_reader(run, records.tokenizer())
+    saved = SavedTables(records, reader)
     fields = ("params", "router_bias", *(["tables"] if memory == "device" else []))
     with last_checkpoint(records, reader) as found:
-        state = found.restore(placed_state(run, single_mesh()), only=fields)
+        state = found.restore(placed_state(run, single_mesh()), step=saved.step, only=fields)
     end_id = reader.end_id if run.model.isolate_documents else None
     rows: Rows
     if memory == "device":
         rows = DeviceRows(run.model, reader.addressing, state.tables, end_id)
     else:
-        rows = HostRows(reader.addressing, _homes(records, reader, memory, dtype))
+        rows = HostRows(reader.addressing, _homes(records, saved, memory, dtype))
     return Served(run=run, reader=reader, params=state.params, router_bias=state.router_bias,
                   rows=rows)
 
 
-def _homes(records: RunDirectory, reader: Reader, memory: str, dtype: str) -> dict[str, Home]:
+def _homes(records: RunDirectory, saved: SavedTables, memory: str, dtype: str) -> dict[str, Home]:
     """The run's tables off the device."""
-    saved = SavedTables(records, reader)
     homes: dict[str, Home] = {}
     for site in saved.sites:
         own = dtype or site.hash_config.table_dtype
@@ -81,12 +81,12 @@ def _homes(records: RunDirectory, reader: Reader, memory: str, dtype: str) -> di
 
 
 def _on_disk(records: RunDirectory, saved: SavedTables, site: Site, dtype: str) -> DiskTable:
-    """A table's file in the run's folder, written first if it is not of the last checkpoint."""
-    path, wanted = records.path / "tables" / f"{site.name}.{dtype}.table", saved.info(site, dtype)
+    """A table's file in the run's folder, written first if it is not of the checkpoint."""
+    folder, wanted = records.path / "tables", saved.info(site, dtype)
+    path = folder / f"{site.name}.{dtype}.table"
     if path.exists():
         found = DiskTable.open(path, expect=wanted, check="read")
         if found.info.step == wanted.step:
             return found
         found.close()
-    export_tables(records.path, dtype)
-    return DiskTable.open(path, expect=wanted, check="read")
+    return DiskTable.open(saved.to_disk(site, dtype, folder), expect=wanted, check="read")
