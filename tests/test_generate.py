@@ -1,7 +1,9 @@
 """`engram-jax generate`, tables on the device, on the host or on disk: one text, or one line."""
 
 import dataclasses
+import re
 import shutil
+from pathlib import Path
 
 import micro
 import numpy as np
@@ -165,3 +167,13 @@ def test_the_cache_may_be_just_large_enough(trained, said, text):
     needed = int(error.split()[-1])
     assert text(trained, "--cache", needed) == text(trained)
     assert said(trained, "--cache", needed - 1)[0] == 2
+
+
+def test_the_engine_of_the_readme_generates(trained):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(from engram_jax.inference.*?)```", readme, flags=re.DOTALL)
+    names = {}
+    exec(compile(code.replace("runs/mine", str(trained)), "README.md", "exec"), names)
+    (tokens,) = names["tokens"]
+    assert 1 <= len(tokens) <= 20
+    names["model"].rows.close()
