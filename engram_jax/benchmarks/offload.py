@@ -229,10 +229,12 @@ def _arms(
     arms = []
     for home in work.homes:
         off = home in ("host", "disk")
+        homes = {site.name: _home(work, inputs.addressing, site, home, folder)
+                 for site in inputs.addressing.sites} if off else {}
         for overlap, cache in (((True, 0), (False, 0), (True, work.cache_bytes)) if off
                                else ((True, 0),)):
             model = dataclasses.replace(work.model, engram=None) if home == "none" else work.model
-            rows = _rows(work, inputs, home, cache, folder)
+            rows = _rows(work, inputs, home, homes, cache)
             stack.callback(rows.close)
             engine = Engine(
                 model, _without_memory(params, work.model) if home == "none" else params,
@@ -253,16 +255,17 @@ def _without_memory(params: dict[str, Any], model: ModelConfig) -> dict[str, Any
     return {**params, "segments": chain}
 
 
-def _rows(work: Workload, inputs: Inputs, home: str, cache: int, folder: Path) -> Rows:
-    addressing = inputs.addressing
+def _rows(
+    work: Workload, inputs: Inputs, home: str, homes: dict[str, Home], cache: int
+) -> Rows:
+    """Rows for an arm; `homes` are shared by the arms that read them."""
+    if homes:
+        return HostRows(inputs.addressing, homes, cache)
     if home == "none":
         return DeviceRows(dataclasses.replace(work.model, engram=None),
                           Addressing((), {}, {}), {})
-    if home == "device":
-        return DeviceRows(work.model, addressing, {
-            site.name: _table(site) for site in addressing.sites})
-    return HostRows(addressing, {
-        site.name: _home(work, addressing, site, home, folder) for site in addressing.sites}, cache)
+    return DeviceRows(work.model, inputs.addressing, {
+        site.name: _table(site) for site in inputs.addressing.sites})
 
 
 def _table(site: Site) -> jax.Array:
