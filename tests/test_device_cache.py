@@ -5,10 +5,13 @@ import pytest
 
 from engram_jax.errors import MachineError, UserError
 from engram_jax.memory.device_cache import DeviceCache, Sender, padded_size
+from engram_jax.memory.disk import DiskTable
 from engram_jax.memory.fetch import distinct
 from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.host import HostTable
 from engram_jax.memory.ngram_index import WAYS
+from engram_jax.memory.table_file import TableInfo, TableWriter
+from engram_jax.memory.tiers import CachedTable
 
 FORMAT, HEADS, NGRAMS = RowFormat("fp8", 40), 4, 300
 PACKED = np.random.default_rng(0).integers(
@@ -114,3 +117,20 @@ def test_a_cache_without_room_is_refused():
 
 def test_padded_sizes_are_few():
     assert {padded_size(count) for count in range(1000)} == {16, 32, 64, 128, 256, 512, 1024}
+
+
+def test_a_stack_of_device_host_and_disk_gives_the_bits_of_the_disk(tmp_path):
+    info = TableInfo(rows=len(PACKED), dim=FORMAT.dim, dtype="fp8", site="x", hash={},
+                     fingerprint="")
+    with TableWriter(tmp_path / "table", info) as writer:
+        writer.write(PACKED)
+    random = np.random.default_rng(2)
+    host = CachedTable(DiskTable.open(tmp_path / "table", check="read"), HEADS, 8 * SET_BYTES)
+    stack, straight = DeviceCache(host, HEADS, 2 * SET_BYTES), Sender(host)
+    for _ in range(20):
+        asked = ids_of(*random.zipf(1.3, 40) % NGRAMS).reshape(-1, HEADS)
+        for source in (stack, straight):
+            ids_U, inverse = distinct(asked, source.group)
+            rows, _ = fetched(source, ids_U)
+            assert (rows[inverse] == PACKED[asked]).all()
+    stack.close()

@@ -194,7 +194,8 @@ class Waits:
     """A home that gives nothing before `let` is set."""
 
     def __init__(self, home, let):
-        self.format, self.rows, self._home, self._let = home.format, home.rows, home, let
+        self.format, self.rows, self.group = home.format, home.rows, home.group
+        self._home, self._let = home, let
 
     def lookup(self, ids_U, out=None):
         assert self._let.wait(20), "nobody let it"

@@ -20,6 +20,8 @@ ENTRY = K * FORMAT.row_bytes
 class Below:
     """A home that remembers what it was asked, and may be told to fail."""
 
+    group = 1
+
     def __init__(self):
         packed = np.random.default_rng(0).integers(0, 256, (ROWS, FORMAT.row_bytes))
         self.table = HostTable.from_array(FORMAT, packed.astype(np.uint8))

@@ -41,10 +41,8 @@ class Sender:
       home: of the table; closed with this.
     """
 
-    group = 1
-
     def __init__(self, home: Home):
-        self._home = home
+        self.group, self._home = home.group, home
 
     def fetch(self, ids_U: np.ndarray) -> Sent:
         """Rows at `ids_U`; raises as `Home.lookup`."""

@@ -34,6 +34,8 @@ _ROWS_AT_ONCE = 4096  # distinct rows; bounds the memory where whole blocks are 
 class DiskTable:
     """A home on disk; made by `open`."""
 
+    group = 1
+
     def __init__(self, path: Path, file: BinaryIO, found: TableFile, check: str):
         self.info, self.format, self.rows = found.info, found.info.format, found.info.rows
         self._path, self._file, self._found = path, file, found

@@ -17,10 +17,12 @@ class Home(Protocol):
     Attributes:
       format: how its rows are packed.
       rows: how many it has.
+      group: how many ids, one after another, must be one n-gram's in every lookup; 1 for any ids.
     """
 
     format: RowFormat
     rows: int
+    group: int
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Packed rows, uint8 [U, B].

@@ -40,6 +40,8 @@ class HostTable:
       packed_RB: the rows themselves, uint8.
     """
 
+    group = 1
+
     def __init__(self, format: RowFormat, packed_RB: np.ndarray):
         self.format, self.rows = format, len(packed_RB)
         self.packed_RB = packed_RB
