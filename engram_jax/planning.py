@@ -84,8 +84,8 @@ class Plan:
       hbm_bytes: that a program may use.
       argument_bytes: state and batch.
       temporary_bytes: activations, gradients, gathered weights; None where it does not fit.
-      peak_bytes: all together; where it does not fit, what the compiler asked for, None if it did
-        not say.
+      peak_bytes: what is alive at once, the program included; where it does not fit, what the
+        compiler asked for, None if it did not say.
       flops: matrix products, recomputation included; None where it does not fit, as all below.
       collectives: kind -> count, bytes, largest_bytes (`analysis.collectives.by_kind`).
       estimated_s: libtpu's own estimate without collectives (`analysis.costs.seconds`).
@@ -195,9 +195,9 @@ def _bytes_of_a_device(tree: Any) -> int:
 def _said(compiled: Any, chip: Chip) -> dict[str, Any]:
     """What a compiled program tells about itself."""
     memory, program = compiled.memory_analysis(), parse(compiled.as_text())
-    peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes)
+    # What is alive at once, as the compiler counts it when it refuses a program; temporaries that
+    # are not alive together may add up to more.
+    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
