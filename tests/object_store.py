@@ -198,7 +198,11 @@ class _Files(AbstractFileSystem):
     def __init__(self, **options):
         super().__init__()
         del options
-        self.url = os.environ["STORAGE_EMULATOR_HOST"]
+
+    @property
+    def url(self):
+        """Of the store of today: etils keeps one file system for all."""
+        return os.environ["STORAGE_EMULATOR_HOST"]
 
     def _open(self, path, mode="rb", **options):
         del options
