@@ -123,7 +123,8 @@ class Engine:
         self._slots: list[_Sequence | None] = [None] * slots
         self._fresh: set[int] = set()  # slots whose token in `_tokens_B` has not been told
         self._waiting: collections.deque[_Sequence] = collections.deque()
-        self._ahead: tuple[int, int, Answer] | None = None  # slot, start, rows of a prompt's chunk
+        # The rows of the prompt's chunk that is read next: request, start, rows.
+        self._ahead: tuple[int, int, Answer] | None = None
         self._submitted = 0
 
     def submit(self, request: Request) -> int:
@@ -176,9 +177,8 @@ class Engine:
         """
         self._join()
         self._read_prompt()
-        events = self._decode() if any(self._decoding()) else self._told()
         self._look_ahead()
-        return events
+        return self._decode() if any(self._decoding()) else self._told()
 
     def _join(self) -> None:
         """Waiting requests into free slots."""
@@ -212,7 +212,7 @@ class Engine:
         chunk = self._chunk_of(sequence, start)
         count = int(chunk.count_B[0])
         ahead, self._ahead = self._ahead, None
-        answer = ahead[2] if ahead and ahead[:2] == (slot, start) else None
+        answer = ahead[2] if ahead and ahead[:2] == (sequence.number, start) else None
         last = start + count == len(prompt)
         self._dispatch(jnp.asarray(chunk.tokens_BT), chunk.count_B, np.array(slot, np.int32),
                        lambda: chunk, answer, last)
@@ -224,11 +224,14 @@ class Engine:
             self._window_BP[slot, self._window_BP.shape[1] - kept:] = prompt[-kept:]
 
     def _look_ahead(self) -> None:
-        """Begin to fetch the rows of the next chunk of a prompt."""
-        if self._overlap and self._rows.on_host and (found := self._reading()) is not None:
-            slot, sequence = found
+        """Begin to fetch the rows of the next chunk of a prompt, while the device has work."""
+        if not self._overlap or not self._rows.on_host or self._ahead is not None:
+            return
+        found = self._reading()
+        sequence = found[1] if found else self._waiting[0] if self._waiting else None
+        if sequence is not None:
             chunk = self._chunk_of(sequence, sequence.read)
-            self._ahead = slot, sequence.read, self._rows.ask(chunk)
+            self._ahead = sequence.number, sequence.read, self._rows.ask(chunk)
 
     def _chunk_of(self, sequence: _Sequence, start: int) -> Chunk:
         """The chunk of a prompt from `start` on, with pad tokens behind its end."""
