@@ -125,7 +125,7 @@ def _gathered_backward(
 ) -> tuple[jax.Array]:
     del dtype
     devices = jax.lax.axis_size(FSDP)
-    parts = _cut(grad, axis, devices).astype(jnp.float32)  # in this order, cutting takes less room
+    parts = _cut(grad, axis, devices).astype(jnp.float32)
     part = torus.reduce_scatter(parts, FSDP, near)
     shape = list(grad.shape)
     shape[axis] //= devices
