@@ -125,7 +125,7 @@ def _gathered_backward(
 ) -> tuple[jax.Array]:
     del dtype
     devices = jax.lax.axis_size(FSDP)
-    parts = _cut(grad, axis, devices).astype(jnp.float32)
+    parts = _cut(grad.astype(jnp.float32), axis, devices)
     part = torus.reduce_scatter(parts, FSDP, near)
     shape = list(grad.shape)
     shape[axis] //= devices
