@@ -13,6 +13,7 @@ from engram_jax.errors import UserError
 MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
 TABLE_OPTIMIZERS = ("row_adam", "dense_adam", "row_rmsprop", "row_adagrad", "balanced_momentum")
 ROW_DTYPES = ("float32", "bfloat16", "int8", "fp8")  # of tables off the device
+KEYS = ("ngrams", "shuffled", "random")
 
 
 def require(condition: bool, field: str, value: object, right: str) -> None:
@@ -44,6 +45,9 @@ class HashConfig:
       shards: virtual shards of a table `[shards, rows, dim]`; its bytes do not depend on the mesh.
       table_std: standard deviation of a table's entries at the start (not published).
       table_dtype: "float32", or "bfloat16", kept as uint16 bits and rounded stochastically.
+      keys: what points at rows. "ngrams" is the memory; the others are controls that only train
+        and evaluate: "shuffled" gives each sequence the n-grams of its neighbour in the batch,
+        "random" gives each position rows by chance.
     """
 
     rows_per_head: tuple[int, ...]
@@ -54,9 +58,11 @@ class HashConfig:
     shards: int = 64
     table_std: float = 0.02
     table_dtype: str = "float32"
+    keys: str = "ngrams"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        require(self.keys in KEYS, f"{name}.keys", self.keys, f"must be one of {', '.join(KEYS)}")
         rows = self.rows_per_head
         require(self.max_order >= 2, f"{name}.max_order", self.max_order, "must be at least 2")
         require(len(rows) == self.max_order - 1, f"{name}.rows_per_head", rows,
@@ -86,6 +92,10 @@ class EngramConfig(HashConfig):
       head_dim: columns of a row.
       kernel: taps of the causal depthwise convolution; 0 leaves the convolution out (V4.1).
       dilation: dilation of the convolution; 0 means N, the longest n-gram.
+      gated: the gate of eq. 4; without it everything that was retrieved is used.
+      per_branch: keys, gate and convolution for each residual stream; without it one of each reads
+        the mean of the streams, and all streams get the same.
+      one_table: all layers read the same rows of one table, the first layer's.
       signed_root: s <- sign(s) sqrt(max(|s|, 1e-6)) before the sigmoid (demo, V4.1); the paper's
         text has the plain sigmoid.
       bias: biases in W_K and W_V (demo only).
@@ -99,6 +109,9 @@ class EngramConfig(HashConfig):
     head_dim: int = 80
     kernel: int = 4
     dilation: int = 0
+    gated: bool = True
+    per_branch: bool = True
+    one_table: bool = False
     signed_root: bool = True
     bias: bool = False
     norm_eps: float = 1e-6
@@ -129,6 +142,10 @@ class EngramConfig(HashConfig):
     def conv_reach(self) -> int:
         """How many positions back the convolution looks."""
         return max(0, self.kernel - 1) * self.conv_dilation
+
+    def branches(self, streams: int) -> int:
+        """Gates of a module before `streams` residual streams."""
+        return streams if self.per_branch else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

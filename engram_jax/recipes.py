@@ -64,6 +64,41 @@ def engram_40b() -> RunConfig:
     return _paper("engram-40b", MoEConfig(experts=55), _paper_engram(7_239_680))
 
 
+def _paper_small(name: str, width: int, depth: int, expert_ffn: int, ffn: int, experts: int,
+                 tokens: float) -> RunConfig:
+    """A model of the paper's experiments. The paper gives sizes and expert counts (SPEC section 4)
+    but no shapes: these are ours, and reconcile with its counts."""
+    run = _paper(name, MoEConfig(experts=experts, expert_ffn=expert_ffn), None)
+    model = dataclasses.replace(run.model, width=width, depth=depth, ffn=ffn,
+                                attention=AttentionConfig(heads=16))
+    step_tokens = run.data.sequence_length * run.data.batch_size
+    training = dataclasses.replace(run.training, steps=round(tokens / step_tokens))
+    return dataclasses.replace(run, model=model, training=training)
+
+
+def moe_6b() -> RunConfig:
+    """The allocation experiment at 2e20 FLOPs: 5.7B parameters, 568M active, 106 experts."""
+    return _paper_small("moe-6b", 1280, 12, 1216, 10_368, 106, 2e20 / (6 * 568e6))
+
+
+def moe_10b() -> RunConfig:
+    """The allocation experiment at 6e20 FLOPs: 9.9B parameters, 993M active, 99 experts."""
+    return _paper_small("moe-10b", 1536, 16, 1384, 10_240, 99, 6e20 / (6 * 993e6))
+
+
+def moe_3b() -> RunConfig:
+    """Memory scaling and ablations: 3B parameters, 568M active; 100B tokens is our choice."""
+    return _paper_small("moe-3b", 1280, 12, 1216, 10_368, 53, 100e9)
+
+
+def engram_3b() -> RunConfig:
+    """moe-3b with 1.6B in memory, before blocks 1 and 5: the ablations' reference."""
+    run = moe_3b()
+    engram = dataclasses.replace(_paper_engram(625_000), layers=(1, 5))
+    return dataclasses.replace(
+        run, name="engram-3b", model=dataclasses.replace(run.model, engram=engram))
+
+
 def tiny() -> RunConfig:
     """The demo's size: a mixture-of-experts with Engram that trains in a minute on two cores."""
     return RunConfig(
@@ -104,6 +139,10 @@ def small() -> RunConfig:
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "tiny": tiny,
     "small": small,
+    "moe-3b": moe_3b,
+    "engram-3b": engram_3b,
+    "moe-6b": moe_6b,
+    "moe-10b": moe_10b,
     "dense-4b": dense_4b,
     "moe-27b": moe_27b,
     "engram-27b": engram_27b,

@@ -164,8 +164,8 @@ def read(model, cache, tokens, slot):
             tokens_1T, count_1, None, at, model=model, end_id=end_id)
         for stage in rest:
             here = slice(stage.start, stage.stop)
-            x_BTMD, keys[here], conv[stage.site] = stages.proceed(
-                params["segments"][here], bias[here], keys[here], conv[stage.site], x_BTMD,
+            x_BTMD, keys[here], conv[stage.layer] = stages.proceed(
+                params["segments"][here], bias[here], keys[here], conv[stage.layer], x_BTMD,
                 rows(stage.site), context, at, model=model, start=stage.start)
         cache = caches.Cache(keys, conv, place)
     return cache, np.asarray(_last_logits(params, x_BTMD, context, model))[0]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import ModelConfig
-from engram_jax.memory.sites import engram_site, sites
+from engram_jax.memory.sites import sites
 from engram_jax.model.transformer import segments
 
 
@@ -41,11 +41,11 @@ class Place(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Of all slots: keys of each segment, what each Engram site's convolution read
+    """Of all slots: keys of each segment, what each Engram layer's convolution read
     [B, P, M, D], and the places."""
 
     keys: list[Keys]
-    conv: dict[str, jax.Array]
+    conv: dict[int, jax.Array]
     place: Place
 
 
@@ -62,8 +62,9 @@ def init_cache(model: ModelConfig, slots: int, length: int, pad_id: int) -> Cach
             for segment in segments(model)]
     conv = {}
     if model.engram is not None and model.engram.conv_reach:
-        shape = slots, model.engram.conv_reach, model.streams, model.width
-        conv = {engram_site(layer): jnp.zeros(shape, dtype) for layer in model.engram.layers}
+        branches = model.engram.branches(model.streams)
+        shape = slots, model.engram.conv_reach, branches, model.width
+        conv = {layer: jnp.zeros(shape, dtype) for layer in model.engram.layers}
     zeros_B = jnp.zeros(slots, jnp.int32)
     return Cache(keys, conv, Place(zeros_B, zeros_B.copy(), jnp.full(
         (slots, history_length(model)), pad_id, jnp.int32)))
@@ -87,7 +88,7 @@ def fork(cache: Cache, source: jax.Array | int, target: jax.Array | int) -> Cach
 class Mark(NamedTuple):
     """A point of a sequence to come back to: all of its slot but the keys, which stay."""
 
-    conv: dict[str, jax.Array]
+    conv: dict[int, jax.Array]
     place: Place
 
 

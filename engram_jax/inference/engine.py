@@ -330,14 +330,15 @@ class Engine:
             answer = rows.ask(host())
         for stage in rest:
             assert stage.site is not None
+            assert stage.layer is not None
             assert answer is not None
             part = slice(stage.start, stage.stop)
             x_BTMD, keys[part], conv_BPMD = stages.proceed(
                 self._params["segments"][part], self._bias[part], keys[part],
-                conv.get(stage.site), x_BTMD, answer(stage.site), context, slot,
+                conv.get(stage.layer), x_BTMD, answer(stage.site), context, slot,
                 model=model, start=stage.start)
             if conv_BPMD is not None:
-                conv[stage.site] = conv_BPMD
+                conv[stage.layer] = conv_BPMD
         self._cache = caches.Cache(keys, conv, place)
         if draw:
             self._tokens_B = stages.finish(

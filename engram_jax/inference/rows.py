@@ -118,12 +118,16 @@ class DeviceRows:
       addressing: tokens to rows.
       tables: for each site [S, R, D], as training has them.
       end_id: as in `stages.advance`.
+
+    Raises:
+      UserError: a control, which cannot serve.
     """
 
     on_host = False
 
     def __init__(self, model: ModelConfig, addressing: Addressing, tables: dict[str, jax.Array],
                  end_id: int | None = None):
+        addressing.check_serves()
         self.counters = Counters()
         self._tables = tables
 

@@ -9,6 +9,7 @@ Shapes: as in `caches` and `transformer`; T tokens of a chunk, of which the firs
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +28,17 @@ from engram_jax.model.transformer import Segment, segments
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Segments start..stop-1 of the chain; `site`: whose rows the stage begins with, if any."""
+    """Segments start..stop-1 of the chain.
+
+    Attributes:
+      site: whose rows the stage begins with, if any.
+      layer: before whose attention its Engram fusion stands, if it has one.
+    """
 
     start: int
     stop: int
     site: str | None
+    layer: int | None
 
 
 def stages(model: ModelConfig) -> tuple[Stage, ...]:
@@ -40,9 +47,12 @@ def stages(model: ModelConfig) -> tuple[Stage, ...]:
     fused = [number for number, segment in enumerate(chain) if segment.engram]
     cuts = [0, *fused, len(chain)]
     first = INPUT_SITE if model.over_encoding is not None else None
-    names = [first, *(engram_site(chain[number].start) for number in fused)]
-    return tuple(Stage(start, stop, name)
-                 for start, stop, name in zip(cuts[:-1], cuts[1:], names, strict=True))
+    made = [Stage(0, cuts[1], first, None)]
+    for start, stop in itertools.pairwise(cuts[1:]):
+        assert model.engram is not None
+        layer = chain[start].start
+        made.append(Stage(start, stop, engram_site(model.engram, layer), layer))
+    return tuple(made)
 
 
 class Context(NamedTuple):

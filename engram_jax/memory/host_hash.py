@@ -24,9 +24,13 @@ class HostHash:
 
     Args:
       addressing: what to hash with.
+
+    Raises:
+      UserError: a control, whose rows are not those of n-grams.
     """
 
     def __init__(self, addressing: Addressing):
+        addressing.check_serves()
         alike: dict[tuple[NgramHash, CompressedVocabulary], list[tuple[str, int]]] = {}
         for site in addressing.sites:
             key = addressing.hashes[site.name], addressing.vocabularies[site.name]

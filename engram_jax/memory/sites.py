@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.config import HashConfig, ModelConfig
+from engram_jax.config import EngramConfig, HashConfig, ModelConfig, require
+from engram_jax.hashing import controls
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash
 from engram_jax.memory import codec
@@ -37,8 +38,9 @@ class Site:
     layout: TableLayout
 
 
-def engram_site(layer: int) -> str:
-    return f"layer_{layer}"
+def engram_site(config: EngramConfig, layer: int) -> str:
+    """The site that feeds the Engram module of a layer."""
+    return f"layer_{config.layers[0] if config.one_table else layer}"
 
 
 INPUT_SITE = "input"
@@ -51,8 +53,9 @@ def sites(model: ModelConfig) -> tuple[Site, ...]:
     if (over := model.over_encoding) is not None:
         found.append(_site(model, INPUT_SITE, 0, (0,), over, model.width // over.total_heads))
     if (engram := model.engram) is not None:
-        found += [_site(model, engram_site(layer), layer, engram.layers, engram, engram.head_dim)
-                  for layer in engram.layers]
+        layers = engram.layers[:1] if engram.one_table else engram.layers
+        found += [_site(model, engram_site(engram, layer), layer, layers, engram, engram.head_dim)
+                  for layer in layers]
     return tuple(found)
 
 
@@ -110,9 +113,19 @@ class Addressing:
                 history_BP[:, history_BP.shape[1] - ngrams.max_order + 1:]].get(
                     mode="promise_in_bounds")
             canonical_BT = lookup.at[tokens_BT].get(mode="promise_in_bounds")
+            if (keys := site.hash_config.keys) != "ngrams":
+                assert history_BP is None, "controls only train and evaluate"
+                canonical_BT = (controls.of_neighbours(canonical_BT) if keys == "shuffled"
+                                else controls.by_chance(canonical_BT, vocabulary.size))
             out[site.name] = ngrams.table_ids(
                 canonical_BT, site.layer, history=before_BN, reach_BT=reach_BT)
         return out
+
+    def check_serves(self) -> None:
+        """Refuse controls (UserError): what they read depends on more than the n-grams."""
+        for site in self.sites:
+            require(site.hash_config.keys == "ngrams", f"{site.name}.keys", site.hash_config.keys,
+                    "is a control, which only trains and evaluates")
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint must carry: for each site, a digest of its hash and vocabulary."""

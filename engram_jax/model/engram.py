@@ -22,28 +22,29 @@ from engram_jax.model.layers import Params, matrix, rms_norm
 GATE_CLAMP = 1e-6
 
 
-def init_engram(key: jax.Array, width: int, streams: int, config: EngramConfig) -> Params:
-    """Parameters beside the table, all float32.
+def init_engram(key: jax.Array, width: int, branches: int, config: EngramConfig) -> Params:
+    """Parameters beside the table, all float32, for M = `config.branches(streams)`.
 
     project [M + 1, E, D]: the branches' W_K, then the one W_V; bias [M + 1, D] if set;
     query_gain, key_gain [M, D]; with a convolution, conv_gain [M, D] and conv [L, M, D], zeros.
+    Without a gate there are neither W_K nor gains of queries and keys.
     """
-    params = {
-        "project": matrix(key, streams + 1, config.memory_dim, width),
-        "query_gain": jnp.ones((streams, width), jnp.float32),
-        "key_gain": jnp.ones((streams, width), jnp.float32),
-    }
+    keys = branches if config.gated else 0
+    params = {"project": matrix(key, keys + 1, config.memory_dim, width)}
+    if config.gated:
+        params["query_gain"] = jnp.ones((branches, width), jnp.float32)
+        params["key_gain"] = jnp.ones((branches, width), jnp.float32)
     if config.bias:
-        params["bias"] = jnp.zeros((streams + 1, width), jnp.float32)
+        params["bias"] = jnp.zeros((keys + 1, width), jnp.float32)
     if config.kernel:
-        params["conv_gain"] = jnp.ones((streams, width), jnp.float32)
-        params["conv"] = jnp.zeros((config.kernel, streams, width), jnp.float32)
+        params["conv_gain"] = jnp.ones((branches, width), jnp.float32)
+        params["conv"] = jnp.zeros((config.kernel, branches, width), jnp.float32)
     return params
 
 
 class Fused(NamedTuple):
     """delta_BTMD, to be added to the streams; the gates, float32 [B, T, M]; what the convolution
-    read, [B, T, M, D], None without one."""
+    read, [B, T, M, D], None without one. M is 1 where one gate serves all streams."""
 
     delta_BTMD: jax.Array
     gate_BTM: jax.Array
@@ -61,7 +62,7 @@ def fuse(
     """Y of H <- H + Y (paper eq. 4 to 6).
 
     Args:
-      params: as `init_engram` makes them.
+      params: as `init_engram` makes them, for as many branches as the module has gates.
       hidden_BTMD: residual streams before the block's attention.
       rows_BTHC: the rows of each token, any float dtype.
       config: settings of the module.
@@ -70,6 +71,8 @@ def fuse(
       before_BPMD: what the convolution read at the P = `config.conv_reach` positions before these,
         oldest first; None where there were none.
     """
+    if not config.per_branch:
+        hidden_BTMD = jnp.mean(hidden_BTMD, axis=2, keepdims=True)
     memory_BTE = rows_BTHC.reshape(*rows_BTHC.shape[:2], -1).astype(hidden_BTMD.dtype)
     projected = jnp.einsum("bte,med->btmd", memory_BTE, params["project"].astype(memory_BTE.dtype))
     if config.bias:
@@ -88,7 +91,10 @@ def fuse(
 def gate(
     params: Params, hidden_BTMD: jax.Array, key_BTMD: jax.Array, config: EngramConfig
 ) -> jax.Array:
-    """sigmoid of the scaled product of the normalised hidden state and key, float32 [B, T, M]."""
+    """sigmoid of the scaled product of the normalised hidden state and key, float32 [B, T, M];
+    ones without a gate."""
+    if not config.gated:
+        return jnp.ones(hidden_BTMD.shape[:-1], jnp.float32)
     query = rms_norm(hidden_BTMD.astype(jnp.float32), params["query_gain"], config.norm_eps)
     key = rms_norm(key_BTMD.astype(jnp.float32), params["key_gain"], config.norm_eps)
     score_BTM = jnp.sum(query * key, axis=-1) * hidden_BTMD.shape[-1] ** -0.5
@@ -176,8 +182,8 @@ class Engram(nn.Module):
             rows=ngrams.table_rows[layer], dim=config.head_dim, shards=config.shards)
         table = self.param("table", layout.init, config.table_std)
         streams_BTMD = hidden if hidden.ndim == 4 else hidden[:, :, None]
-        params = self.param(
-            "fusion", init_engram, hidden.shape[-1], streams_BTMD.shape[2], config)
+        params = self.param("fusion", init_engram, hidden.shape[-1],
+                            config.branches(streams_BTMD.shape[2]), config)
         rows_BTHC = layout.gather(
             table, ngrams.table_ids(vocabulary.canonical(token_ids), layer))
         fused = fuse(params, streams_BTMD, rows_BTHC, config)

@@ -93,8 +93,8 @@ def _init_segment(
     if segment.engram:
         assert config.engram is not None
         params["engram"] = init_engram(
-            jax.random.fold_in(engram_key, segment.start), config.width, config.streams,
-            config.engram)
+            jax.random.fold_in(engram_key, segment.start), config.width,
+            config.engram.branches(config.streams), config.engram)
     return params
 
 
@@ -128,11 +128,11 @@ class Observed(NamedTuple):
 
     Attributes:
       loads: for each segment, the assignments of each expert, int32 [L, E], or None.
-      gates: for each Engram layer's site, float32 [B, T, M].
+      gates: for each Engram layer, float32 [B, T, M].
     """
 
     loads: list[jax.Array | None]
-    gates: dict[str, jax.Array]
+    gates: dict[int, jax.Array]
 
 
 def embed(
@@ -252,17 +252,21 @@ def body(
         assert starts_BT is not None, "a model that isolates documents needs starts_BT"
         docs = documents(starts_BT)
     x_BTMD = embed(params, tokens_BT, rows, config, whole)
-    loads, gates = [], {}
+    loads: list[jax.Array | None] = []
+    gates: dict[int, jax.Array] = {}
     for number, (segment, part, bias_LE) in enumerate(zip(
         segments(config), params["segments"], router_bias, strict=True
     )):
-        site = engram_site(segment.start)
+        rows_BTHC = None
+        if segment.engram:
+            assert config.engram is not None
+            rows_BTHC = rows[engram_site(config.engram, segment.start)]
         x_BTMD, load_LE, gate_BTM = run_segment(
-            part, x_BTMD, rows.get(site), bias_LE, segment, config, docs,
+            part, x_BTMD, rows_BTHC, bias_LE, segment, config, docs,
             lambda tree, *path, number=number: whole(tree, "segments", number, *path))
         loads.append(load_LE)
         if gate_BTM is not None:
-            gates[site] = gate_BTM
+            gates[segment.start] = gate_BTM
     return x_BTMD, Observed(loads, gates)
 
 

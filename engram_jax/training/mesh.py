@@ -79,6 +79,9 @@ def check(run: RunConfig, mesh: Mesh) -> None:
     require(batch // devices % accumulate == 0, "training.accumulate", accumulate,
             f"does not divide the {batch // devices} sequences that each of {devices} devices has")
     for site in sites(run.model):
+        require(site.hash_config.keys != "shuffled" or batch > devices, "data.batch_size", batch,
+                f"leaves each of {devices} devices one sequence, and with shuffled keys each needs "
+                "a neighbour: set at least two for a device")
         require(site.layout.shards % devices == 0, f"{site.name}.shards", site.layout.shards,
                 f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}; "
                 f"set the memory's shards to a multiple of {devices}")
