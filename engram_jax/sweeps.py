@@ -1,38 +1,95 @@
-"""A sweep: a named list of full configs, run one after another and set side by side.
+"""A sweep: an experiment's runs at one scale, over seeds, trained by a launcher and set side by side.
 
-An experiment is a folder `experiments/NAME` whose `configs.py` has `runs() -> list[RunConfig]`,
-and whose `report.py`, if there is one, has `report(results, place, say)`.
-Finished runs are skipped, interrupted ones go on.
+An experiment is a folder `experiments/NAME` with `configs.py`, whose `runs(scale, seeds)` gives the
+runs and whose `SCALES` says at which scales there are any, and `report.py` with `table(results)`,
+`figure(results)` and `FIGURE`, the figure's file. Finished runs are skipped, interrupted ones go on.
 """
 
+import csv
+import dataclasses
 import importlib
+import io
 import json
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
 
-from engram_jax.analysis import figures, scaling
+from engram_jax import forecast
+from engram_jax.analysis.figures import save
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
-from engram_jax.settings import with_settings
-from engram_jax.storage import write_text
+from engram_jax.settings import first_difference, with_settings
+from engram_jax.storage import refusals, write_text
 from engram_jax.training import processes
 from engram_jax.training.loop import train
+from engram_jax.training.records import git_revision
+
+SCALES = ("tiny", "small", "paper")
+SEEDS = (0, 1, 2)
+
+Result = Mapping[str, Any]
+Say = Callable[[str], None]
+Launcher = Callable[[Sequence[RunConfig], epath.Path, Say, Mesh | None], list[dict[str, Any]]]
 
 
-def experiment(name: str) -> list[RunConfig]:
-    """The runs of an experiment.
+def local(
+    runs: Sequence[RunConfig], place: epath.Path, say: Say, mesh: Mesh | None = None
+) -> list[dict[str, Any]]:
+    """One run after another, here."""
+    results = []
+    for number, run in enumerate(runs, start=1):
+        say(f"run {number} of {len(runs)}: {run.name}")
+        results.append(train(run, place / run.name, say, mesh))
+    return results
 
-    Raises:
-      UserError: no experiment has that name.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a sweep is.
+
+    Attributes:
+      experiment: its folder's name.
+      scale: one of `SCALES`.
+      seeds: each gives every arm the same start where shapes agree, and the same order of the text.
+      settings: "field=value", applied to every run.
+
+    Raises (when built):
+      UserError: no such experiment or scale, or seeds that are no seeds.
     """
-    if name not in (names := experiments()):
-        raise UserError(f"experiment = {name!r}: no such experiment; there are {', '.join(names)}")
-    runs: list[RunConfig] = importlib.import_module(f"experiments.{name}.configs").runs()
-    return runs
+
+    experiment: str
+    scale: str = "tiny"
+    seeds: tuple[int, ...] = SEEDS
+    settings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(self.experiment in (names := experiments()), "experiment", self.experiment,
+                f"no such experiment; there are {', '.join(names)}")
+        scales = _module(self.experiment, "configs").SCALES
+        require(self.scale in scales, "scale", self.scale,
+                f"{self.experiment} has {', '.join(scales)}")
+        require(bool(self.seeds) and min(self.seeds) >= 0, "seeds", list(self.seeds),
+                "must be one or more whole numbers, none negative")
+        repeated = sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1})
+        require(not repeated, "seeds", list(self.seeds),
+                f"has {', '.join(map(str, repeated))} more than once, which would count one run as "
+                "several")
+
+    def runs(self) -> list[RunConfig]:
+        """The runs, seed after seed."""
+        found = _module(self.experiment, "configs").runs(self.scale, self.seeds)
+        runs = [with_settings(run, self.settings) for run in found]
+        names = [run.name for run in runs]
+        require(len(set(names)) == len(names), "name", names, "every run of a sweep needs its own")
+        return runs
+
+
+def _module(experiment: str, name: str) -> ModuleType:
+    return importlib.import_module(f"experiments.{experiment}.{name}")
 
 
 def experiments() -> list[str]:
@@ -45,59 +102,115 @@ def experiments() -> list[str]:
                   if module.ispkg)
 
 
-def sweep(
-    name: str, directory: epath.PathLike, settings: Sequence[str] = (),
-    say: Callable[[str], None] = print, mesh: Mesh | None = None,
+def seeded(arms: Iterable[RunConfig], seeds: Iterable[int]) -> list[RunConfig]:
+    """Every arm with every seed, named ARM-seedN; paired: a seed gives all arms the same batches
+    in the same order, and the same start where their shapes agree."""
+    return [
+        dataclasses.replace(
+            arm, name=f"{arm.name}-seed{seed}",
+            data=dataclasses.replace(arm.data, seed=seed),
+            training=dataclasses.replace(arm.training, seed=seed))
+        for seed in seeds for arm in arms]
+
+
+def run_sweep(
+    sweep: Sweep, directory: epath.PathLike, say: Say = print, mesh: Mesh | None = None,
+    launcher: Launcher = local, allow_dirty: bool = False,
 ) -> list[dict[str, Any]]:
-    """Run an experiment in `directory` and write results.json, table.txt and the figure there.
+    """Train all runs of `sweep` in `directory`; results.csv, table.txt and the figure follow.
 
     Args:
-      name: the experiment.
+      sweep: what to run.
       directory: gets one folder a run.
-      settings: "field=value", applied to every run.
       say: gets lines for people.
       mesh: as `train` takes it.
+      launcher: trains runs, each in its folder, and returns what their result.json hold.
+      allow_dirty: run from a checkout with changes that are not committed.
 
     Returns:
-      One dict a run, as results.json holds them.
+      One dict a run, a row of results.csv each.
+
+    Raises:
+      UserError: runs that do not fit, uncommitted changes, or a folder of another sweep.
     """
-    runs = [with_settings(run, settings) for run in experiment(name)]
-    names = [run.name for run in runs]
-    require(len(set(names)) == len(names), "name", names, "every run of a sweep needs its own")
-    place, results = epath.Path(directory), []
-    for number, run in enumerate(runs, start=1):
-        say(f"run {number} of {len(runs)}: {run.name}")
-        results.append(train(run, place / run.name, say, mesh))
+    runs, place = sweep.runs(), epath.Path(directory)
+    require(allow_dirty or not git_revision().endswith("+changes"), "git", "uncommitted changes",
+            "nobody could run this again; commit them, or say --allow-dirty")
+    forecast.check([forecast.forecast(run, mesh) for run in runs])
     if processes.is_first():
-        _report_of(name)(results, place, say)
+        _claim(sweep, place)
+    results = launcher(runs, place, say, mesh)
+    if processes.is_first():
+        report(sweep.experiment, results, place, say)
     return results
 
 
-def _report_of(name: str) -> Callable[..., None]:
-    """The experiment's own `report`, if it has one, or else the general one."""
-    module = f"experiments.{name}.report"
-    try:
-        found: Callable[..., None] = importlib.import_module(module).report
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise  # something that the report needs
-        return report
+def _claim(sweep: Sweep, place: epath.Path) -> None:
+    """Write sweep.json, or refuse a folder that holds another sweep; more seeds may be added."""
+    path = place / "sweep.json"
+    mine = {"experiment": sweep.experiment, "scale": sweep.scale, "settings": [*sweep.settings]}
+    with refusals(path, "read"):
+        if path.exists():
+            if difference := first_difference(json.loads(path.read_text()), mine):
+                field, before, now = difference
+                raise UserError(f"{field} = {now!r}: {place} holds a sweep with {before!r}; choose "
+                                "another folder or delete this one")
+            return
+    with refusals(place, "written"):
+        place.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(mine, indent=1) + "\n")
+
+
+def report(experiment: str, results: Sequence[Result], place: epath.Path, say: Say) -> None:
+    """Write results.csv, table.txt and the figure of finished runs."""
+    own = _module(experiment, "report")
+    write_text(place / "results.csv", to_csv(results))
+    text = own.table(results)
+    write_text(place / "table.txt", text + "\n")
+    save(own.figure(results), place / own.FIGURE)
+    say(f"\n{text}\nfigure: {place / own.FIGURE}")
+
+
+def to_csv(results: Sequence[Result]) -> str:
+    """A line each run; numbers are written so that reading gives the same bits."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(results[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dict(result) for result in results)
+    return text.getvalue()
+
+
+def from_csv(text: str) -> list[dict[str, Any]]:
+    """What `to_csv` was given."""
+    return [{name: _value(word) for name, word in row.items()}
+            for row in csv.DictReader(io.StringIO(text))]
+
+
+def _value(word: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word or None
+
+
+def arm(result: Result) -> str:
+    """The name of a run's arm: its own without the seed."""
+    return str(result["name"]).removesuffix(f"-seed{result['seed']}")
+
+
+def losses(results: Iterable[Result]) -> dict[str, dict[int, float]]:
+    """arm -> seed -> validation loss, arms in the order of their first run."""
+    found: dict[str, dict[int, float]] = {}
+    for result in results:
+        found.setdefault(arm(result), {})[result["seed"]] = result["loss"]
     return found
 
 
-def report(
-    results: Sequence[dict[str, Any]], place: epath.Path, say: Callable[[str], None]
-) -> None:
-    """Set finished runs side by side: results.json, table.txt, and a figure where sizes vary."""
-    write_text(place / "results.json", json.dumps(list(results), indent=1) + "\n")
-    lines = [scaling.table(results)]
-    line = scaling.fit(results)
-    if line is not None:
-        lines += ["", str(line)]
-        figure = place / "loss_against_slots.png"
-        figures.memory_scaling(results, figure)
-    text = "\n".join(lines)
-    write_text(place / "table.txt", text + "\n")
-    say("\n" + text)
-    if line is not None:
-        say(f"figure: {figure}")
+def by_text(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """The runs of each text."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result["text"], []).append(result)
+    return found

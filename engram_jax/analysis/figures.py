@@ -1,4 +1,4 @@
-"""Figures of experiments: labelled axes, direct labels, colours that everybody can tell.
+"""What all figures share: size, colours that everybody can tell, plain axes, how they are saved.
 
 Colours are Okabe and Ito's.
 """
@@ -13,67 +13,92 @@ import matplotlib.pyplot as plt
 import numpy as np
 from etils import epath
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from engram_jax.accounting import short
-from engram_jax.analysis.scaling import Result, fit
+from engram_jax.analysis.statistics import Interval
 from engram_jax.storage import refusals
 
-COLOURS = {"Engram": "#0072B2", "OverEncoding": "#D55E00", "no memory": "#444444"}
-MARKERS = {"Engram": "o", "OverEncoding": "s"}
+BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+DARK, PALE = "#444444", "#DDDDDD"
 
 
-def memory_scaling(results: Sequence[Result], path: epath.PathLike) -> None:
-    """Validation loss against the number of slots, written to `path` (PNG or SVG)."""
-    figure, axes = plt.subplots(figsize=(7.2, 4.3), dpi=150)
-    axes.set_xscale("log")
-    for name in ("Engram", "OverEncoding"):
-        points = [(r["slots"], r["loss"]) for r in results if r["memory"] == name]
-        if points:
-            slots, losses = np.array(points, np.float64).T
-            axes.plot(slots, losses, MARKERS[name], color=COLOURS[name], markersize=7, zorder=3)
-            axes.annotate(name, (slots[-1], losses[-1]), xytext=(10, 0), va="center",
-                          textcoords="offset points", color=COLOURS[name], weight="bold")
-    _line(axes, results)
-    _baseline(axes, results)
-    sizes = sorted({r["slots"] for r in results if r["slots"]})
-    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
-    axes.minorticks_off()
-    axes.set_xlim(sizes[0] / 1.6, sizes[-1] * 3.2)
-    axes.set_xlabel("slots (rows of one head's table)")
-    axes.set_ylabel("validation loss (nats a token)")
-    active = max(r["active_params"] for r in results)
-    axes.set_title(f"Memory size at {short(active)} active parameters and "
-                   f"{short(results[0]['tokens'])} tokens", loc="left", fontsize=11)
-    axes.margins(y=0.1)
+def panels(count: int, height: float = 4.3) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes side by side."""
+    figure, axes = plt.subplots(
+        1, count, figsize=(7.2 if count == 1 else 5.4 * count, height), dpi=150, squeeze=False)
+    for each in axes[0]:
+        plain(each)
+    return figure, list(axes[0])
+
+
+def plain(axes: Axes, grid: str = "y") -> None:
+    """No frame, a pale grid."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.grid(axis=grid, color=PALE, linewidth=0.7)
     axes.set_axisbelow(True)
+
+
+def title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=11)
+
+
+def points(
+    axes: Axes, xs: Sequence[float], found: Sequence[Interval], colour: str, marker: str = "o"
+) -> None:
+    """Means with their 95 % intervals as bars."""
+    means = np.array([each.mean for each in found])
+    ends = np.array([[each.mean if end is None else end for end in (each.low, each.high)]
+                     for each in found])
+    axes.errorbar(xs, means, yerr=np.abs(ends.T - means), fmt=marker, color=colour, markersize=6,
+                  capsize=3, linewidth=1.3, zorder=3)
+
+
+def label(
+    axes: Axes, text: str, at: tuple[float, float], colour: str, offset: tuple[int, int] = (10, 0)
+) -> None:
+    """A curve's name beside it."""
+    axes.annotate(text, at, xytext=offset, va="center", textcoords="offset points", color=colour,
+                  weight="bold")
+
+
+def level(axes: Axes, height: float, text: str, colour: str = DARK) -> None:
+    """A dashed line across, with its name."""
+    axes.axhline(height, color=colour, linewidth=1.3, linestyle="--")
+    axes.annotate(text, (0.01, height), xytext=(0, 4), weight="bold", color=colour,
+                  xycoords=("axes fraction", "data"), textcoords="offset points")
+
+
+def arms(axes: Axes, names: Sequence[str], found: Sequence[Interval],
+         seeds: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
+    """A row for each arm: a dot for each seed, the mean and its interval."""
+    for row, (each, values, colour) in enumerate(zip(found, seeds, colours, strict=True)):
+        axes.plot(values, [row] * len(values), "o", color=colour, markersize=4, alpha=0.45)
+        if each.low is not None and each.high is not None:
+            axes.plot([each.low, each.high], [row, row], color=colour, linewidth=1.3)
+        axes.plot(each.mean, row, "|", color=colour, markersize=14, markeredgewidth=2.2)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=PALE, linewidth=0.7)
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG, closed."""
+    image = io.BytesIO()
     figure.tight_layout()
-    place, image = epath.Path(path), io.BytesIO()
-    figure.savefig(image, format=place.suffix.removeprefix("."))
+    figure.savefig(image, format="png")
     plt.close(figure)
+    return image.getvalue()
+
+
+def save(figure: Figure, path: epath.PathLike) -> None:
+    """Write a figure as PNG.
+
+    Raises:
+      MachineError: it cannot be written.
+    """
+    place = epath.Path(path)
+    image = png(figure)
     with refusals(place, "written"):
-        place.write_bytes(image.getvalue())
-
-
-def _line(axes: Axes, results: Sequence[Result]) -> None:
-    line = fit(results)
-    if line is None:
-        return
-    sizes = [r["slots"] for r in results if r["memory"] == "Engram"]
-    xs = np.geomspace(min(sizes), max(sizes), 50)
-    axes.plot(xs, line(xs), color=COLOURS["Engram"], linewidth=1.3, alpha=0.7)
-    margin = (line.high - line.low) / 2
-    slope = f"{line.slope:+.3f} ± {margin:.3f}".replace("-", "\N{MINUS SIGN}")
-    axes.annotate(f"{slope} nats a tenfold (95 %)", (xs[18], line(xs[18:19])[0]),
-                  xytext=(8, 8), textcoords="offset points", color=COLOURS["Engram"])
-
-
-def _baseline(axes: Axes, results: Sequence[Result]) -> None:
-    for result in results:
-        if result["memory"] == "no memory":
-            axes.axhline(result["loss"], color=COLOURS["no memory"], linewidth=1.3, linestyle="--")
-            axes.annotate("no memory", (0.01, result["loss"]), xytext=(0, 4), weight="bold",
-                          xycoords=("axes fraction", "data"), textcoords="offset points",
-                          color=COLOURS["no memory"])
+        place.write_bytes(image)

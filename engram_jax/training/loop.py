@@ -8,6 +8,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -116,7 +117,8 @@ class _Loop:
         self.records.truncate_metrics(start)
         if start == 0:
             placed = meshes.shardings(self.run, self.mesh)
-            return jax.jit(lambda: init_state(self.run), out_shardings=placed)(), 0
+            init = jax.jit(lambda seed: init_state(self.run, seed), out_shardings=placed)
+            return init(np.int32(self.run.training.seed)), 0
         self.say(f"{self.run.name}: going on from step {start}")
         return checkpoints.restore(
             meshes.placed_state(self.run, self.mesh), self.batches), start
@@ -176,10 +178,14 @@ class _Loop:
             "memory_params": numbers.engram_params,
             "total_params": numbers.total_params,
             "active_params": numbers.active_params,
+            "experts": run.model.moe.experts if run.model.moe else 0,
+            "rho": numbers.rho,
+            "flops_per_token": numbers.flops_per_token,
             "loss": evaluation.loss,
             "bits_per_byte": evaluation.bits_per_byte,
             "validation_tokens": evaluation.tokens,
             "tokens_per_s": self.batch_tokens / statistics.median(seconds) if seconds else 0.0,
+            "text": epath.Path(run.data.path).name,
             "seed": run.training.seed,
             "steps": run.training.steps,
             "tokens": run.training.steps * self.batch_tokens,

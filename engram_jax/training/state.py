@@ -40,9 +40,13 @@ def row_optimizer(run: RunConfig, axes: tuple[str, ...] = ()) -> RowOptimizer:
     return row_optimizers.row_optimizer(run.optimizer, axes)
 
 
-def init_state(run: RunConfig) -> TrainState:
-    """The state before the first step; a pure function of the config, to be jitted."""
-    params_key, tables_key = jax.random.split(jax.random.key(run.training.seed))
+def init_state(run: RunConfig, seed: jax.Array | None = None) -> TrainState:
+    """The state before the first step; a pure function, to be jitted.
+
+    `seed`, int32, stands in the place of `training.seed`, so that one program serves all seeds.
+    """
+    key = jax.random.key(run.training.seed if seed is None else seed)
+    params_key, tables_key = jax.random.split(key)
     params = transformer.init(run.model, params_key)
     rows = row_optimizer(run)
     return TrainState(

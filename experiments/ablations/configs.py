@@ -1,0 +1,67 @@
+"""One memory in two blocks, and what is lost without each of its parts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from engram_jax.accounting import account
+from engram_jax.allocation import with_flops
+from engram_jax.config import EngramConfig, RunConfig
+from engram_jax.recipes import engram_3b, small, tiny, without_memory
+from engram_jax.sweeps import seeded
+
+
+def _tiny() -> RunConfig:
+    """Two residual streams and two modules, so that there are branches and layers to take away."""
+    run = tiny()
+    assert run.model.engram is not None
+    engram = dataclasses.replace(run.model.engram, layers=(1, 3), rows_per_head=(8192, 8192))
+    model = dataclasses.replace(run.model, depth=4, streams=2, engram=engram)
+    return dataclasses.replace(run, model=model)
+
+
+SCALES = {"tiny": _tiny, "small": small, "paper": engram_3b}
+
+
+def arms(base: RunConfig) -> list[RunConfig]:
+    """The reference first, then each part taken away or changed; no memory last."""
+    memory = base.model.engram
+    assert memory is not None
+    rows = memory.rows_per_head
+    start = 0.0 if memory.table_std else 0.02
+
+    def changed(name: str, **fields: Any) -> RunConfig:
+        return _with(base, name, dataclasses.replace(memory, **fields))
+
+    return [
+        _with(base, "reference", memory),
+        changed("one-branch", per_branch=False),
+        changed("no-compression", compress=False),
+        changed("no-gate", gated=False),
+        changed("4-grams", max_order=4, rows_per_head=(sum(rows) // 3,) * 3,
+                dilation=memory.conv_dilation),
+        changed("no-convolution", kernel=0),
+        changed("no-signed-root", signed_root=not memory.signed_root),
+        changed("random-start" if start else "zero-start", table_std=start),
+        changed("one-table", one_table=True,
+                rows_per_head=tuple(count * len(memory.layers) for count in rows)),
+        *(_with_rate(base, multiplier) for multiplier in (1.0, 20.0)),
+        dataclasses.replace(without_memory(base), name="no-memory"),
+    ]
+
+
+def runs(scale: str, seeds: Sequence[int]) -> list[RunConfig]:
+    """Every arm with every seed; dense FFNs make up for the FLOPs that an arm takes away or adds."""
+    base = SCALES[scale]()
+    cost = account(base).flops_per_token
+    return seeded([with_flops(arm, cost) for arm in arms(base)], seeds)
+
+
+def _with(base: RunConfig, name: str, engram: EngramConfig) -> RunConfig:
+    return dataclasses.replace(
+        base, name=name, model=dataclasses.replace(base.model, engram=engram))
+
+
+def _with_rate(base: RunConfig, multiplier: float) -> RunConfig:
+    optimizer = dataclasses.replace(base.optimizer, table_multiplier=multiplier)
+    return dataclasses.replace(base, name=f"rate-x{multiplier:g}", optimizer=optimizer)

@@ -1,0 +1,24 @@
+"""A memory, the same memory asked for rows that say nothing, and none, all at one cost."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from engram_jax.allocation import matched_baseline
+from engram_jax.config import KEYS, RunConfig
+from engram_jax.recipes import engram_3b, small, tiny
+from engram_jax.sweeps import seeded
+
+SCALES = {"tiny": tiny, "small": small, "paper": engram_3b}
+
+
+def runs(scale: str, seeds: Sequence[int]) -> list[RunConfig]:
+    """Every arm with every seed."""
+    base = SCALES[scale]()
+    return seeded([matched_baseline(base), *(_with_keys(base, keys) for keys in KEYS)], seeds)
+
+
+def _with_keys(base: RunConfig, keys: str) -> RunConfig:
+    assert base.model.engram is not None
+    engram = dataclasses.replace(base.model.engram, keys=keys)
+    return dataclasses.replace(
+        base, name=keys, model=dataclasses.replace(base.model, engram=engram))
