@@ -167,7 +167,11 @@ class RunDirectory:
 
 
 def environment(**known: Any) -> dict[str, Any]:
-    """Where a run happens: code, versions, devices, and what else is `known`."""
+    """Where a run happens: code, versions, devices, and what else is `known`.
+
+    `cpus` that this process may use: on CPU devices the order of sums, and so the last bits of a
+    loss, depend on it.
+    """
     return {
         "engram_jax": __version__,
         "git": git_revision(),
@@ -176,6 +180,7 @@ def environment(**known: Any) -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
         "processes": jax.process_count(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "command": sys.argv,
         **known,
     }
