@@ -17,7 +17,7 @@ venv: .venv/ready
 	@touch $@
 
 demo: venv
-	@$(BIN)/engram-jax sweep memory_scaling --out runs/demo
+	@$(BIN)/engram-jax sweep memory_scaling --out runs/demo --seeds 1 --allow-dirty
 
 test: venv
 	@$(BIN)/python -m pytest

@@ -118,9 +118,17 @@ def _add_sweep(commands) -> None:  # type: ignore[no-untyped-def]
     command = _command(
         commands, "sweep",
         "train every model of an experiment and set them side by side",
-        "sweep memory_scaling --out runs/scaling --set data.path=my.txt")
+        "sweep memory_scaling --out runs/scaling --seeds 1 --set data.path=my.txt")
     command.add_argument("experiment", metavar="EXPERIMENT", help="a folder of experiments/")
-    command.add_argument("--out", required=True, metavar="DIR", help="gets one folder a run")
+    command.add_argument("--out", metavar="DIR", help="gets one folder a run")
+    command.add_argument("--scale", default="tiny", metavar="SCALE",
+                         help="tiny (default; two CPU cores), small (a GPU) or paper (a pod)")
+    command.add_argument("--seeds", default="3", metavar="N or A,B,...",
+                         help="how many seeds, from 0 on, or which ones (default 3)")
+    command.add_argument("--dry-run", action="store_true",
+                         help="say what each run would take, and run nothing")
+    command.add_argument("--allow-dirty", action="store_true",
+                         help="run from a checkout with uncommitted changes")
     _add_mesh(command)
     _add_set(command)
     _add_processes(command)

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 
 from engram_jax.arguments import parser
-from engram_jax.config import RunConfig
+from engram_jax.config import RunConfig, require
 from engram_jax.errors import MachineError, UserError
 from engram_jax.settings import with_settings
 
@@ -119,12 +119,28 @@ def sweep(options: argparse.Namespace) -> None:
     from engram_jax import sweeps
     from engram_jax.training.mesh import chosen_mesh
 
+    chosen = sweeps.Sweep(
+        experiment=options.experiment, scale=options.scale, settings=tuple(options.settings),
+        seeds=_seeds(options.seeds))
+    if options.dry_run:
+        sweeps.dry_run(chosen, _say, chosen_mesh(options.mesh))
+        return
+    require(bool(options.out), "out", options.out, "a sweep needs --out, a folder for its runs")
     with _joined(options) as say:
-        results = sweeps.sweep(options.experiment, options.out, options.settings, say,
-                               chosen_mesh(options.mesh))
+        results = sweeps.run_sweep(chosen, options.out, say, chosen_mesh(options.mesh),
+                                   allow_dirty=options.allow_dirty)
         best = min(results, key=lambda result: result["loss"])
         say(f"next: {_program()} generate {options.out}/{best['name']} --prompt 'import ', or the "
             "same sweep on your own text: add --set data.path=FILE and another --out")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """ "3" is the first three, "4,7" are these two."""
+    words = text.split(",")
+    require(all(word.strip().isdecimal() for word in words), "seeds", text,
+            "must be how many, for example 3, or which ones, for example 0,1,4")
+    numbers = tuple(int(word) for word in words)
+    return numbers if len(words) > 1 else tuple(range(numbers[0]))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What a run will take, before it runs: parameters, FLOPs, memory and time (`sweep --dry-run`).
 
 Time is that of the run's FLOPs at `EFFICIENCY` of what a matrix product reaches on the first device
-now; it is a guess of the right order. Memory is counted without activations inside blocks, so what
-it refuses cannot fit, and what it lets through may still be too large (`plan` knows for TPUs).
+now; it is a guess of the right order. Memory is that of state and gradients, without activations:
+what it refuses cannot fit, and what it lets through may still be too large (`plan` knows for TPUs).
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Forecast:
       run: the run.
       tokens: that it trains on.
       flops: of the whole training.
-      memory_bytes: of all devices together: state, gradients, and the logits of a microbatch.
+      memory_bytes: of all devices together: state and gradients.
       available_bytes: of all devices together.
       seconds: a guess, see the module.
     """
@@ -75,8 +75,8 @@ def check(found: Sequence[Forecast]) -> None:
 
 def table(found: Sequence[Forecast]) -> str:
     """A line each run, and their sums."""
-    head = (f"{'run':<34}{'total':>9}{'active':>9}{'memory':>9}{'experts':>9}{'rho':>7}"
-            f"{'FLOPs/token':>13}{'tokens':>9}{'FLOPs':>10}{'needs':>10}{'time':>8}  fits")
+    head = (f"{'run':<34}{'total':>9}{'active':>9}{'tables':>9}{'experts':>9}{'rho':>7}"
+            f"{'FLOPs/token':>13}{'tokens':>9}{'FLOPs':>10}{'needs':>11}{'time':>11}  fits")
     lines = [head, "-" * len(head)]
     for each in found:
         numbers, moe = account(each.run), each.run.model.moe
@@ -85,8 +85,8 @@ def table(found: Sequence[Forecast]) -> str:
             f"{each.run.name:<34}{short(numbers.total_params):>9}"
             f"{short(numbers.active_params):>9}{short(numbers.engram_params):>9}"
             f"{moe.experts if moe else '-':>9}{rho:>7}{short(numbers.flops_per_token):>13}"
-            f"{short(each.tokens):>9}{each.flops:>10.2e}{_gb(each.memory_bytes):>10}"
-            f"{_duration(each.seconds):>8}  {'yes' if each.fits else 'no'}")
+            f"{short(each.tokens):>9}{each.flops:>10.2e}{_gb(each.memory_bytes):>11}"
+            f"{_duration(each.seconds):>11}  {'yes' if each.fits else 'no'}")
     lines.append(f"{len(found)} runs, {sum(each.flops for each in found):.2e} FLOPs, about "
                  f"{_duration(sum(each.seconds for each in found))} one after another on "
                  f"{jax.device_count()} {jax.devices()[0].device_kind}")
@@ -94,13 +94,10 @@ def table(found: Sequence[Forecast]) -> str:
 
 
 def _memory_bytes(run: RunConfig) -> int:
-    """State, gradients of the parameters, logits and their gradient in float32."""
+    """State, and gradients of the parameters in float32."""
     state = abstract_state(run)
-    gradients = jax.tree.leaves(state.params)
-    logits = run.data.batch_size // run.training.accumulate * run.data.sequence_length * (
-        run.model.vocab_size)
     return (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-            + sum(4 * leaf.size for leaf in gradients) + 2 * 4 * logits)
+            + sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)))
 
 
 def _available_bytes(mesh: Mesh) -> int:

@@ -88,7 +88,7 @@ def moe_10b() -> RunConfig:
 
 def moe_3b() -> RunConfig:
     """Memory scaling and ablations: 3B parameters, 568M active; 100B tokens is our choice."""
-    return _paper_small("moe-3b", 1280, 12, 1216, 10_368, 53, 100e9)
+    return _paper_small("moe-3b", 1280, 12, 1216, 10_624, 53, 100e9)
 
 
 def engram_3b() -> RunConfig:

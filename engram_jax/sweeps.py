@@ -1,8 +1,9 @@
-"""A sweep: an experiment's runs at one scale, over seeds, trained by a launcher and set side by side.
+"""A sweep: an experiment's runs at one scale, over seeds, trained and set side by side.
 
-An experiment is a folder `experiments/NAME` with `configs.py`, whose `runs(scale, seeds)` gives the
-runs and whose `SCALES` says at which scales there are any, and `report.py` with `table(results)`,
-`figure(results)` and `FIGURE`, the figure's file. Finished runs are skipped, interrupted ones go on.
+An experiment is a folder `experiments/NAME` with `configs.py`, whose `runs(scale, seeds)` gives
+the runs and whose `SCALES` says at which scales there are any, and `report.py` with
+`table(results)`, `figure(results)` and `FIGURE`, the figure's file. Finished runs are skipped,
+interrupted ones go on.
 """
 
 import csv
@@ -11,7 +12,7 @@ import importlib
 import io
 import json
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from engram_jax import forecast
+from engram_jax.analysis.arms import Result
 from engram_jax.analysis.figures import save
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
@@ -31,7 +33,6 @@ from engram_jax.training.records import git_revision
 SCALES = ("tiny", "small", "paper")
 SEEDS = (0, 1, 2)
 
-Result = Mapping[str, Any]
 Say = Callable[[str], None]
 Launcher = Callable[[Sequence[RunConfig], epath.Path, Say, Mesh | None], list[dict[str, Any]]]
 
@@ -145,6 +146,20 @@ def run_sweep(
     return results
 
 
+def dry_run(sweep: Sweep, say: Say = print, mesh: Mesh | None = None) -> None:
+    """Say what every run would take; `described(scale)` of the experiment's configs comes first.
+
+    Raises:
+      UserError: runs that do not fit, after everything was said.
+    """
+    configs = _module(sweep.experiment, "configs")
+    if hasattr(configs, "described"):
+        say(f"{configs.described(sweep.scale)}\n")
+    found = [forecast.forecast(run, mesh) for run in sweep.runs()]
+    say(forecast.table(found))
+    forecast.check(found)
+
+
 def _claim(sweep: Sweep, place: epath.Path) -> None:
     """Write sweep.json, or refuse a folder that holds another sweep; more seeds may be added."""
     path = place / "sweep.json"
@@ -194,23 +209,3 @@ def _value(word: str) -> Any:
             continue
     return word or None
 
-
-def arm(result: Result) -> str:
-    """The name of a run's arm: its own without the seed."""
-    return str(result["name"]).removesuffix(f"-seed{result['seed']}")
-
-
-def losses(results: Iterable[Result]) -> dict[str, dict[int, float]]:
-    """arm -> seed -> validation loss, arms in the order of their first run."""
-    found: dict[str, dict[int, float]] = {}
-    for result in results:
-        found.setdefault(arm(result), {})[result["seed"]] = result["loss"]
-    return found
-
-
-def by_text(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """The runs of each text."""
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        found.setdefault(result["text"], []).append(result)
-    return found

@@ -5,6 +5,7 @@ Colours are Okabe and Ito's.
 
 import io
 from collections.abc import Sequence
+from typing import Literal
 
 import matplotlib
 
@@ -31,7 +32,7 @@ def panels(count: int, height: float = 4.3) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[0])
 
 
-def plain(axes: Axes, grid: str = "y") -> None:
+def plain(axes: Axes, grid: Literal["x", "y"] = "y") -> None:
     """No frame, a pale grid."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -1,9 +1,10 @@
-"""Curves through losses: a line in log10(slots), and a parabola whose lowest point is the optimum."""
+"""Curves through losses: a line in log10(slots), and a parabola with its lowest point."""
 
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import scipy.stats
 
 from engram_jax.analysis.statistics import CONFIDENCE
@@ -27,7 +28,7 @@ class Line:
     high: float
     points: int
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: npt.ArrayLike) -> np.ndarray:
         return self.intercept + self.slope * np.log10(x)
 
     def __str__(self) -> str:

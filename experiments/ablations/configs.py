@@ -51,7 +51,7 @@ def arms(base: RunConfig) -> list[RunConfig]:
 
 
 def runs(scale: str, seeds: Sequence[int]) -> list[RunConfig]:
-    """Every arm with every seed; dense FFNs make up for the FLOPs that an arm takes away or adds."""
+    """Every arm with every seed; dense FFNs make up for the FLOPs that arms differ in."""
     base = SCALES[scale]()
     cost = account(base).flops_per_token
     return seeded([with_flops(arm, cost) for arm in arms(base)], seeds)
