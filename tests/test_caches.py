@@ -20,6 +20,8 @@ from engram_jax.model.engram import causal_conv, fuse, init_engram
 
 pytestmark = pytest.mark.usefixtures("compilations")
 FIRST, SECOND, THIRD = (serving.prompt(length, seed=9) for length in (6, 5, 7))
+SHARED = dataclasses.replace(MODEL, engram=dataclasses.replace(
+    MODEL.engram, one_table=True, per_branch=False, gated=False))
 models = pytest.mark.parametrize("model", [MODEL, ISOLATED], ids=["together", "isolated"])
 
 
@@ -49,7 +51,7 @@ def slot_of(cache, slot, upto=LENGTH):
 # --- Split and whole ---
 
 
-@models
+@pytest.mark.parametrize("model", [MODEL, ISOLATED, SHARED], ids=["together", "isolated", "shared"])
 def test_pieces_are_the_whole(model):
     """Whatever the cuts, across the ends of documents, too: the logits of `transformer.apply`."""
     text = (*FIRST, END, *SECOND, END, END, *THIRD)

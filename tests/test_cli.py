@@ -172,10 +172,11 @@ def test_generate_goes_on_behind_a_prompt_longer_than_the_window(trained, capsys
 
 
 def test_sweep_says_what_to_do_next(trained, text, recipe, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sweeps, "experiment", lambda name: [recipe])
-    out = succeeded(capsys, "sweep", "one", "--out", tmp_path, "--set", f"data.path={text}")
-    assert f"next: engram-jax generate {tmp_path}/micro" in out
-    assert (tmp_path / "results.json").exists()
+    monkeypatch.setattr(sweeps.Sweep, "runs", lambda sweep: sweeps.seeded([recipe], sweep.seeds))
+    out = succeeded(capsys, "sweep", "controls", "--out", tmp_path, "--seeds", "0,4",
+                    "--allow-dirty", "--set", f"data.path={text}")
+    assert f"next: engram-jax generate {tmp_path}/micro-seed" in out
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
 
 
 # --- What the user can mend: exit code 2 ---
@@ -221,6 +222,11 @@ def test_a_bad_setting_names_field_and_value(setting, words, capsys):
     (["train", "tinny", "--out", "x"], ["recipe = 'tinny'"]),
     (["train", "tiny"], ["--out"]),
     (["sweep", "nope", "--out", "x"], ["experiment = 'nope'", "memory_scaling"]),
+    (["sweep", "controls"], ["out = None", "--out"]),
+    (["sweep", "controls", "--out", "x", "--seeds", "two"], ["seeds = 'two'", "0,1,4"]),
+    (["sweep", "controls", "--out", "x", "--seeds", "1,2,1"], ["seeds = [1, 2, 1]", "has 1 more"]),
+    (["sweep", "controls", "--out", "x", "--seeds", "0"], ["seeds = []"]),
+    (["sweep", "controls", "--out", "x", "--scale", "big"], ["scale = 'big'", "tiny"]),
     (["evaluate", "/nowhere/at/all"], ["/nowhere/at/all"]),
     (["generate", "/nowhere/at/all", "--prompt", "x"], ["/nowhere/at/all"]),
     (["generate", "x", "--prompt", "x", "--tokens", "many"], ["--tokens", "many"]),

@@ -43,7 +43,8 @@ def randomised(tree, seed=1):
 def setting(streams, **changes):
     """(config, random fusion parameters, hidden, rows); `changes` of CONFIG."""
     config = dataclasses.replace(CONFIG, **changes)
-    params = randomised(init_engram(jax.random.key(0), WIDTH, streams, config))
+    branches = config.branches(streams)
+    params = randomised(init_engram(jax.random.key(0), WIDTH, branches, config))
     rows_BTHC = random(BATCH, TIME, config.total_heads, config.head_dim, seed=2)
     return config, params, random(BATCH, TIME, streams, WIDTH, seed=3), rows_BTHC
 
@@ -101,6 +102,25 @@ def test_fuse(streams, changes):
     assert fused.gate_BTM.dtype == jnp.float32
     assert ((gates > 0) & (gates < 1)).all()
     assert streams == 1 or (np.ptp(gates, axis=-1) > 1e-3).all(), "each branch has its own gate"
+
+
+def test_one_branch_reads_the_mean_of_the_streams():
+    config, params, hidden, rows = setting(4, per_branch=False)
+    fused = quick_jit(lambda *arguments: fuse(*arguments, config))(params, hidden, rows)
+    assert params["project"].shape[0] == 2
+    delta, gates = oracle(params, hidden.mean(axis=2, keepdims=True), rows, config)
+    np.testing.assert_allclose(fused.delta_BTMD, delta, rtol=0, atol=2e-5 * np.abs(delta).max())
+    np.testing.assert_allclose(fused.gate_BTM, gates, rtol=0, atol=1e-5)
+
+
+def test_without_a_gate_everything_is_used():
+    config, params, hidden, rows = setting(4, gated=False, kernel=0)
+    assert sorted(params) == ["project"]
+    fused = fuse(params, hidden, rows, config)
+    value = rows.reshape(BATCH, TIME, 1, -1) @ np.asarray(params["project"])[0]
+    np.testing.assert_allclose(fused.delta_BTMD, np.repeat(value, 4, axis=2), rtol=0, atol=1e-4)
+    assert (fused.gate_BTM == 1).all()
+    assert fused.gate_BTM.shape == (BATCH, TIME, 4)
 
 
 def test_memory_without_a_key_gives_a_half_open_gate():

@@ -493,6 +493,25 @@ def test_linen_is_a_shell_over_apply():
         assert len(set(load.sum(axis=1).tolist())) == 1, "every block routes every token"
 
 
+def test_one_table_feeds_every_layer():
+    """Its rows' gradient is the sum of what each layer's would be."""
+    two = dataclasses.replace(PLAIN, engram=engram(0, 2))
+    one = dataclasses.replace(two, engram=dataclasses.replace(two.engram, one_table=True))
+    assert [site.name for site in sites(one)] == ["layer_0"]
+    params, tables, _ = parts(one)
+    shared = rows_of(one, TOKENS_BT, NO_STARTS)["layer_0"]
+    bias = transformer.init_router_bias(one)
+
+    def loss(rows, config):
+        return jnp.sum(transformer.apply(params, TOKENS_BT, rows, bias, config)[0] ** 2)
+
+    apart = jax.grad(loss)({"layer_0": shared, "layer_2": shared}, two)
+    together = jax.grad(loss)({"layer_0": shared}, one)["layer_0"]
+    total = apart["layer_0"] + apart["layer_2"]
+    np.testing.assert_allclose(together, total, rtol=0, atol=1e-4 * float(jnp.abs(total).max()))
+    assert float(jnp.abs(apart["layer_2"]).max()) > 0.01 * float(jnp.abs(total).max())
+
+
 @pytest.mark.parametrize("name", ["engram first", "streams"])
 def test_bfloat16_gives_float32_logits_near_those_of_float32(name):
     config = VARIANTS[name]

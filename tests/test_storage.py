@@ -171,13 +171,14 @@ def test_what_a_store_refuses_is_one_line(run, store, bucket, capsys):
 
 def test_a_sweeps_report_goes_into_a_bucket(store, bucket):
     results = [
-        {"name": f"run-{slots}", "memory": "Engram", "slots": slots, "loss": loss,
-         "memory_params": 1, "total_params": 2, "active_params": 1, "bits_per_byte": 1.0,
-         "tokens_per_s": 1.0, "seed": 0, "steps": 1, "tokens": 10, "validation_tokens": 5}
+        {"name": f"run-{slots}-seed0", "memory": "Engram", "slots": slots, "loss": loss,
+         "memory_params": 1, "total_params": 2, "active_params": 1, "tokens_per_s": 1.0,
+         "flops_per_token": 6, "text": "text.txt", "seed": 0, "tokens": 10}
         for slots, loss in ((10, 3.0), (100, 2.5), (1000, 2.1))]
-    sweeps.report(results, epath.Path(bucket) / "sweep", silent)
+    sweeps.report("memory_scaling", results, epath.Path(bucket) / "sweep", silent)
     name = bucket.removeprefix("gs://")
-    assert json.loads(store.objects[f"{name}/sweep/results.json"]) == results
+    table = store.objects[f"{name}/sweep/results.csv"].decode()
+    assert sweeps.from_csv(table) == results
     assert store.objects[f"{name}/sweep/loss_against_slots.png"].startswith(b"\x89PNG")
 
 

@@ -27,7 +27,8 @@ def _small(name: str, steps: int) -> tuple[RunConfig, EngramConfig]:
     run = small()
     assert run.model.engram is not None
     model = dataclasses.replace(
-        without_memory(run).model, moe=MoEConfig(experts=64, top_k=4, shared=1, expert_ffn=256))
+        without_memory(run).model, ffn=4096,  # so wide that it can pay for Engram's projections
+        moe=MoEConfig(experts=64, top_k=4, shared=1, expert_ffn=256))
     training = dataclasses.replace(run.training, steps=steps)
     return dataclasses.replace(run, name=name, model=model, training=training), run.model.engram
 
