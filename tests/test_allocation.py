@@ -96,7 +96,7 @@ def test_shares_that_no_model_has(rho, message):
 def test_rows_too_wide_for_the_parameters():
     base, memory = SCALES["tiny"][0]
     wide = dataclasses.replace(memory, head_dim=64, heads=16)
-    with pytest.raises(UserError, match="model.ffn = -"):
+    with pytest.raises(UserError, match=r"model.ffn = -"):
         allocate(base, 0.9, wide)
 
 

@@ -498,7 +498,7 @@ def test_one_table_feeds_every_layer():
     two = dataclasses.replace(PLAIN, engram=engram(0, 2))
     one = dataclasses.replace(two, engram=dataclasses.replace(two.engram, one_table=True))
     assert [site.name for site in sites(one)] == ["layer_0"]
-    params, tables, _ = parts(one)
+    params, _, _ = parts(one)
     shared = rows_of(one, TOKENS_BT, NO_STARTS)["layer_0"]
     bias = transformer.init_router_bias(one)
 
