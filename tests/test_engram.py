@@ -258,6 +258,8 @@ def test_a_token_that_the_vocabulary_does_not_have():
 @pytest.mark.parametrize(("module", "shape", "word"), [
     (Engram(CONFIG, layer=2), (BATCH, TIME, WIDTH), "layer = 2"),
     (Engram(dataclasses.replace(CONFIG, pad_id=VOCAB)), (BATCH, TIME, WIDTH), f"pad_id = {VOCAB}"),
+    (Engram(dataclasses.replace(CONFIG, keys="random")), (BATCH, TIME, WIDTH), "keys = 'random'"),
+    (Engram(dataclasses.replace(CONFIG, one_table=True)), (BATCH, TIME, WIDTH), "one_table = True"),
     (Engram(CONFIG), (BATCH, WIDTH), "hidden.shape = (2, 32)"),
     (Engram(CONFIG), (BATCH, TIME + 1, WIDTH), "token_ids.shape = (2, 13)"),
 ], ids=lambda value: value if isinstance(value, str) else "")

@@ -167,6 +167,10 @@ class Engram(nn.Module):
         layer = config.layers[0] if self.layer is None else self.layer
         vocabulary = self.vocabulary or CompressedVocabulary.identity(config.vocab_size)
         raw_ids = vocabulary.lookup.size
+        require(config.keys == "ngrams", "EngramConfig.keys", config.keys,
+                "is a control of the training loop; a module of its own has ngrams")
+        require(not config.one_table, "EngramConfig.one_table", config.one_table,
+                "is of the training loop; a module of its own has a table of its own")
         require(layer in config.layers, "Engram.layer", layer, f"must be one of {config.layers}")
         require(0 <= config.pad_id < raw_ids, "EngramConfig.pad_id", config.pad_id,
                 f"must be a raw token id, in 0..{raw_ids - 1}")
