@@ -29,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_train(commands)
     _add_sweep(commands)
+    _add_compare(commands)
+    _add_reproduce(commands)
     _add_evaluate(commands)
     _add_generate(commands)
     _add_export(commands)
@@ -132,6 +134,27 @@ def _add_sweep(commands) -> None:  # type: ignore[no-untyped-def]
     _add_mesh(command)
     _add_set(command)
     _add_processes(command)
+
+
+def _add_compare(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "compare",
+        "set trained runs side by side: what differs, what it cost, and the losses over seeds",
+        "compare runs/scaling runs/mine")
+    command.add_argument("directories", metavar="DIR", nargs="+",
+                         help="a run's folder, or one that holds such, as a sweep's")
+    _add_json(command)
+
+
+def _add_reproduce(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "reproduce",
+        "train a finished run again from its own record, and compare every logged loss to the bit",
+        "reproduce runs/mine")
+    command.add_argument("directory", metavar="DIR", help="a finished run's folder")
+    command.add_argument("--out", metavar="FOLDER",
+                         help="gets the second run (default DIR/reproduction)")
+    _add_mesh(command)
 
 
 def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]

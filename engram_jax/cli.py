@@ -1,7 +1,7 @@
 """The command line: `engram-jax COMMAND --help` teaches each command.
 
 Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the user can mend it; the reason is one
-line on standard error.
+line on standard error. `reproduce` ends with 1, too, where the second run differs.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser().parse_args(words)
     _quieten()
     try:
-        COMMANDS[options.command](options)
+        return COMMANDS[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
         if (ending := _ending(error)) is None:
             raise
@@ -40,7 +40,6 @@ def main(words: Sequence[str] | None = None) -> int:
         if line:
             print(f"engram-jax: {line}", file=sys.stderr)
         return code
-    return 0
 
 
 def _ending(error: BaseException) -> tuple[int, str] | None:
@@ -166,6 +165,22 @@ def _joined(options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
         processes.leave(*ending)
 
 
+def compare(options: argparse.Namespace) -> None:
+    from engram_jax import comparing
+
+    found = comparing.arms(options.directories)
+    print(json.dumps(comparing.to_json(found), indent=1) if options.json
+          else comparing.described(found))
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    from engram_jax.reproducing import reproduce as again
+
+    found = again(options.directory, options.out, _say, options.mesh)
+    print(found)
+    return 0 if found.same else 1
+
+
 def evaluate(options: argparse.Namespace) -> None:
     from engram_jax.training.evaluation import evaluator
     from engram_jax.training.inputs import open_inputs
@@ -288,9 +303,10 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     command.__name__: command for command in (
-        describe, plan, train, sweep, evaluate, generate, export, verify, bench)}
+        describe, plan, train, sweep, compare, reproduce, evaluate, generate, export, verify,
+        bench)}
 
 
 if __name__ == "__main__":
