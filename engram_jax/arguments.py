@@ -133,7 +133,22 @@ def _add_sweep(commands) -> None:  # type: ignore[no-untyped-def]
                          help="run from a checkout with uncommitted changes")
     _add_mesh(command)
     _add_set(command)
+    _add_launcher(command)
     _add_processes(command)
+
+
+def _add_launcher(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("many runs at once", "see BUILD.md")
+    group.add_argument("--launcher", choices=["local", "ray"], default="local",
+                       help="train here, one run after another (default), or on a Ray cluster")
+    group.add_argument("--ray-address", default="", metavar="HOST:PORT",
+                       help="of the cluster; default the one of this machine or $RAY_ADDRESS, or "
+                       "else a new one on this machine")
+    group.add_argument("--resources", default="", metavar="NAME=AMOUNT,...",
+                       help="what a run takes of a Ray node, for example CPU=8,GPU=1; default a "
+                       "GPU, or else all TPU chips, or else all CPUs of a node")
+    group.add_argument("--only", default="0/1", metavar="INDEX/COUNT",
+                       help="do a share of the runs: job INDEX, from 0 on, of COUNT jobs")
 
 
 def _add_compare(commands) -> None:  # type: ignore[no-untyped-def]

@@ -115,7 +115,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def sweep(options: argparse.Namespace) -> None:
-    from engram_jax import sweeps
+    from engram_jax import launchers, sweeps
     from engram_jax.training.mesh import chosen_mesh
 
     chosen = sweeps.Sweep(
@@ -125,9 +125,18 @@ def sweep(options: argparse.Namespace) -> None:
         sweeps.dry_run(chosen, _say, chosen_mesh(options.mesh))
         return
     require(bool(options.out), "out", options.out, "a sweep needs --out, a folder for its runs")
+    require(options.launcher == "local" or not _is_one_of_many(options), "launcher",
+            options.launcher, "starts the processes itself; leave --distributed out")
+    only = launchers.parsed_share(options.only)
     with _joined(options) as say:
-        results = sweeps.run_sweep(chosen, options.out, say, chosen_mesh(options.mesh),
-                                   allow_dirty=options.allow_dirty)
+        launcher, mesh = launchers.chosen(
+            options.launcher, options.mesh, options.ray_address, options.resources)
+        results = sweeps.run_sweep(chosen, options.out, say, mesh, launcher, only,
+                                   options.allow_dirty)
+        if only != (0, 1):
+            say(f"{len(results)} runs of this share are done; the same command without --only "
+                "makes the table once all are")
+            return
         best = min(results, key=lambda result: result["loss"])
         say(f"next: {_program()} generate {options.out}/{best['name']} --prompt 'import ', or the "
             "same sweep on your own text: add --set data.path=FILE and another --out")
@@ -147,11 +156,10 @@ def _joined(options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
     """Join the other processes, if there are any, for what is within; yields what talks."""
     from engram_jax.training import processes
 
-    place = options.coordinator, options.processes, options.process
-    if not options.distributed and place == (None, None, None):
+    if not _is_one_of_many(options):
         yield _say
         return
-    processes.start(*place, options.timeout)
+    processes.start(options.coordinator, options.processes, options.process, options.timeout)
     try:
         yield processes.first_only(_say)
         processes.stop()
@@ -163,6 +171,11 @@ def _joined(options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
             traceback.print_exc()
             ending = 1, _one_line(error)
         processes.leave(*ending)
+
+
+def _is_one_of_many(options: argparse.Namespace) -> bool:
+    place = options.coordinator, options.processes, options.process
+    return options.distributed or place != (None, None, None)
 
 
 def compare(options: argparse.Namespace) -> None:

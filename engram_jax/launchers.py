@@ -7,6 +7,7 @@ interrupted ones go on. It returns what their result.json hold, in the order of 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -41,8 +42,8 @@ def chosen(
 
     Args:
       name: one of `LAUNCHERS`.
-      mesh: "DATAxFSDP" of each run. With Ray it is made on the nodes: this process then asks for
-        no device.
+      mesh: "DATAxFSDP" of each run. With Ray it is made on the nodes, and this process is kept
+        from taking their devices.
       address, resources: as `RayLauncher`; `resources` written as "CPU=4,GPU=1".
 
     Raises:
@@ -50,6 +51,7 @@ def chosen(
     """
     require(name in LAUNCHERS, "launcher", name, f"must be one of {', '.join(LAUNCHERS)}")
     if name == "ray":
+        jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are the tasks'
         return RayLauncher(address=address, resources=parsed_resources(resources), mesh=mesh), None
     for field, value in (("ray-address", address), ("resources", resources)):
         require(not value, field, value, "is for launcher = 'ray' only")

@@ -2,7 +2,7 @@
 
 Ray starts a task again, wherever there is room, when its worker or its node is lost; the run then
 goes on from its last checkpoint. So the folder of the sweep must be one that all nodes see. The
-process that calls the launcher computes nothing and asks for no device.
+process that calls the launcher asks JAX for no device.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -116,7 +115,6 @@ def _cluster(address: str) -> Iterator[Any]:
         import ray
     except ImportError as error:
         raise UserError("launcher = 'ray': needs Ray; pip install 'engram_jax[sweep]'") from error
-    jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are the tasks'
     if ray.is_initialized():
         yield ray
         return

@@ -6,17 +6,19 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import psutil
 import pytest
 from micro import STEPS, micro, plain, with_data, with_training, write_text
 
-from engram_jax import __version__, launchers, ray_launcher
+from engram_jax import __version__, cli, launchers, ray_launcher, sweeps
 from engram_jax.errors import MachineError, UserError
 from engram_jax.ray_launcher import RayLauncher, parsed_resources
 from engram_jax.settings import to_dict
@@ -210,6 +212,50 @@ def test_launchers_by_name():
         launchers.chosen("slurm")
     with pytest.raises(UserError, match="resources = 'GPU=1': is for launcher = 'ray' only"):
         launchers.chosen("local", resources="GPU=1")
+
+
+@pytest.fixture
+def finished(two_runs, alone, monkeypatch, tmp_path):
+    """A folder in which all runs of the experiment "two" are done; no table yet."""
+    experiment = types.SimpleNamespace(
+        SCALES=("tiny",), runs=lambda scale, seeds: two_runs, FIGURE="figure.png",
+        table=lambda results: f"{len(results)} runs", figure=lambda results: None)
+    monkeypatch.setattr(sweeps, "experiments", lambda: ["two"])
+    monkeypatch.setattr(sweeps, "_module", lambda name, part: experiment)
+    monkeypatch.setattr(sweeps, "save", lambda figure, path: None)
+    shutil.copytree(alone.place, tmp_path / "sweep")
+    return tmp_path / "sweep"
+
+
+def test_shares_make_no_table_until_all_are_done(alone, finished):
+    def swept(**words):
+        return sweeps.run_sweep(
+            sweeps.Sweep(experiment="two"), finished, silent, allow_dirty=True, **words)
+
+    assert [swept(only=(index, 2)) for index in (0, 1)] == [[alone[0]], [alone[1]]]
+    assert not (finished / "table.txt").exists()
+    assert swept() == list(alone)
+    assert (finished / "table.txt").read_text() == "2 runs\n"
+
+
+def test_the_command_line_chooses_launcher_and_share(finished, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    words = ["sweep", "two", "--out", str(finished), "--allow-dirty"]
+    assert cli.main([*words, "--only", "1/2"]) == 0
+    out = capsys.readouterr().out
+    assert "run 1 of 1: seed-1" in out
+    assert "1 runs of this share are done; the same command without --only" in out
+    assert cli.main([*words, "--launcher", "ray", "--resources", "CPU=1"]) == 0
+    out = capsys.readouterr().out
+    assert "run 1 of" not in out
+    assert "2 runs" in out
+    shutil.rmtree(finished / "seed-1")
+    assert cli.main([*words, "--launcher", "ray"]) == 2
+    assert capsys.readouterr().err.startswith("engram-jax: launcher = 'ray': needs Ray; pip ")
+    assert cli.main([*words, "--launcher", "ray", "--distributed"]) == 2
+    assert "leave --distributed out" in capsys.readouterr().err
+    assert cli.main([*words, "--resources", "CPU=1"]) == 2
+    assert "is for launcher = 'ray' only" in capsys.readouterr().err
 
 
 # --- Killed anywhere ---
