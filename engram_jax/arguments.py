@@ -29,6 +29,8 @@ def parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_train(commands)
     _add_sweep(commands)
+    _add_compare(commands)
+    _add_reproduce(commands)
     _add_evaluate(commands)
     _add_generate(commands)
     _add_export(commands)
@@ -131,7 +133,43 @@ def _add_sweep(commands) -> None:  # type: ignore[no-untyped-def]
                          help="run from a checkout with uncommitted changes")
     _add_mesh(command)
     _add_set(command)
+    _add_launcher(command)
     _add_processes(command)
+
+
+def _add_launcher(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("many runs at once", "see BUILD.md")
+    group.add_argument("--launcher", choices=["local", "ray"], default="local",
+                       help="train here, one run after another (default), or on a Ray cluster")
+    group.add_argument("--ray-address", default="", metavar="HOST:PORT",
+                       help="of the cluster; default the one of this machine or $RAY_ADDRESS, or "
+                       "else a new one on this machine")
+    group.add_argument("--resources", default="", metavar="NAME=AMOUNT,...",
+                       help="what a run takes of a Ray node, for example CPU=8,GPU=1; default a "
+                       "GPU, or else all TPU chips, or else all CPUs of a node")
+    group.add_argument("--only", default="0/1", metavar="INDEX/COUNT",
+                       help="do a share of the runs: job INDEX, from 0 on, of COUNT jobs")
+
+
+def _add_compare(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "compare",
+        "set trained runs side by side: what differs, what it cost, and the losses over seeds",
+        "compare runs/scaling runs/mine")
+    command.add_argument("directories", metavar="DIR", nargs="+",
+                         help="a run's folder, or one that holds such, as a sweep's")
+    _add_json(command)
+
+
+def _add_reproduce(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "reproduce",
+        "train a finished run again from its own record, and compare every logged loss to the bit",
+        "reproduce runs/mine")
+    command.add_argument("directory", metavar="DIR", help="a finished run's folder")
+    command.add_argument("--out", metavar="FOLDER",
+                         help="gets the second run (default DIR/reproduction)")
+    _add_mesh(command)
 
 
 def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]

@@ -1,7 +1,7 @@
 """The command line: `engram-jax COMMAND --help` teaches each command.
 
 Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the user can mend it; the reason is one
-line on standard error.
+line on standard error. `reproduce` ends with 1, too, where the second run differs.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parser().parse_args(words)
     _quieten()
     try:
-        COMMANDS[options.command](options)
+        return COMMANDS[options.command](options) or 0
     except (Exception, KeyboardInterrupt) as error:
         if (ending := _ending(error)) is None:
             raise
@@ -40,7 +40,6 @@ def main(words: Sequence[str] | None = None) -> int:
         if line:
             print(f"engram-jax: {line}", file=sys.stderr)
         return code
-    return 0
 
 
 def _ending(error: BaseException) -> tuple[int, str] | None:
@@ -116,7 +115,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def sweep(options: argparse.Namespace) -> None:
-    from engram_jax import sweeps
+    from engram_jax import launchers, sweeps
     from engram_jax.training.mesh import chosen_mesh
 
     chosen = sweeps.Sweep(
@@ -126,9 +125,18 @@ def sweep(options: argparse.Namespace) -> None:
         sweeps.dry_run(chosen, _say, chosen_mesh(options.mesh))
         return
     require(bool(options.out), "out", options.out, "a sweep needs --out, a folder for its runs")
+    require(options.launcher == "local" or not _is_one_of_many(options), "launcher",
+            options.launcher, "starts the processes itself; leave --distributed out")
+    only = launchers.parsed_share(options.only)
     with _joined(options) as say:
-        results = sweeps.run_sweep(chosen, options.out, say, chosen_mesh(options.mesh),
-                                   allow_dirty=options.allow_dirty)
+        launcher, mesh = launchers.chosen(
+            options.launcher, options.mesh, options.ray_address, options.resources)
+        results = sweeps.run_sweep(chosen, options.out, say, mesh, launcher, only,
+                                   options.allow_dirty)
+        if only != (0, 1):
+            say(f"{len(results)} runs of this share are done; the same command without --only "
+                "makes the table once all are")
+            return
         best = min(results, key=lambda result: result["loss"])
         say(f"next: {_program()} generate {options.out}/{best['name']} --prompt 'import ', or the "
             "same sweep on your own text: add --set data.path=FILE and another --out")
@@ -148,11 +156,10 @@ def _joined(options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
     """Join the other processes, if there are any, for what is within; yields what talks."""
     from engram_jax.training import processes
 
-    place = options.coordinator, options.processes, options.process
-    if not options.distributed and place == (None, None, None):
+    if not _is_one_of_many(options):
         yield _say
         return
-    processes.start(*place, options.timeout)
+    processes.start(options.coordinator, options.processes, options.process, options.timeout)
     try:
         yield processes.first_only(_say)
         processes.stop()
@@ -164,6 +171,27 @@ def _joined(options: argparse.Namespace) -> Iterator[Callable[[str], None]]:
             traceback.print_exc()
             ending = 1, _one_line(error)
         processes.leave(*ending)
+
+
+def _is_one_of_many(options: argparse.Namespace) -> bool:
+    place = options.coordinator, options.processes, options.process
+    return options.distributed or place != (None, None, None)
+
+
+def compare(options: argparse.Namespace) -> None:
+    from engram_jax import comparing
+
+    found = comparing.arms(options.directories)
+    print(json.dumps(comparing.to_json(found), indent=1) if options.json
+          else comparing.described(found))
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    from engram_jax.reproducing import reproduce as again
+
+    found = again(options.directory, options.out, _say, options.mesh)
+    print(found)
+    return 0 if found.same else 1
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -288,9 +316,10 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     command.__name__: command for command in (
-        describe, plan, train, sweep, evaluate, generate, export, verify, bench)}
+        describe, plan, train, sweep, compare, reproduce, evaluate, generate, export, verify,
+        bench)}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterator
 
@@ -88,7 +89,8 @@ def write_text(path: epath.Path, text: str) -> None:
         if not is_local(path):
             path.write_text(text)
             return
-        part = path.parent / f"{path.name}.part"
+        # Of several processes that write the same, each has a part of its own.
+        part = path.parent / f"{path.name}.{secrets.token_hex(4)}.part"
         part.write_text(text)
         part.replace(path)
 

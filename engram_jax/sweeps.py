@@ -24,28 +24,16 @@ from engram_jax.analysis.arms import Result
 from engram_jax.analysis.figures import save
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
+from engram_jax.launchers import Launcher, local, share
 from engram_jax.settings import first_difference, with_settings
 from engram_jax.storage import refusals, write_text
 from engram_jax.training import processes
-from engram_jax.training.loop import train
 from engram_jax.training.records import git_revision
 
 SCALES = ("tiny", "small", "paper")
 SEEDS = (0, 1, 2)
 
 Say = Callable[[str], None]
-Launcher = Callable[[Sequence[RunConfig], epath.Path, Say, Mesh | None], list[dict[str, Any]]]
-
-
-def local(
-    runs: Sequence[RunConfig], place: epath.Path, say: Say, mesh: Mesh | None = None
-) -> list[dict[str, Any]]:
-    """One run after another, here."""
-    results = []
-    for number, run in enumerate(runs, start=1):
-        say(f"run {number} of {len(runs)}: {run.name}")
-        results.append(train(run, place / run.name, say, mesh))
-    return results
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +104,7 @@ def seeded(arms: Iterable[RunConfig], seeds: Iterable[int]) -> list[RunConfig]:
 
 def run_sweep(
     sweep: Sweep, directory: epath.PathLike, say: Say = print, mesh: Mesh | None = None,
-    launcher: Launcher = local, allow_dirty: bool = False,
+    launcher: Launcher = local, only: tuple[int, int] = (0, 1), allow_dirty: bool = False,
 ) -> list[dict[str, Any]]:
     """Train all runs of `sweep` in `directory`; results.csv, table.txt and the figure follow.
 
@@ -125,7 +113,9 @@ def run_sweep(
       directory: gets one folder a run.
       say: gets lines for people.
       mesh: as `train` takes it.
-      launcher: trains runs, each in its folder, and returns what their result.json hold.
+      launcher: trains the runs, see `launchers`; by default in this process.
+      only: (index, count), the share of the runs that one of `count` jobs does (`launchers.share`).
+        Shares are not reported: call it without, once all are done.
       allow_dirty: run from a checkout with changes that are not committed.
 
     Returns:
@@ -137,11 +127,13 @@ def run_sweep(
     runs, place = sweep.runs(), epath.Path(directory)
     require(allow_dirty or not git_revision().endswith("+changes"), "git", "uncommitted changes",
             "nobody could run this again; commit them, or say --allow-dirty")
-    forecast.check([forecast.forecast(run, mesh) for run in runs])
+    runs = share(runs, *only)
+    if launcher is local:  # another one has other devices
+        forecast.check([forecast.forecast(run, mesh) for run in runs])
     if processes.is_first():
         _claim(sweep, place)
     results = launcher(runs, place, say, mesh)
-    if processes.is_first():
+    if processes.is_first() and only == (0, 1):
         report(sweep.experiment, results, place, say)
     return results
 

@@ -6,6 +6,8 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import jax
@@ -144,6 +146,20 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on(
     assert f"{name}/run/result.json" not in store.objects
     subprocess.run(command, env=env, stdout=subprocess.DEVNULL, check=True)
     assert_same_run(far, RunDirectory(f"{bucket}/run"), whole)
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    path, start = epath.Path(tmp_path) / "same.json", threading.Barrier(4)
+
+    def write(number):
+        start.wait()
+        for _ in range(50):
+            storage.write_text(path, str(number) * 1000)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert path.read_text() in [str(number) * 1000 for number in range(4)]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["same.json"]
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_gone_on_with(run, whole, store, bucket):

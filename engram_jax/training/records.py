@@ -86,6 +86,12 @@ class RunDirectory:
         config: RunConfig = from_dict(values)
         return config
 
+    def env(self) -> dict[str, Any]:
+        """env.json; empty where there is none."""
+        place = self.path / "env.json"
+        with refusals(place, "read"):
+            return json.loads(place.read_text()) if place.exists() else {}
+
     def start(self, run: RunConfig, env: Mapping[str, Any]) -> None:
         """Record what is about to run, or check that it is what was recorded before.
 
@@ -132,8 +138,7 @@ class RunDirectory:
                             "choose another folder or delete this one")
 
     def _check_text(self, run: RunConfig, env: Mapping[str, Any]) -> None:
-        place = self.path / "env.json"
-        before = json.loads(place.read_text()) if place.exists() else env
+        before = self.env() or env
         if before.get("data_fingerprint") != env.get("data_fingerprint"):
             raise UserError(f"data.path = {run.data.path!r}: is no longer the text that the run in "
                             f"{self.path} began with; choose another folder or delete this one")
