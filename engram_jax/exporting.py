@@ -73,11 +73,13 @@ class SavedTables:
         self.sites = reader.addressing.sites
         self._addressing, self._run = reader.addressing, records.config().name
         with last_checkpoint(records, reader) as found:
-            self.step, self._state = found.last_state()
+            self._saved = found.last_state()
+        self.step = self._saved.step
 
     def info(self, site: Site, dtype: str) -> TableInfo:
         """What the table of a site is with rows of `dtype`."""
-        return table_info(self._addressing, site.name, dtype, self._run, self.step)
+        return table_info(self._addressing, site.name, dtype, self._run, self.step,
+                          self._saved.saved_ns)
 
     def packed(self, site: Site, dtype: str, scratch: Path | None = None
                ) -> Iterator[tuple[int, np.ndarray]]:
@@ -91,7 +93,7 @@ class SavedTables:
         start = 0
         try:
             for packed_UB in packed_rows(
-                    self._state, f"tables.{site.name}", site.layout,
+                    self._saved.place, f"tables.{site.name}", site.layout,
                     RowFormat(dtype, site.layout.dim), scratch or tempfile.gettempdir()):
                 yield start, packed_UB
                 start += len(packed_UB)

@@ -90,8 +90,9 @@ def disk_tables(model, folder, dtype="float32"):
     return homes
 
 
-def host_rows(model, homes=None):
-    return HostRows(parts(model).addressing, host_tables(model) if homes is None else homes)
+def host_rows(model, homes=None, cache_bytes=0):
+    homes = host_tables(model) if homes is None else homes
+    return HostRows(parts(model).addressing, homes, cache_bytes)
 
 
 def engine(model, rows, **settings):

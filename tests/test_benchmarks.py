@@ -54,10 +54,17 @@ def test_offload():
     found = offload.offload_benchmark(work)
     assert found["same_tokens"]
     assert found["baseline_tokens_per_s"] > 0
-    assert [(arm["home"], arm["overlap"], arm["cache"]) for arm in found["arms"]] == [
-        ("device", True, 0), *((home, overlap, cache) for home in ("host", "disk")
-                               for overlap, cache in ((True, 0), (False, 0), (True, 2**16)))]
+    ways = [(arm["home"], arm["cache"], arm["host_cache"], arm["filled"]) for arm in found["arms"]]
+    for way in (("host", 0, 0, False), ("host", 2**16, 0, False), ("host", 2**16, 0, True),
+                ("disk", 0, 2**16, False), ("disk", 0, 2**16, True), ("disk", 2**16, 2**19, True)):
+        assert way in ways
+    assert not all(arm["overlap"] for arm in found["arms"])
     for arm in found["arms"][1:]:
         assert arm["bytes_per_token"] > 0
         assert 0 <= arm["hidden_share"] <= 1
-        assert (arm["hit_rate"] is None) == (arm["cache"] == 0)
+        there = {"device": arm["cache"], "host": arm["home"] == "host" or arm["host_cache"],
+                 "disk": arm["home"] == "disk"}
+        assert list(arm["tiers"]) == [name for name, is_there in there.items() if is_there]
+        assert list(arm["tiers"].values())[-1]["hit_rate"] == 1
+        assert all(0 < tier["latency_us_p50"] <= tier["latency_us_p99"]
+                   for tier in arm["tiers"].values())

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from engram_jax.errors import MachineError, UserError
+from engram_jax.memory import device_cache
 from engram_jax.memory.device_cache import DeviceCache, Sender, padded_size
 from engram_jax.memory.disk import DiskTable
 from engram_jax.memory.fetch import distinct
@@ -57,20 +58,25 @@ def test_rows_are_those_of_the_home_whatever_is_kept():
 
 def test_what_was_asked_for_before_is_not_read_again():
     home, source = cache()
-    _, first = fetched(source, ids_of(1, 2, 3))
-    rows, again = fetched(source, ids_of(3, 9, 1))
+    fetched(source, ids_of(1, 2, 3))
+    first = source.tiers()["device"].hits
+    rows, _ = fetched(source, ids_of(3, 9, 1))
     assert home.read == list(ids_of(9))
     assert (rows == PACKED[ids_of(3, 9, 1)]).all()
-    assert (first.hits, again.hits) == (0, 2 * HEADS)
+    found = source.tiers()
+    assert list(found) == ["device", "host"]
+    assert (first, found["device"].hits, found["device"].asked) == (0, 2 * HEADS, 6 * HEADS)
+    assert (found["device"].lookups, found["host"].asked) == (2, 4 * HEADS)
+    assert found["device"].bytes == 2 * HEADS * FORMAT.row_bytes
 
 
 def test_an_ngram_that_pushes_out_another_does_not_change_what_both_get():
     """One set: nine n-grams do not fit, and those that hit are read before they are overwritten."""
     _, source = cache(sets=1)
     fetched(source, ids_of(*range(WAYS)))
-    rows, sent = fetched(source, ids_of(*range(4), *range(100, 100 + WAYS)))
+    rows, _ = fetched(source, ids_of(*range(4), *range(100, 100 + WAYS)))
     assert (rows == PACKED[ids_of(*range(4), *range(100, 100 + WAYS))]).all()
-    assert sent.hits == 4 * HEADS
+    assert source.tiers()["device"].hits == 4 * HEADS
 
 
 def test_a_failed_read_leaves_the_cache_as_it_was():
@@ -93,12 +99,43 @@ def test_bytes_are_those_that_travel():
     rows, sent = fetched(straight, ids_of(5, 6))
     assert (rows == PACKED[ids_of(5, 6)]).all()
     assert sent.bytes == 16 * FORMAT.row_bytes
-    assert sent.hits == 0
+    assert list(straight.tiers()) == ["host"]
+
+
+@pytest.mark.parametrize("sets", [1, 4, 100])
+def test_a_filled_cache_has_the_first_ngrams_without_asking(sets, monkeypatch):
+    monkeypatch.setattr(device_cache, "FILLED_AT_ONCE", 5)
+    home, source = cache(sets)
+    fetched(source, ids_of(290))
+    ids_GK = ids_of(*range(0, 90, 3)).reshape(-1, HEADS)
+    source.fill(ids_GK)
+    before = source.tiers()["device"].hits
+    rows, _ = fetched(source, ids_GK.reshape(-1))
+    assert (rows == PACKED[ids_GK.reshape(-1)]).all()
+    hits = (source.tiers()["device"].hits - before) // HEADS
+    assert min(30, sets * WAYS) * 3 // 4 <= hits <= min(30, sets * WAYS)
+    if sets == 1:
+        assert list(ids_GK[:WAYS].reshape(-1)) == sorted(set(ids_GK.reshape(-1)) - set(home.read))
+    fetched(source, ids_of(290))
+    assert home.read == list(ids_of(290))
+
+
+def test_what_could_not_be_filled_is_empty():
+    home, source = cache()
+    fetched(source, ids_of(1))
+    home.failing = True
+    with pytest.raises(MachineError, match="the disk is gone"):
+        source.fill(ids_of(1, 2).reshape(-1, HEADS))
+    home.failing = False
+    rows, _ = fetched(source, ids_of(1, 2))
+    assert home.read == list(ids_of(1, 2))
+    assert (rows == PACKED[ids_of(1, 2)]).all()
 
 
 def test_nothing_asked_is_nothing_read():
     _, source = cache()
-    assert source.fetch(np.zeros(0, np.int64)).hits == 0
+    source.fetch(np.zeros(0, np.int64))
+    assert source.tiers()["device"].hit_rate == 0
 
 
 @pytest.mark.parametrize(("ids", "line"), [
@@ -133,4 +170,12 @@ def test_a_stack_of_device_host_and_disk_gives_the_bits_of_the_disk(tmp_path):
             ids_U, inverse = distinct(asked, source.group)
             rows, _ = fetched(source, ids_U)
             assert (rows[inverse] == PACKED[asked]).all()
+    found = stack.tiers()
+    assert list(found) == ["device", "host", "disk"]
+    assert found["disk"].asked == found["host"].asked - found["host"].hits
+    assert found["device"].lookups == 20
+    stack.fill(ids_of(*range(50)).reshape(-1, HEADS))
+    read = stack.tiers()["disk"].asked
+    fetched(stack, ids_of(*range(10)))
+    assert stack.tiers()["disk"].asked == read
     stack.close()

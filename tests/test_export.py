@@ -1,7 +1,10 @@
 """`engram-jax export` and `verify`: a run's tables as files, row for row, and what goes wrong."""
 
+import dataclasses
 import json
 import resource
+import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +25,13 @@ from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.layout import TableLayout
 from engram_jax.memory.saved import packed_rows
 from engram_jax.memory.table_file import table_info, verify
+from engram_jax.training import checkpoints
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.inputs import open_reader
 from engram_jax.training.loop import train
 from engram_jax.training.mesh import placed_state, single_mesh
 from engram_jax.training.records import RunDirectory
+from engram_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("compilations")
 
@@ -60,7 +65,9 @@ def test_the_file_holds_the_rows_of_the_checkpoint(trained, table, dtype):
     path, = export_tables(trained, dtype)
     assert path == trained / "tables" / f"layer_0.{dtype}.table"
     expect = table_info(reader.addressing, "layer_0", dtype, "micro", micro.STEPS)
-    assert verify(path) == expect
+    found = verify(path)
+    assert found == dataclasses.replace(expect, saved_ns=found.saved_ns)
+    assert 0 < found.saved_ns < time.time_ns()
     home = DiskTable.open(path, expect=expect, check="read")
     form = RowFormat(dtype, rows.shape[1])
     np.testing.assert_array_equal(home.lookup(np.arange(len(rows))), form.pack(rows))
@@ -135,6 +142,35 @@ def test_stretches_are_of_whole_chunks(tmp_path, monkeypatch):
     chunk = starts[0][1]
     assert chunk > 1
     assert [start for start, _ in starts] == list(range(0, 50, 4000 // (8 * 24) // chunk * chunk))
+
+
+@pytest.mark.parametrize(("rows", "devices", "size", "chunk"), [
+    (120, 1, 2000, (4, 15)), (120, 1, 10**9, (4, 30)), (844, 1, 8000, (1, 211)),
+    (844, 2, 8000, (1, 211)), (840, 4, 4000, (1, 105)), (844, 4, 4000, (1, 211))],
+    ids=["stretches", "whole", "prime", "devices", "cut shards", "prime shards"])
+def test_a_checkpoint_has_tables_in_chunks(rows, devices, size, chunk, tmp_path, monkeypatch):
+    """Of at most `size` bytes if that divides them, never of a few rows; the same bits."""
+    layout, form = TableLayout(rows=rows, dim=8, shards=4), RowFormat("float32", 8)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("fsdp",))
+    table = jax.device_put(layout.init(jax.random.key(0), 1.0), jax.NamedSharding(
+        mesh, jax.P("fsdp")))
+    state = TrainState(step=jnp.int32(3), params={"wide": jnp.ones((64, 64))}, router_bias=[],
+                       opt_state={}, tables={"here": table}, table_state={})
+    monkeypatch.setattr(checkpoints, "CHUNK", size)
+    with Checkpoints(epath.Path(tmp_path / "saved"), 2, {}) as found:
+        found.save(3, state, SimpleNamespace(get_state=lambda: {"at": 1}))
+        found.wait()
+        place = found.last_state().place
+        restored = found.restore(jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            state))
+    np.testing.assert_array_equal(restored.tables["here"], table)
+    np.testing.assert_array_equal(restored.params["wide"], state.params["wide"])
+    assert saved._Saved(place, "tables.here").chunk == chunk
+    assert saved._Saved(place, "params.wide").chunk == (64, 64)
+    pieces = packed_rows(place, "tables.here", layout, form, tmp_path, stretch=1)
+    np.testing.assert_array_equal(
+        np.concatenate(list(pieces)), form.pack(np.asarray(layout.gather(table, np.arange(rows)))))
 
 
 def saving(**options):

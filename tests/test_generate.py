@@ -1,6 +1,7 @@
 """`engram-jax generate`, tables on the device, on the host or on disk: one text, or one line."""
 
 import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 
 from engram_jax import cli
 from engram_jax.config import ROW_DTYPES
+from engram_jax.errors import MachineError
 from engram_jax.inference import generate, serving
 from engram_jax.memory.disk import DiskTable
 from engram_jax.memory.table_file import TableWriter, verify
 from engram_jax.training.loop import train
+from engram_jax.training.records import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("compilations")
 PROMPT = "kalo misu tera"
@@ -116,6 +119,43 @@ def test_a_checkpoint_that_comes_meanwhile_is_not_mixed_in(
     monkeypatch.setattr(serving, "_homes", late)
     assert text(run, "--memory", memory) == before
     assert memory == "host" or verify(table(run)).step == micro.STEPS - 1
+
+
+def test_a_table_of_a_run_that_was_trained_anew_is_written_again(run, text):
+    """To the same step, from another start."""
+    text(run, "--memory", "disk")
+    before = table(run).read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    (run / "result.json").unlink()
+    config = json.loads((run / "config.json").read_text())
+    config["training"]["seed"] += 1
+    (run / "config.json").write_text(json.dumps(config))
+    train(RunDirectory(run).config(), run, lambda line: None)
+    assert text(run, "--memory", "disk") == text(run)
+    assert table(run).read_bytes() != before
+    assert verify(table(run)).step == micro.STEPS
+
+
+def test_no_table_stays_open_if_another_cannot_be_opened(run, text, said, monkeypatch):
+    """Two sites: the file of the second is damaged."""
+    text(run, "--memory", "disk")
+    opened, real = [], serving._on_disk
+
+    def on_disk(records, saved, site, dtype):
+        if opened:
+            raise MachineError("the second cannot be read")
+        opened.append(real(records, saved, site, dtype))
+        return opened[0]
+
+    class Twice(serving.SavedTables):
+        def __init__(self, *words):
+            super().__init__(*words)
+            self.sites *= 2
+
+    monkeypatch.setattr(serving, "_on_disk", on_disk)
+    monkeypatch.setattr(serving, "SavedTables", Twice)
+    assert said(run, "--memory", "disk") == (1, "", "engram-jax: the second cannot be read\n")
+    assert opened[0]._file.closed
 
 
 def altered(data):

@@ -13,11 +13,14 @@ from engram_jax.config import ROW_DTYPES
 from engram_jax.errors import MachineError, UserError
 from engram_jax.hashing.ngrams import reach_from_dead
 from engram_jax.inference import caches, stages
+from engram_jax.inference import rows as rows_module
 from engram_jax.inference.rows import Chunk, reach_numpy
 from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.host import HostTable
 from engram_jax.memory.host_hash import HostHash
+from engram_jax.memory.ngram_index import WAYS
 from engram_jax.memory.sites import sites
+from engram_jax.memory.tiers import CachedTable
 from engram_jax.model.documents import documents
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -29,8 +32,9 @@ models = pytest.mark.parametrize("model", [MODEL, ISOLATED], ids=["together", "i
 @pytest.fixture(name="opened")
 def closes_what_it_opens():
     with contextlib.ExitStack() as stack:
-        def opened(model, homes=None):
-            return stack.enter_context(contextlib.closing(serving.host_rows(model, homes)))
+        def opened(model, homes=None, cache_bytes=0):
+            rows = serving.host_rows(model, homes, cache_bytes)
+            return stack.enter_context(contextlib.closing(rows))
 
         yield opened
 
@@ -167,6 +171,68 @@ def test_a_dead_token_hides_itself_and_what_is_older(opened):
 
 def expected_tables():
     return {site.name: serving.table_array(MODEL, site) for site in sites(MODEL)}
+
+
+# --- Caches that are filled ---
+
+
+def cached(opened, model, tmp_path, device_ways, host_ways):
+    """Rows by way of caches of so many sets on the device and in host memory, over a disk."""
+    heads, dim = model.engram.heads, model.engram.head_dim
+    set_bytes = WAYS * heads * RowFormat("float32", dim).row_bytes
+    homes = {name: CachedTable(home, heads, host_ways * set_bytes)
+             for name, home in serving.disk_tables(model, tmp_path).items()}
+    return opened(model, homes, device_ways * set_bytes)
+
+
+@models
+@pytest.mark.parametrize("sets", [(1, 2), (3, 40)])
+def test_filled_caches_hit_more_than_cold_ones_and_give_the_same_bits(
+    sets, model, opened, tmp_path, monkeypatch
+):
+    """On the text that they are filled from, counted in stretches of any length."""
+    monkeypatch.setattr(rows_module, "_COUNTED_AT_ONCE", 5)
+    tiers = {}
+    for kind in ("cold", "filled"):
+        rows = cached(opened, model, tmp_path, *sets)
+        if kind == "filled":
+            rows.fill(TEXTS.reshape(-1), END if model.isolate_documents else None)
+        before = rows.counters
+        assert_same(on_host(rows, model, TEXTS, 4), expected_rows(model, TEXTS))
+        tiers[kind] = rows.counters.since(before).tiers
+        assert list(tiers[kind]) == ["device", "host", "disk"]
+    for tier in ("device", "host"):
+        assert tiers["filled"][tier].hit_rate > tiers["cold"][tier].hit_rate
+    assert tiers["filled"]["disk"].bytes < tiers["cold"]["disk"].bytes
+    if sets[1] == 40:  # room for everything but the first n-grams of texts
+        assert tiers["filled"]["host"].hit_rate + tiers["filled"]["device"].hit_rate > 1
+
+
+def test_the_ngrams_that_a_text_has_most_often_stay(opened, tmp_path):
+    """Room for eight of a site's: four n-grams are asked for again and again, others once."""
+    rows = cached(opened, MODEL, tmp_path, 1, 1)
+    often = np.tile(np.array([9, 8], np.int32), 50)
+    rows.fill(np.concatenate([TEXTS.reshape(-1), often, TEXTS.reshape(-1)]))
+    before = rows.counters
+    assert_same(on_host(rows, MODEL, often[None, :12], 4), expected_rows(MODEL, often[None, :12]))
+    found = rows.counters.since(before).tiers
+    assert found["device"].asked - found["device"].hits <= found["device"].asked // 3
+
+
+def test_no_tokens_empty_the_caches(opened, tmp_path):
+    rows = cached(opened, MODEL, tmp_path, 4, 8)
+    on_host(rows, MODEL, TEXTS, 12)
+    rows.fill(np.empty(0, np.int32))
+    before = rows.counters
+    on_host(rows, MODEL, TEXTS, 12)
+    found = rows.counters.since(before).tiers
+    assert found["device"].hits == found["host"].hits == 0
+
+
+def test_a_cache_is_not_filled_with_what_cannot_be(opened, tmp_path):
+    rows = cached(opened, MODEL, tmp_path, 1, 1)
+    with pytest.raises(UserError, match=r"token id = 300: must be in 0..299"):
+        rows.fill(np.full(5, VOCAB, np.int32))
 
 
 # --- The worker ---

@@ -74,7 +74,14 @@ def test_the_probability_is_that_of_the_tempered_softmax():
 
 def test_both_limits_hold():
     assert_follows(counts(top_p=0.71, top_k=2), np.array([0, 0.4, 0, 0.3, 0]))
-    assert_follows(counts(top_p=0.41, top_k=4), np.array([0, 0.4, 0, 0.3, 0]))
+    assert_follows(counts(top_p=0.45, top_k=4), np.array([0, 0.4, 0, 0.3, 0]))
+
+
+@pytest.mark.parametrize(("top_p", "left"), [(0.45, [1]), (0.75, [1, 3]), (0.9, [1, 3, 4])])
+def test_the_probability_is_a_share_of_what_the_likeliest_leave(top_p, left):
+    """Of the three likeliest the first has 0.4 / 0.85, the first two have 0.7 / 0.85."""
+    expected = np.where(np.isin(np.arange(5), left), CHANCES, 0)
+    assert_follows(counts(top_p=top_p, top_k=3), expected)
 
 
 def test_alike_tokens_are_not_all_kept():

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax.errors import MachineError, UserError
-from engram_jax.memory import ngram_index
-from engram_jax.memory.fetch import distinct
+from engram_jax.memory import ngram_index, tiers
+from engram_jax.memory.fetch import distinct, group_keys
 from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.host import HostTable
 from engram_jax.memory.ngram_index import WAYS
@@ -26,13 +26,20 @@ class Below:
         packed = np.random.default_rng(0).integers(0, 256, (ROWS, FORMAT.row_bytes))
         self.table = HostTable.from_array(FORMAT, packed.astype(np.uint8))
         self.format, self.rows = self.table.format, self.table.rows
-        self.asked, self.fails, self.closed = [], False, False
+        self.asked, self.left, self.closed = [], 99, False
 
     def lookup(self, ids_U, out=None):
-        if self.fails:
+        self.left -= 1
+        if self.left < 0:
             raise MachineError("the disk is gone")
         self.asked.append(ids_U.tolist())
         return self.table.lookup(ids_U, out)
+
+    def fill(self, ids_GK):
+        self.filled = ids_GK
+
+    def tiers(self):
+        return {"below": self.table.tiers()["host"]}
 
     def close(self):
         self.closed = True
@@ -62,10 +69,10 @@ def test_rows_are_those_of_the_home_below(sets, same_key, asked):
         for numbers in asked:
             ids = ngrams(numbers) if numbers else np.empty(0, np.int64)
             np.testing.assert_array_equal(cache.lookup(ids), below.table.lookup(ids))
-    found = cache.metrics()
-    assert found["hits"] + found["misses"] == sum(map(len, asked))
-    assert found["misses"] * K == sum(map(len, below.asked))
-    assert found["lookups"] == len(asked)
+    found = cache.tiers()["host"]
+    assert found.asked == K * sum(map(len, asked))
+    assert found.asked - found.hits == sum(map(len, below.asked))
+    assert found.lookups == len(asked)
 
 
 def test_what_was_asked_for_before_is_not_read_again(below):
@@ -73,13 +80,14 @@ def test_what_was_asked_for_before_is_not_read_again(below):
     cache.lookup(ngrams([1, 2, 3]))
     out = np.full((9, FORMAT.row_bytes), 7, np.uint8)
     cache.lookup(ngrams([2, 4]), out)
+    found = cache.tiers()
     assert below.asked == [ngrams([1, 2, 3]).tolist(), ngrams([4]).tolist()]
     np.testing.assert_array_equal(out[:6], below.table.lookup(ngrams([2, 4])))
     assert (out[6:] == 7).all()
-    found = cache.metrics()
-    assert (found["hits"], found["misses"], found["hit_rate"]) == (1, 4, 0.2)
-    assert (found["hit_bytes"], found["miss_bytes"]) == (ENTRY, 4 * ENTRY)
-    assert 0 < found["latency_us_p50"] <= found["latency_us_p99"]
+    assert list(found) == ["host", "below"]
+    assert (found["host"].asked, found["host"].hits, found["host"].hit_rate) == (5 * K, K, 0.2)
+    assert (found["host"].bytes, found["below"].bytes) == (ENTRY, 4 * ENTRY)
+    assert 0 < found["below"].seconds < found["host"].seconds
 
 
 def test_the_least_recently_used_makes_room(below):
@@ -99,12 +107,59 @@ def test_the_least_recently_used_makes_room(below):
 
 def test_what_failed_below_is_not_kept(below):
     cache = CachedTable(below, K, WAYS * ENTRY)
-    below.fails = True
+    below.left = 0
     with pytest.raises(MachineError, match="the disk is gone"):
         cache.lookup(ngrams([1]))
-    below.fails = False
+    below.left = 99
     np.testing.assert_array_equal(cache.lookup(ngrams([1])), below.table.lookup(ngrams([1])))
-    assert cache.metrics()["hits"] == 0
+    assert cache.tiers()["host"].hits == 0
+
+
+def test_a_filled_cache_has_the_first_of_each_set(below):
+    """All of them where it has room, and below is filled, too; what it held goes."""
+    first = ngrams(range(100)).reshape(-1, K)
+    cache = CachedTable(below, K, 4 * WAYS * ENTRY)
+    cache.lookup(ngrams([250]))
+    cache.fill(first)
+    np.testing.assert_array_equal(below.filled, first)
+    sets = cache._index._set(group_keys(first))
+    assert set(sets.tolist()) == {0, 1, 2, 3}
+    kept = [n for n in range(100) if np.count_nonzero(sets[:n] == sets[n]) < WAYS]
+    below.asked.clear()
+    np.testing.assert_array_equal(cache.lookup(ngrams(kept)), below.table.lookup(ngrams(kept)))
+    assert below.asked == []
+    cache.lookup(ngrams([250]))
+    assert below.asked == [ngrams([250]).tolist()]
+
+
+def test_of_a_filled_set_the_last_makes_room_first(below):
+    cache = CachedTable(below, K, WAYS * ENTRY)
+    cache.fill(ngrams(range(WAYS)).reshape(-1, K))
+    cache.lookup(ngrams([100, 101]))
+    below.asked.clear()
+    cache.lookup(ngrams([*range(WAYS - 2), 100, 101]))
+    assert below.asked == []
+
+
+def test_what_could_not_be_filled_is_empty(below, monkeypatch):
+    monkeypatch.setattr(tiers, "FILLED_AT_ONCE", 3)
+    cache = CachedTable(below, K, 4 * WAYS * ENTRY)
+    below.left = 2
+    with pytest.raises(MachineError, match="the disk is gone"):
+        cache.fill(ngrams(range(9)).reshape(-1, K))
+    below.left = 99
+    below.asked.clear()
+    cache.lookup(ngrams(range(9)))
+    assert below.asked == [ngrams(range(9)).tolist()]
+
+
+def test_nothing_empties_a_cache(below):
+    cache = CachedTable(below, K, WAYS * ENTRY)
+    cache.lookup(ngrams([1]))
+    cache.fill(np.empty((0, K), np.int64))
+    below.asked.clear()
+    cache.lookup(ngrams([1]))
+    assert below.asked == [ngrams([1]).tolist()]
 
 
 def test_a_fetch_of_whole_ngrams_fits(below):
@@ -125,12 +180,14 @@ def test_bad_requests_are_refused(below):
     with pytest.raises(UserError, match="group = 0: must be at least 1"):
         CachedTable(below, 0, least)
     cache = CachedTable(below, K, least)
+    with pytest.raises(UserError, match=r"n-grams = \(2, 4\): must be \[G, 3\]"):
+        cache.fill(np.zeros((2, 4), np.int64))
     with pytest.raises(UserError, match="row ids = 4: must be n-grams of 3 ids each"):
         cache.lookup(np.arange(4))
     with pytest.raises(UserError, match=r"row id = 900: must be in 0..899"):
         cache.lookup(np.array([1, 2, 900]))
-    assert cache.metrics()["lookups"] == 0
-    assert cache.metrics()["hit_rate"] == 0
+    assert cache.tiers()["host"].lookups == 0
+    assert cache.tiers()["host"].hit_rate == 0
     cache.close()
     assert below.closed
     with pytest.raises(UserError, match="row id = 1"):

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,14 @@ from engram_jax.memory.homes import Home
 from engram_jax.memory.host import HostTable
 from engram_jax.memory.sites import Addressing, Site, address
 from engram_jax.memory.table_file import TableWriter, table_info
+from engram_jax.memory.tier_counts import TierCounts
+from engram_jax.memory.tiers import CachedTable
 from engram_jax.model import transformer
 from engram_jax.model.transformer import segments
 from engram_jax.training.inputs import Inputs, open_inputs
 
 ALONE = 8  # requests that are timed one by one, for the time to the first token
+FILL_TOKENS = 2**20  # of the training text, from behind the prompts, that caches are filled from
 _TILE_ROWS = 65_521  # a prime: rows of different heads get different bytes
 
 
@@ -49,7 +52,7 @@ class Workload:
       slots, chunk: of the engine.
       repeats: of every arm.
       homes: that are tried; "none" is the same model without memory.
-      cache_bytes: of the cache on the device in the arms that have one.
+      cache_bytes: of a site's cache on the device, or in host memory, in the arms that have one.
     """
 
     model: ModelConfig
@@ -83,6 +86,21 @@ def dense_4b() -> Workload:
                     homes=("none", "host"), cache_bytes=2**30)
 
 
+class Way(NamedTuple):
+    """How rows come from a home in an arm.
+
+    Attributes:
+      overlap: what needs no rows is dispatched before they are there.
+      cache, host_cache: bytes of a site's cache on the device, and in host memory over a disk.
+      filled: these are filled from training text; or else they begin empty and learn.
+    """
+
+    overlap: bool = True
+    cache: int = 0
+    host_cache: int = 0
+    filled: bool = False
+
+
 WORKLOADS = {"tiny": tiny, "4b": dense_4b}
 
 
@@ -95,13 +113,13 @@ def offload_benchmark(work: Workload | None = None, trace: str = "") -> dict[str
 
     Returns:
       `baseline_tokens_per_s`, without memory, prompts and generated tokens together. `arms`, each
-      with `home`, `overlap`, `cache` (bytes on the device), `tokens_per_s`, `penalty` (the share of
-      the baseline that it loses), `first_token_ms` (median, alone), `token_ms` and `token_ms_p99`
-      (between a sequence's tokens, with others beside it), and for rows from the host
-      `hidden_share` (of the time until rows were there, what nobody waited for), `hit_rate` (of the
-      cache), `bytes_per_token`, `fetch_us_per_token` and `read_share` (of the rows asked for, what
-      is left without repeats). `same_tokens`: all arms with memory generated the same. And what was
-      measured.
+      with `home`, the fields of its `Way`, `tokens_per_s`, `penalty` (the share of the baseline
+      that it loses), `first_token_ms` (median, alone), `token_ms` and `token_ms_p99` (between a
+      sequence's tokens, with others beside it), and for rows from the host `hidden_share` (of the
+      time until rows were there, what nobody waited for), `bytes_per_token`, `fetch_us_per_token`,
+      `read_share` (of the rows asked for, what is left without repeats) and `tiers`: for each,
+      fastest first, `hit_rate`, `bytes_per_token`, `latency_us_p50` and `latency_us_p99` of a
+      look-up. `same_tokens`: all arms with memory generated the same. And what was measured.
     """
     work = work or tiny()
     inputs = _inputs(work)
@@ -161,9 +179,10 @@ def _requests(work: Workload, inputs: Inputs) -> list[Request]:
 class _Arm:
     """An engine, and what it was seen to do."""
 
-    def __init__(self, home: str, overlap: bool, cache: int, engine: Engine, rows: Rows):
-        self.home, self.overlap, self.cache = home, overlap, cache
+    def __init__(self, home: str, way: Way, text_N: np.ndarray, engine: Engine, rows: Rows):
+        self.home = home
         self.tokens: list[list[int]] = []
+        self._way, self._text_N = way, text_N
         self._engine, self._rows = engine, rows
         self._counters = Counters()
         self._rates: list[float] = []
@@ -174,8 +193,10 @@ class _Arm:
         return self._engine.generate(requests)
 
     def time(self, requests: list[Request]) -> None:
-        """All requests at once."""
-        before = dataclasses.replace(self._rows.counters)
+        """All requests at once, with caches as they are at the start."""
+        if isinstance(self._rows, HostRows):
+            self._rows.fill(self._text_N if self._way.filled else self._text_N[:0])
+        before = self._rows.counters
         numbers = [self._engine.submit(request) for request in requests]
         out: dict[int, list[int]] = {number: [] for number in numbers}
         last: dict[int, float] = {}
@@ -205,19 +226,35 @@ class _Arm:
     def found(self) -> dict[str, Any]:
         ms = np.array(self._between_s) * 1e3
         row: dict[str, Any] = {
-            "home": self.home, "overlap": self.overlap, "cache": self.cache,
+            "home": self.home, **self._way._asdict(),
             "tokens_per_s": statistics.median(self._rates),
             "first_token_ms": statistics.median(self._first_s) * 1e3,
             "token_ms": float(np.median(ms)), "token_ms_p99": float(np.quantile(ms, 0.99)),
-            "hidden_share": None, "hit_rate": None, "bytes_per_token": None,
+            "hidden_share": None, "bytes_per_token": None, "tiers": {},
         }
         if (counted := self._counters).tokens:
             row.update(hidden_share=counted.hidden_share,
-                       hit_rate=counted.hit_rate if self.cache else None,
                        bytes_per_token=counted.bytes / counted.tokens,
                        fetch_us_per_token=counted.fetch_s / counted.tokens * 1e6,
-                       read_share=counted.read / counted.asked)
+                       read_share=counted.read / counted.asked,
+                       tiers={name: _told(tier, counted.tokens)
+                              for name, tier in counted.tiers.items()})
         return row
+
+
+def _told(tier: TierCounts, tokens: int) -> dict[str, float]:
+    return {"hit_rate": tier.hit_rate, "bytes_per_token": tier.bytes / tokens,
+            "latency_us_p50": tier.latency_us(50), "latency_us_p99": tier.latency_us(99)}
+
+
+def _ways(home: str, size: int) -> list[Way]:
+    if home not in ("host", "disk"):
+        return [Way()]
+    ways = [Way(), Way(overlap=False), Way(cache=size), Way(cache=size, filled=True)]
+    if home == "disk":
+        ways += [Way(host_cache=size), Way(host_cache=size, filled=True),
+                 Way(cache=size, host_cache=8 * size, filled=True)]
+    return ways
 
 
 def _arms(
@@ -226,22 +263,22 @@ def _arms(
     require("none" in work.homes, "homes", work.homes, "must have none, to be compared with")
     params = jax.jit(lambda: serving_params(
         transformer.init(work.model, jax.random.key(0)), work.model))()
+    prompts = work.sequences * work.prompt[1]
+    text_N = inputs.tokens.train.read(prompts, min(prompts + FILL_TOKENS, len(inputs.tokens.train)))
     arms = []
     for home in work.homes:
-        off = home in ("host", "disk")
         homes = {site.name: _home(work, inputs.addressing, site, home, folder)
-                 for site in inputs.addressing.sites} if off else {}
-        for overlap, cache in (((True, 0), (False, 0), (True, work.cache_bytes)) if off
-                               else ((True, 0),)):
+                 for site in inputs.addressing.sites} if home in ("host", "disk") else {}
+        for way in _ways(home, work.cache_bytes):
             model = dataclasses.replace(work.model, engram=None) if home == "none" else work.model
-            rows = _rows(work, inputs, home, homes, cache)
+            rows = _rows(work, inputs, home, homes, way)
             stack.callback(rows.close)
             engine = Engine(
                 model, _without_memory(params, work.model) if home == "none" else params,
                 transformer.init_router_bias(model), rows, pad_id=inputs.pad_id,
                 known=inputs.vocab_size, slots=work.slots,
-                length=work.prompt[1] + work.generated[1], chunk=work.chunk, overlap=overlap)
-            arms.append(_Arm(home, overlap, cache, engine, rows))
+                length=work.prompt[1] + work.generated[1], chunk=work.chunk, overlap=way.overlap)
+            arms.append(_Arm(home, way, text_N, engine, rows))
     return arms
 
 
@@ -256,11 +293,13 @@ def _without_memory(params: dict[str, Any], model: ModelConfig) -> dict[str, Any
 
 
 def _rows(
-    work: Workload, inputs: Inputs, home: str, homes: dict[str, Home], cache: int
+    work: Workload, inputs: Inputs, home: str, homes: dict[str, Home], way: Way
 ) -> Rows:
     """Rows for an arm; `homes` are shared by the arms that read them."""
     if homes:
-        return HostRows(inputs.addressing, homes, cache)
+        cached = {site.name: CachedTable(homes[site.name], site.hash_config.heads, way.host_cache)
+                  if way.host_cache else homes[site.name] for site in inputs.addressing.sites}
+        return HostRows(inputs.addressing, cached, way.cache)
     if home == "none":
         return DeviceRows(dataclasses.replace(work.model, engram=None),
                           Addressing((), {}, {}), {})

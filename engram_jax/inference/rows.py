@@ -25,8 +25,12 @@ from engram_jax.memory.device_cache import DeviceCache, Sender
 from engram_jax.memory.fetch import distinct
 from engram_jax.memory.formats import RowFormat
 from engram_jax.memory.homes import Home
-from engram_jax.memory.host_hash import HostHash
+from engram_jax.memory.host_hash import NO_TOKEN, HostHash
+from engram_jax.memory.ngram_counts import NgramCounts
 from engram_jax.memory.sites import Addressing, gather_rows
+from engram_jax.memory.tier_counts import TierCounts, summed
+
+_COUNTED_AT_ONCE = 2**15  # tokens
 
 
 class Chunk(NamedTuple):
@@ -53,11 +57,13 @@ class Rows(Protocol):
 
     Attributes:
       on_host: it needs the tokens on the host.
-      counters: what it did so far.
     """
 
     on_host: bool
-    counters: "Counters"
+
+    @property
+    def counters(self) -> "Counters":
+        """What it has done so far."""
 
     def on_device(
         self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
@@ -78,31 +84,28 @@ class Counters:
     Attributes:
       tokens: that rows were fetched for.
       asked, read: rows, with repeats in a request and without.
-      hits: of those read, how many the cache on the device had.
       bytes: put onto the device, places of rows included.
       fetch_s: spent by the worker.
       latency_s: from each request until its last rows were there.
       waited_s: of that, how long somebody waited.
+      tiers: of those read, what each tier did: "device" (the cache there), "host", "disk". Repeats
+        in a request are no hits.
     """
 
     tokens: int = 0
     asked: int = 0
     read: int = 0
-    hits: int = 0
     bytes: int = 0
     fetch_s: float = 0.0
     latency_s: float = 0.0
     waited_s: float = 0.0
+    tiers: dict[str, TierCounts] = dataclasses.field(default_factory=dict)
 
     def since(self, before: "Counters") -> "Counters":
         """What has been counted since these were `before`."""
-        return Counters(**{name: value - getattr(before, name)
-                           for name, value in vars(self).items()})
-
-    @property
-    def hit_rate(self) -> float:
-        """Of the cache on the device; repeats in a request are no hits."""
-        return self.hits / self.read if self.read else 0.0
+        tiers = {name: counts - before.tiers[name] for name, counts in self.tiers.items()}
+        return Counters(tiers=tiers, **{name: value - getattr(before, name)
+                                        for name, value in vars(self).items() if name != "tiers"})
 
     @property
     def hidden_share(self) -> float:
@@ -128,7 +131,6 @@ class DeviceRows:
     def __init__(self, model: ModelConfig, addressing: Addressing, tables: dict[str, jax.Array],
                  end_id: int | None = None):
         addressing.check_serves()
-        self.counters = Counters()
         self._tables = tables
 
         @jax.jit
@@ -143,6 +145,10 @@ class DeviceRows:
                 model, tables, addressing.ids(tokens_BT, positions_BT, here.history_BH))
 
         self._gather = gather
+
+    @property
+    def counters(self) -> Counters:
+        return Counters()
 
     def on_device(
         self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
@@ -173,13 +179,48 @@ class HostRows:
     on_host = True
 
     def __init__(self, addressing: Addressing, homes: dict[str, Home], cache_bytes: int = 0):
-        self.counters = Counters()
+        self._counters = Counters()
         self._hash = HostHash(addressing)
+        self._heads = {site.name: site.hash_config.heads for site in addressing.sites}
         self._sources: dict[str, Sender | DeviceCache] = {
-            site.name: DeviceCache(homes[site.name], site.hash_config.heads, cache_bytes)
-            if cache_bytes else Sender(homes[site.name]) for site in addressing.sites}
+            name: DeviceCache(homes[name], heads, cache_bytes)
+            if cache_bytes else Sender(homes[name]) for name, heads in self._heads.items()}
         self._formats = {name: home.format for name, home in homes.items()}
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "rows")
+
+    @property
+    def counters(self) -> Counters:
+        return dataclasses.replace(self._counters, tiers=summed(
+            [source.tiers() for source in self._sources.values()]))
+
+    def fill(self, tokens_N: np.ndarray, end_id: int | None = None) -> None:
+        """Fill every cache with the n-grams that a text has most often; what it held before goes.
+
+        A cache learns from what it serves, so at first it has nothing; a sample of what will be
+        served, such as the training text, makes it begin with what is asked for most. No tokens
+        empty it. A cache in host memory also holds what one on the device above it does.
+
+        Args:
+          tokens_N: raw ids of the text. Its n-grams are counted here and now, 8 * (K + 2) bytes for
+            each different one.
+          end_id: as in `stages.advance`.
+
+        Raises:
+          UserError: a token that the tokenizer does not have.
+          MachineError: a table cannot be read; then a cache that was not filled is empty.
+        """
+        counts = {name: NgramCounts(heads) for name, heads in self._heads.items()}
+        padded_1S = np.full((1, self._hash.history_length + len(tokens_N)), NO_TOKEN, np.int32)
+        padded_1S[0, self._hash.history_length:] = tokens_N
+        for start in range(0, len(tokens_N), _COUNTED_AT_ONCE):
+            middle = start + self._hash.history_length
+            history_1P = padded_1S[:, start:middle]
+            tokens_1T = padded_1S[:, middle:middle + _COUNTED_AT_ONCE]
+            reach_1T = None if end_id is None else reach_numpy(tokens_1T, history_1P, end_id)
+            for name, ids in self._hash(tokens_1T, history_1P, reach_1T).items():
+                counts[name].add(ids)
+        for name, source in self._sources.items():
+            self._worker.submit(source.fill, counts[name].most_frequent()).result()
 
     def on_device(
         self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
@@ -195,7 +236,7 @@ class HostRows:
             start = time.perf_counter()
             with jax.profiler.TraceAnnotation(f"wait for the rows of {site}"):
                 packed_UX, inverse_BTH = futures[site].result()
-            self.counters.waited_s += time.perf_counter() - start
+            self._counters.waited_s += time.perf_counter() - start
             return placed(packed_UX, inverse_BTH, self._formats[site])
 
         return answer
@@ -208,13 +249,13 @@ class HostRows:
         try:
             real_BT = np.arange(chunk.tokens_BT.shape[1])[None] < chunk.count_B[:, None]
             ids = self._hash(chunk.tokens_BT, chunk.history_BP, chunk.reach_BT)
-            self.counters.tokens += int(chunk.count_B.sum())
+            self._counters.tokens += int(chunk.count_B.sum())
             for site, future in futures.items():
                 with jax.profiler.TraceAnnotation(f"fetch the rows of {site}"):
                     found = self._read(site, ids[site], real_BT)
                 now = time.perf_counter()
-                self.counters.fetch_s += now - start
-                self.counters.latency_s += now - asked_at
+                self._counters.fetch_s += now - start
+                self._counters.latency_s += now - asked_at
                 start = asked_at = now  # counted before anybody who waits for it goes on
                 future.set_result(found)
         except BaseException as error:  # or else somebody would wait for ever
@@ -231,10 +272,9 @@ class HostRows:
         inverse_BTH = np.zeros(ids_BTH.shape, np.int32)
         inverse_BTH[real_BT] = inverse_NH
         sent = source.fetch(ids_U)
-        counters = self.counters
+        counters = self._counters
         counters.asked += inverse_NH.size
         counters.read += ids_U.size
-        counters.hits += sent.hits
         counters.bytes += sent.bytes + inverse_BTH.nbytes
         return sent.packed_UB, jax.device_put(inverse_BTH)
 

@@ -15,7 +15,8 @@ class Sampling(NamedTuple):
     Attributes:
       temperature_B: float32; 0 takes the likeliest token.
       top_k_B: int32; only the so many likeliest are drawn from; 0 is all.
-      top_p_B: float32; only the likeliest that together have this probability; 1 is all.
+      top_p_B: float32; of those, only the likeliest that together have this share of their
+        probability; 1 is all.
       seed_B: uint32, of the draws.
     """
 
@@ -49,11 +50,11 @@ def _draw(logits_BV: jax.Array, sampling: Sampling, number_B: jax.Array) -> jax.
     sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
     scaled_BV = sorted_BV / jnp.maximum(sampling.temperature_B, 1e-6)[:, None]
     rank_1V = jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)[None]
+    top_k_B1, top_p_B1 = sampling.top_k_B[:, None], sampling.top_p_B[:, None]
+    scaled_BV = jnp.where((rank_1V < top_k_B1) | (top_k_B1 == 0), scaled_BV, -jnp.inf)
     chance_BV = jax.nn.softmax(scaled_BV, axis=-1)
     before_BV = jnp.cumsum(chance_BV, axis=-1) - chance_BV
-    top_k_B1, top_p_B1 = sampling.top_k_B[:, None], sampling.top_p_B[:, None]
-    left_BV = (((rank_1V < top_k_B1) | (top_k_B1 == 0))
-               & ((before_BV < top_p_B1) | (rank_1V == 0)))
+    left_BV = (before_BV < top_p_B1) | (rank_1V == 0)
 
     def one(seed: jax.Array, number: jax.Array, scaled_V: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), number)

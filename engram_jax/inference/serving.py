@@ -1,5 +1,6 @@
 """A trained run, ready to serve: its parameters on the device, its tables where they should be."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -71,12 +72,15 @@ def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Se
 
 
 def _homes(records: RunDirectory, saved: SavedTables, memory: str, dtype: str) -> dict[str, Home]:
-    """The run's tables off the device."""
+    """The run's tables off the device; none stays open if one cannot be opened."""
     homes: dict[str, Home] = {}
-    for site in saved.sites:
-        own = dtype or site.hash_config.table_dtype
-        homes[site.name] = (saved.on_host(site, own) if memory == "host"
-                            else _on_disk(records, saved, site, own))
+    with contextlib.ExitStack() as opened:
+        for site in saved.sites:
+            own = dtype or site.hash_config.table_dtype
+            homes[site.name] = (saved.on_host(site, own) if memory == "host"
+                                else _on_disk(records, saved, site, own))
+            opened.callback(homes[site.name].close)
+        opened.pop_all()
     return homes
 
 
@@ -86,7 +90,7 @@ def _on_disk(records: RunDirectory, saved: SavedTables, site: Site, dtype: str) 
     path = folder / f"{site.name}.{dtype}.table"
     if path.exists():
         found = DiskTable.open(path, expect=wanted, check="read")
-        if found.info.step == wanted.step:
+        if (found.info.step, found.info.saved_ns) == (wanted.step, wanted.saved_ns):
             return found
         found.close()
     return DiskTable.open(saved.to_disk(site, dtype, folder), expect=wanted, check="read")

@@ -9,6 +9,7 @@ packed row, X = K * B.
 """
 
 import functools
+import time
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,8 @@ import numpy as np
 from engram_jax.config import require
 from engram_jax.memory.homes import Home, checked_ids
 from engram_jax.memory.ngram_index import NgramIndex
+from engram_jax.memory.tier_counts import TierCounts, TierMeter
+from engram_jax.memory.tiers import FILLED_AT_ONCE
 
 
 class Sent(NamedTuple):
@@ -26,12 +29,10 @@ class Sent(NamedTuple):
     Attributes:
       packed_UB: uint8 [at least U, B].
       bytes: that travelled.
-      hits: rows that did not have to.
     """
 
     packed_UB: jax.Array
     bytes: int
-    hits: int
 
 
 class Sender:
@@ -48,7 +49,15 @@ class Sender:
         """Rows at `ids_U`; raises as `Home.lookup`."""
         packed_UB = np.empty((padded_size(ids_U.size), self._home.format.row_bytes), np.uint8)
         self._home.lookup(ids_U, out=packed_UB)
-        return Sent(jax.device_put(packed_UB), packed_UB.nbytes, 0)
+        return Sent(jax.device_put(packed_UB), packed_UB.nbytes)
+
+    def fill(self, ids_GK: np.ndarray) -> None:
+        """As `Home.fill`."""
+        self._home.fill(ids_GK)
+
+    def tiers(self) -> dict[str, TierCounts]:
+        """As `Home.tiers`."""
+        return self._home.tiers()
 
     def close(self) -> None:
         self._home.close()
@@ -72,7 +81,7 @@ class DeviceCache:
         entry_bytes = group * below.format.row_bytes
         self.group = group
         self._index = NgramIndex(group, entry_bytes, capacity_bytes)
-        self._below = below
+        self._below, self._meter = below, TierMeter()
         self._rows_CX = jnp.zeros((self._index.entries, entry_bytes), jnp.uint8)
 
     def fetch(self, ids_U: np.ndarray) -> Sent:
@@ -85,6 +94,7 @@ class DeviceCache:
           UserError: ids out of range, or no whole number of n-grams.
           MachineError: the home below cannot be read; then nothing has changed.
         """
+        started = time.perf_counter()
         group, format = self.group, self._below.format
         ids = checked_ids(ids_U, self._below.rows)
         if ids.size % group:
@@ -105,8 +115,34 @@ class DeviceCache:
         sent = jax.device_put((sent_MX, at_G, entry_M))
         self._rows_CX, rows_GX = _served(self._rows_CX, *sent)
         travelled = sent_MX.nbytes + at_G.nbytes + entry_M.nbytes
-        return Sent(rows_GX.reshape(-1, format.row_bytes), travelled,
-                    group * int(np.count_nonzero(hit_G)))
+        self._meter.count(ids.size, ids.size - group * len(misses), format.row_bytes,
+                          time.perf_counter() - started)
+        return Sent(rows_GX.reshape(-1, format.row_bytes), travelled)
+
+    def fill(self, ids_GK: np.ndarray) -> None:
+        """As `Home.fill`; what it held before goes. The home below keeps what it has room for."""
+        self._below.fill(ids_GK)
+        kept, entries = self._index.fill(ids_GK)
+        try:
+            for start in range(0, len(kept), FILLED_AT_ONCE):
+                part = slice(start, start + FILLED_AT_ONCE)
+                self._keep(ids_GK[kept[part]], entries[part])
+        except BaseException:
+            self._index.clear()
+            raise
+
+    def _keep(self, ids_MK: np.ndarray, entries: np.ndarray) -> None:
+        """Read n-grams' rows from below and put them into their entries."""
+        below = self._below
+        sent_MX = np.empty((padded_size(len(ids_MK)), self._rows_CX.shape[1]), np.uint8)
+        below.lookup(ids_MK.reshape(-1), out=sent_MX.reshape(-1, below.format.row_bytes))
+        entry_M = np.full(len(sent_MX), self._index.entries, np.int32)  # out of range: dropped
+        entry_M[:len(entries)] = entries
+        self._rows_CX = _kept(self._rows_CX, *jax.device_put((sent_MX, entry_M)))
+
+    def tiers(self) -> dict[str, TierCounts]:
+        """As `Home.tiers`, on the "device" first."""
+        return {"device": self._meter.counts(), **self._below.tiers()}
 
     def close(self) -> None:
         """Give the memory back, and close the home below."""
@@ -120,6 +156,12 @@ def padded_size(count: int) -> int:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
+def _kept(rows_CX: jax.Array, sent_MX: jax.Array, entry_M: jax.Array) -> jax.Array:
+    """The cache with what was sent in it."""
+    return rows_CX.at[entry_M].set(sent_MX, mode="drop")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
 def _served(
     rows_CX: jax.Array, sent_MX: jax.Array, at_G: jax.Array, entry_M: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -128,4 +170,4 @@ def _served(
     kept_GX = rows_CX.at[at_G].get(mode="fill", fill_value=0)
     new_GX = sent_MX.at[at_G - entries].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     rows_GX = jnp.where((at_G < entries)[:, None], kept_GX, new_GX)
-    return rows_CX.at[entry_M].set(sent_MX, mode="drop"), rows_GX
+    return _kept(rows_CX, sent_MX, entry_M), rows_GX

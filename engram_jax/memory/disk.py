@@ -8,6 +8,7 @@ Shapes: U ids, B bytes of a packed row, M rows read, S spans of neighbouring row
 """
 
 import os
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +25,7 @@ from engram_jax.memory.table_file import (
     read_table_file,
     require_local,
 )
+from engram_jax.memory.tier_counts import TierCounts, TierMeter
 from engram_jax.storage import refusals
 
 CHECKS = ("none", "read")
@@ -39,6 +41,7 @@ class DiskTable:
     def __init__(self, path: Path, file: BinaryIO, found: TableFile, check: str):
         self.info, self.format, self.rows = found.info, found.info.format, found.info.rows
         self._path, self._file, self._found = path, file, found
+        self._meter = TierMeter()
         # Blocks that need no more checking.
         self._trusted_K = np.full(found.info.blocks, check == "none")
 
@@ -76,6 +79,7 @@ class DiskTable:
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """As `Home.lookup`."""
+        started = time.perf_counter()
         wanted_U, inverse_U = np.unique(checked_ids(ids_U, self.rows), return_inverse=True)
         out = room(out, len(inverse_U), self.format)
         rows_UB = np.empty((len(wanted_U), self.format.row_bytes), np.uint8)
@@ -84,7 +88,17 @@ class DiskTable:
                 part = slice(start, start + _ROWS_AT_ONCE)
                 self._check(wanted_U[part])
                 self._read(wanted_U[part], rows_UB[part])
-        return rows_UB.take(inverse_U, axis=0, mode="clip", out=out)
+        found = rows_UB.take(inverse_U, axis=0, mode="clip", out=out)
+        self._meter.count(len(found), len(found), self.format.row_bytes,
+                          time.perf_counter() - started)
+        return found
+
+    def fill(self, ids_GK: np.ndarray) -> None:
+        """As `Home.fill`: it has them all."""
+
+    def tiers(self) -> dict[str, TierCounts]:
+        """As `Home.tiers`."""
+        return {"disk": self._meter.counts()}
 
     def close(self) -> None:
         """As `Home.close`."""

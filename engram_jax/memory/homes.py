@@ -9,6 +9,7 @@ import numpy as np
 
 from engram_jax.config import require
 from engram_jax.memory.formats import RowFormat
+from engram_jax.memory.tier_counts import TierCounts
 
 
 class Home(Protocol):
@@ -36,6 +37,21 @@ class Home(Protocol):
           MachineError: the table cannot be read, or fails its check; then `out` holds nothing that
             may be used.
         """
+
+    def fill(self, ids_GK: np.ndarray) -> None:
+        """Keep the rows of these n-grams where they are read fastest, as many as there is room for.
+
+        A whole table has them all, and does nothing.
+
+        Args:
+          ids_GK: int64, different n-grams of `group` ids, those that matter most first.
+
+        Raises:
+          As `lookup`; then a cache that was not filled is empty.
+        """
+
+    def tiers(self) -> dict[str, TierCounts]:
+        """What each tier has done, by "host" or "disk", where it is; this one first."""
 
     def close(self) -> None:
         """Give the memory or the file back; nothing can be looked up afterwards."""

@@ -10,6 +10,7 @@ Shapes: R rows of the table, U ids, B bytes of a packed row.
 import mmap
 import os
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from engram_jax.memory.table_file import (
     read_table_file,
     require_local,
 )
+from engram_jax.memory.tier_counts import TierCounts, TierMeter
 from engram_jax.storage import refusals
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux 5.14, which Python does not name
@@ -45,6 +47,7 @@ class HostTable:
     def __init__(self, format: RowFormat, packed_RB: np.ndarray):
         self.format, self.rows = format, len(packed_RB)
         self.packed_RB = packed_RB
+        self._meter = TierMeter()
 
     @classmethod
     def allocate(cls, format: RowFormat, rows: int) -> "HostTable":
@@ -117,10 +120,21 @@ class HostTable:
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """As `Home.lookup`."""
+        started = time.perf_counter()
         ids = checked_ids(ids_U, self.rows)
         # Clipping changes nothing after the check; it is what lets NumPy write to `out` directly.
-        return self.packed_RB.take(ids, axis=0, mode="clip",
+        found = self.packed_RB.take(ids, axis=0, mode="clip",
                                     out=room(out, len(ids), self.format))
+        self._meter.count(len(ids), len(ids), self.format.row_bytes,
+                          time.perf_counter() - started)
+        return found
+
+    def fill(self, ids_GK: np.ndarray) -> None:
+        """As `Home.fill`: it has them all."""
+
+    def tiers(self) -> dict[str, TierCounts]:
+        """As `Home.tiers`."""
+        return {"host": self._meter.counts()}
 
     def close(self) -> None:
         """As `Home.close`: the memory goes when nobody holds a view of it any more."""

@@ -35,10 +35,32 @@ class NgramIndex:
                 f"must be at least {least}, {WAYS} n-grams of {group} rows")
         self.group, self._sets = group, capacity_bytes // least
         self.entries = self._sets * WAYS
-        self.lookups = self.hits = self.misses = 0
+        self._lookups = 0
         self._ids_CK = np.full((self.entries, group), _NOBODY, np.int64)
         self._keys_SW = np.zeros((self._sets, WAYS), np.uint64)
         self._used_SW = np.zeros((self._sets, WAYS), np.int64)  # the lookup that used it last
+
+    def clear(self) -> None:
+        """Forget all n-grams."""
+        self._ids_CK.fill(_NOBODY)
+        self._keys_SW.fill(0)
+        self._used_SW.fill(self._lookups - WAYS)
+
+    def fill(self, ids_GK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Hold these different n-grams instead, of each set the first ones; the first stay longest.
+
+        Returns:
+          As `admit`.
+
+        Raises:
+          UserError: they have another number of ids.
+        """
+        require(ids_GK.ndim == 2 and ids_GK.shape[1] == self.group, "n-grams", ids_GK.shape,
+                f"must be [G, {self.group}]")
+        self.clear()
+        kept, entry_M = self.admit(ids_GK)
+        self._used_SW.reshape(-1)[entry_M] -= entry_M % WAYS
+        return kept, entry_M
 
     def probe(self, ids_GK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Look n-grams up: the entry of each, intp [G], and whether it is there, bool [G]."""
@@ -48,10 +70,8 @@ class NgramIndex:
         entry_G = sets_G * WAYS + match_GW.argmax(axis=1)
         # Different n-grams may have the same key: only the ids prove it.
         hit_G = (self._ids_CK[entry_G] == ids_GK).all(axis=1)
-        self.lookups += 1
-        self.hits += int(np.count_nonzero(hit_G))
-        self.misses += int(np.count_nonzero(~hit_G))
-        self._used_SW.reshape(-1)[entry_G[hit_G]] = self.lookups
+        self._lookups += 1
+        self._used_SW.reshape(-1)[entry_G[hit_G]] = self._lookups
         return entry_G, hit_G
 
     def admit(self, ids_MK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,14 +91,9 @@ class NgramIndex:
         entry_M = sets_M[kept] * WAYS + way_M
         self._ids_CK[entry_M] = ids_MK[kept]
         self._keys_SW.reshape(-1)[entry_M] = keys_M[kept]
-        self._used_SW.reshape(-1)[entry_M] = self.lookups
+        self._used_SW.reshape(-1)[entry_M] = self._lookups
         return kept, entry_M
 
-    @property
-    def hit_rate(self) -> float:
-        """Of the n-grams looked up so far."""
-        asked = self.hits + self.misses
-        return self.hits / asked if asked else 0.0
-
     def _set(self, keys_G: np.ndarray) -> np.ndarray:
-        return (keys_G % np.uint64(self._sets)).astype(np.intp)
+        # The lowest bits of a key are those of a sum of ids, however alike the ids are.
+        return ((keys_G >> np.uint64(32)) % np.uint64(self._sets)).astype(np.intp)

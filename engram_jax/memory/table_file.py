@@ -48,7 +48,7 @@ class TableInfo:
       hash: `NgramHash.constants()`.
       fingerprint: of hash and vocabulary, as in `Addressing.fingerprints`.
       run: the name of the run that it comes from.
-      step: of the checkpoint.
+      step, saved_ns: of the checkpoint: its step, and when it was saved, in ns since 1970.
     """
 
     rows: int
@@ -59,6 +59,7 @@ class TableInfo:
     fingerprint: str
     run: str = ""
     step: int = 0
+    saved_ns: int = 0
 
     def __post_init__(self) -> None:
         require(self.rows >= 1, "rows", self.rows, "must be at least 1")
@@ -79,13 +80,13 @@ class TableInfo:
 
 
 def table_info(addressing: Addressing, site_name: str, dtype: str, run: str = "",
-               step: int = 0) -> TableInfo:
+               step: int = 0, saved_ns: int = 0) -> TableInfo:
     """What the table of a site is for this addressing; also what a file must be to serve it."""
     site, = (site for site in addressing.sites if site.name == site_name)
     return TableInfo(
         rows=site.layout.rows, dim=site.layout.dim, dtype=dtype, site=site_name,
         hash=addressing.hashes[site_name].constants(),
-        fingerprint=addressing.fingerprints()[site_name], run=run, step=step)
+        fingerprint=addressing.fingerprints()[site_name], run=run, step=step, saved_ns=saved_ns)
 
 
 def header_bytes(info: TableInfo) -> bytes:
@@ -178,7 +179,7 @@ def _info(path: Path, fields: dict[str, Any]) -> TableInfo:
 def check_serves(path: Path, found: TableInfo, expect: TableInfo) -> None:
     """Refuse a table whose rows mean something else to a model.
 
-    What names the file (`site`, `run`, `step`) and `dtype` may differ.
+    What says where it comes from (`run`, `step`, `saved_ns`) and `dtype` may differ.
 
     Raises:
       UserError: the first field that differs, both values.

@@ -7,7 +7,6 @@ Shapes: U ids, G n-grams asked for, M of them that were missing, K heads, C entr
 packed row.
 """
 
-import collections
 import threading
 import time
 
@@ -17,8 +16,9 @@ from engram_jax.config import require
 from engram_jax.memory.homes import Home, checked_ids, room
 from engram_jax.memory.host import touched_zeros
 from engram_jax.memory.ngram_index import NgramIndex
+from engram_jax.memory.tier_counts import TierCounts, TierMeter
 
-_REMEMBERED = 4096  # lookups, for the percentiles of latency
+FILLED_AT_ONCE = 2**14  # n-grams
 
 
 class CachedTable:
@@ -44,7 +44,7 @@ class CachedTable:
         self._below, self._lock = below, threading.Lock()
         entries = self._index.entries
         self._entries = touched_zeros(entries * self._entry_bytes).reshape(entries, -1)
-        self._seconds: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
+        self._meter = TierMeter()
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """As `Home.lookup`, of whole groups.
@@ -58,34 +58,37 @@ class CachedTable:
             require(False, "row ids", ids.size, f"must be n-grams of {self.group} ids each")
         out = room(out, ids.size, self.format)
         with self._lock:
-            self._fill(ids.reshape(-1, self.group), out.reshape(-1, self._entry_bytes))
-            self._seconds.append(time.perf_counter() - started)
+            hits = self._serve(ids.reshape(-1, self.group), out.reshape(-1, self._entry_bytes))
+        self._meter.count(ids.size, hits * self.group, self.format.row_bytes,
+                          time.perf_counter() - started)
         return out
+
+    def fill(self, ids_GK: np.ndarray) -> None:
+        """As `Home.fill`; what it held before goes. The home below keeps what it has room for."""
+        self._below.fill(ids_GK)
+        with self._lock:
+            kept, entry_M = self._index.fill(ids_GK)
+            try:
+                for start in range(0, len(kept), FILLED_AT_ONCE):
+                    part = slice(start, start + FILLED_AT_ONCE)
+                    rows = self._below.lookup(ids_GK[kept[part]].reshape(-1))
+                    self._entries[entry_M[part]] = rows.reshape(-1, self._entry_bytes)
+            except BaseException:
+                self._index.clear()
+                raise
+
+    def tiers(self) -> dict[str, TierCounts]:
+        """As `Home.tiers`."""
+        return {"host": self._meter.counts(), **self._below.tiers()}
 
     def close(self) -> None:
         """As `Home.close`."""
         self._below.close()
         self.rows = 0
 
-    def metrics(self) -> dict[str, float]:
-        """What it has done since it was made.
-
-        Returns:
-          lookups; hits and misses (n-grams), hit_rate; hit_bytes and miss_bytes, the latter read
-          from below; latency_us_p50 and latency_us_p99, of the last 4096 lookups.
-        """
-        with self._lock:
-            seconds, index = np.array(self._seconds or [0.0]), self._index
-            return {
-                "lookups": index.lookups, "hits": index.hits, "misses": index.misses,
-                "hit_rate": index.hit_rate, "hit_bytes": index.hits * self._entry_bytes,
-                "miss_bytes": index.misses * self._entry_bytes,
-                "latency_us_p50": 1e6 * float(np.percentile(seconds, 50)),
-                "latency_us_p99": 1e6 * float(np.percentile(seconds, 99)),
-            }
-
-    def _fill(self, ids_GK: np.ndarray, out: np.ndarray) -> None:
-        """Write the n-grams' rows, uint8 [G, K * B]; the missing ones are fetched and kept."""
+    def _serve(self, ids_GK: np.ndarray, out: np.ndarray) -> int:
+        """Write the n-grams' rows, uint8 [G, K * B]; the missing ones are fetched and kept. Returns
+        how many were not missing."""
         entry_G, hit_G = self._index.probe(ids_GK)
         out[hit_G] = self._entries[entry_G[hit_G]]
         misses = np.flatnonzero(~hit_G)
@@ -94,3 +97,4 @@ class CachedTable:
             out[misses] = rows
             kept, entry_M = self._index.admit(ids_GK[misses])
             self._entries[entry_M] = rows[kept]
+        return len(ids_GK) - len(misses)

@@ -7,7 +7,7 @@ and rows are worth nothing to a model that reads or hashes otherwise.
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
@@ -19,6 +19,22 @@ from engram_jax.training import processes
 from engram_jax.training.inputs import Reader
 from engram_jax.training.records import RunDirectory
 from engram_jax.training.state import TrainState
+
+CHUNK = 64 * 2**20  # bytes of a table that are read, and so must be in memory, together
+
+
+class SavedState(NamedTuple):
+    """A whole checkpoint.
+
+    Attributes:
+      step, saved_ns: its step, and when it was saved, in ns since 1970: together they tell it from
+        one of the same step of a run that was trained anew.
+      place: where its arrays are.
+    """
+
+    step: int
+    saved_ns: int
+    place: epath.Path
 
 
 class Checkpoints:
@@ -37,7 +53,9 @@ class Checkpoints:
         self._checkpointer = ocp.training.Checkpointer(
             directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep))
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            context=ocp.Context(array_options=ocp.options.ArrayOptions(
+                saving=ocp.options.ArrayOptions.Saving(scoped_storage_options_creator=_storage))))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -131,16 +149,18 @@ class Checkpoints:
             batches.set_state(jax.tree.map(int, found["batches"]))
         return found["state"]
 
-    def last_state(self) -> tuple[int, epath.Path]:
-        """The step of the last checkpoint, and where its arrays are.
+    def last_state(self) -> SavedState:
+        """The last checkpoint.
 
         Raises:
           UserError: no checkpoint, or one of another hash or tokenizer.
           MachineError: it cannot be read.
         """
         step = self._latest()
-        self._check_fingerprints(step, self._metadata(step))
-        return step, self._directory / str(step) / "state"
+        metadata = self._metadata(step)
+        self._check_fingerprints(step, metadata)
+        place = self._directory / str(step) / "state"
+        return SavedState(step, metadata.init_timestamp_nsecs, place)
 
     def _latest(self) -> int:
         if (step := self.latest) is None:
@@ -206,6 +226,32 @@ def last_checkpoint(records: RunDirectory, reader: Reader) -> Checkpoints:
         raise UserError(f"{records.path}: has no checkpoint yet; train it first")
     return Checkpoints(records.checkpoints, records.config().training.keep_checkpoints,
                        reader.fingerprints())
+
+
+def _storage(path: Sequence[Any], array: Any) -> Any:
+    """Orbax's storage options of an array: tables in chunks of at most `CHUNK`, if that can be.
+
+    A table [S, R, D] that lies on one device is cut into stretches of all shards, in which ids
+    follow one another. Chunks have to divide what a device holds, so where R has no fitting divisor
+    and on several devices a chunk is one shard, whose rows are cut only if CHUNK is passed.
+    """
+    if getattr(path[0], "name", "") != "tables":
+        return None
+    shards, rows, dim = array.sharding.shard_shape(array.shape)
+    row_bytes, options = dim * array.dtype.itemsize, ocp.options.ArrayOptions.Saving.StorageOptions
+    if shards * rows * row_bytes <= CHUNK:
+        return None
+    stretch = _largest_divisor(rows, CHUNK // (shards * row_bytes))
+    if shards == array.shape[0] and 16 * stretch * shards * row_bytes >= CHUNK:
+        return options(chunk_byte_size=stretch * shards * row_bytes)
+    part = _largest_divisor(rows, CHUNK // row_bytes)
+    part = part if 16 * part * row_bytes >= CHUNK else rows
+    return options(chunk_byte_size=part * row_bytes, shard_axes=(0,))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """Of `number`, not above `most`; 0 if there is none."""
+    return next((found for found in range(min(number, most), 0, -1) if number % found == 0), 0)
 
 
 def _ends(digest: str | None) -> str:
