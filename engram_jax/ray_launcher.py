@@ -1,4 +1,4 @@
-"""Ray as a launcher of sweeps: every run is a task of a cluster, on one node each.
+"""Ray as a launcher of sweeps: every run is a task of a cluster.
 
 Ray starts a task again, wherever there is room, when its worker or its node is lost; the run then
 goes on from its last checkpoint. So the folder of the sweep must be one that all nodes see. The
@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import math
 import os
-import platform
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,10 +20,9 @@ from jax.sharding import Mesh
 from engram_jax import __version__
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import MachineError, UserError
-from engram_jax.settings import from_dict, to_dict
+from engram_jax.ray_tasks import Desk, train_here, train_on_slice, wants_slice
+from engram_jax.settings import to_dict
 from engram_jax.storage import first_line
-from engram_jax.training.loop import train
-from engram_jax.training.mesh import chosen_mesh
 from engram_jax.training.records import RunDirectory
 
 RETRIES = 20  # of one run; machines that may be taken away any time need some
@@ -39,10 +37,11 @@ class RayLauncher:
     Attributes:
       address: of the cluster, as `ray.init` takes it; "" joins the one that runs on this machine or
         that $RAY_ADDRESS names, and starts one on this machine where there is none.
-      resources: what a run takes of a node, by Ray's names: {"CPU": 4, "GPU": 1}, {"TPU": 4}. CPU
-        is 1 where it is not named. Empty: a GPU; or else all TPU chips of a node; or else all CPUs
-        of the smallest node.
-      mesh: "DATAxFSDP" of a run, made on its node; None as `chosen_mesh`.
+      resources: what a run takes of a node, by Ray's names: {"CPU": 4, "GPU": 1}, {"TPU": 4}, or
+        {"TPU-v6e-16-head": 1} for a whole slice, with a process on each of its hosts. CPU is 1
+        where it is not named. Empty: a GPU; or else all TPU chips of a node; or else all CPUs of
+        the smallest node.
+      mesh: "DATAxFSDP" of a run, made where it trains; None as `chosen_mesh`.
       retries: how often a run may lose its worker.
     """
 
@@ -82,17 +81,17 @@ class RayLauncher:
         say(f"ray: {len(runs)} runs, {words} each, on {len(nodes)} nodes")
         if not any(all(node.get(name, 0) >= needs[name] for name in needs) for node in nodes):
             say(f"ray: no node has {words} now; waiting for one that does")
-        lines = ray.remote(_Lines).options(num_cpus=0, scheduling_strategy=_here(ray)).remote()
+        desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=_here(ray)).remote()
         # A worker ends with its task: JAX would keep its devices for as long as it lives.
         task = ray.remote(
             max_calls=1, max_retries=self.retries, retry_exceptions=[MachineError],
             num_cpus=needs.get("CPU", 1), num_gpus=needs.get("GPU", 0),
             resources={name: n for name, n in needs.items() if name not in ("CPU", "GPU")},
-        )(_train)
+        )(train_on_slice if wants_slice(needs) else train_here)
         tasks = {task.options(name=run.name).remote(
-            to_dict(run), os.fspath(folder), self.mesh, __version__, lines): run.name
+            to_dict(run), os.fspath(folder), self.mesh, __version__, desk): run.name
             for run in runs}
-        return _gathered(ray, tasks, lines, say)
+        return _gathered(ray, tasks, desk, say)
 
 
 def _done(run: RunConfig, folder: epath.Path, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -161,56 +160,22 @@ def _share_of_node(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"CPU": 1}
 
 
-class _Lines:
-    """An actor beside the caller: what tasks say waits here until it is taken."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def put(self, line: str) -> None:
-        self._lines.append(line)
-
-    def take(self) -> list[str]:
-        taken, self._lines = self._lines, []
-        return taken
-
-
-def _train(
-    values: Mapping[str, Any], folder: str, mesh: str | None, version: str, lines: Any
-) -> dict[str, Any]:
-    """The task: train one run on this node."""
-    import ray
-
-    require(version == __version__, "engram_jax", __version__,
-            f"on {platform.node()}, but {version} started the sweep; install the same everywhere")
-    if not epath.Path(folder).exists():
-        raise UserError(f"out = {folder!r}: is not there on {platform.node()}; choose a folder "
-                        "that all nodes see")
-    run: RunConfig = from_dict(values)
-
-    def say(line: str) -> None:
-        named = line if line.startswith(run.name) else f"{run.name}: {line}"
-        ray.get(lines.put.remote(named))
-
-    return train(run, epath.Path(folder) / run.name, say, chosen_mesh(mesh))
-
-
 def _gathered(
-    ray: Any, tasks: Mapping[Any, str], lines: Any, say: Callable[[str], None]
+    ray: Any, tasks: Mapping[Any, str], desk: Any, say: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """Results by name, once all tasks are done; what they say meanwhile goes to `say`."""
     results, waiting = {}, list(tasks)
     try:
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=SECONDS_BETWEEN_LOOKS)
-            for line in ray.get(lines.take.remote()):
+            for line in ray.get(desk.take.remote()):
                 say(line)
             for done in ready:
                 results[tasks[done]] = _result(ray, done, tasks[done])
     finally:
         for left in waiting:
             ray.cancel(left, force=True)  # it goes on from its checkpoint next time
-        ray.kill(lines)
+        ray.kill(desk)
     return results
 
 

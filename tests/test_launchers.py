@@ -18,13 +18,17 @@ import psutil
 import pytest
 from micro import STEPS, micro, plain, with_data, with_training, write_text
 
-from engram_jax import __version__, cli, launchers, ray_launcher, sweeps
+from engram_jax import __version__, cli, launchers, ray_launcher, ray_tasks, sweeps
 from engram_jax.errors import MachineError, UserError
 from engram_jax.ray_launcher import RayLauncher, parsed_resources
 from engram_jax.settings import to_dict
 from engram_jax.training.records import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("compilations")
+pytestmark = [
+    pytest.mark.usefixtures("compilations"),
+    # Ray starts its cluster by fork and exec, which JAX cannot tell from fork alone.
+    pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning"),
+]
 
 
 def silent(line):
@@ -158,9 +162,9 @@ def test_a_cluster_that_is_not_there(address, line, two_runs, tmp_path, monkeypa
 
 def test_a_task_checks_its_node():
     with pytest.raises(UserError, match=r"engram_jax = .*, but 0\.0 started the sweep"):
-        ray_launcher._train({}, "/", None, "0.0", None)
+        ray_tasks.train_here({}, "/", None, "0.0", None)
     with pytest.raises(UserError, match=r"out = '/nowhere': is not there on .* all nodes see"):
-        ray_launcher._train({}, "/nowhere", None, __version__, None)
+        ray_tasks.train_here({}, "/nowhere", None, __version__, None)
 
 
 @pytest.mark.parametrize(("nodes", "needs"), [
