@@ -16,7 +16,7 @@ from engram_jax import cli, recipes, sweeps
 from engram_jax.training.records import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("compilations")
-COMMANDS = ("describe", "train", "sweep", "evaluate", "generate", "bench")
+COMMANDS = ("describe", "train", "sweep", "compare", "reproduce", "evaluate", "generate", "bench")
 
 
 @pytest.fixture(scope="module")

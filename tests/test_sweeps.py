@@ -7,7 +7,7 @@ import types
 import pytest
 from micro import micro, plain, with_model, with_training, write_text
 
-from engram_jax import forecast, sweeps
+from engram_jax import forecast, launchers, sweeps
 from engram_jax.accounting import account
 from engram_jax.allocation import matched_baseline
 from engram_jax.errors import UserError
@@ -60,7 +60,7 @@ def swept(micro_sweep, tmp_path_factory):
     """The folder of the sweep, interrupted in its third run and then finished, and its lines."""
     place, said = tmp_path_factory.mktemp("sweep"), []
     with pytest.MonkeyPatch.context() as stopping:
-        stopping.setattr(sweeps, "train", stopped_at(sweeps.train, "engram-32-seed0"))
+        stopping.setattr(launchers, "train", stopped_at(launchers.train, "engram-32-seed0"))
         with pytest.raises(KeyboardInterrupt):
             run_sweep(micro_sweep, place, silent, allow_dirty=True)
     assert not (place / "results.csv").exists()
