@@ -13,6 +13,7 @@ from micro import STEPS, micro, plain, write_text
 
 import engram_jax
 from engram_jax import cli, recipes, sweeps
+from engram_jax.settings import with_settings
 from engram_jax.training.records import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -173,10 +174,11 @@ def test_generate_goes_on_behind_a_prompt_longer_than_the_window(trained, capsys
 
 
 def test_sweep_says_what_to_do_next(trained, text, recipe, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sweeps.Sweep, "runs", lambda sweep: sweeps.seeded([recipe], sweep.seeds))
+    monkeypatch.setattr(sweeps.Sweep, "runs", lambda sweep: sweeps.seeded(
+        [with_settings(recipe, ["name=ngrams", *sweep.settings])], sweep.seeds))
     out = succeeded(capsys, "sweep", "controls", "--out", tmp_path, "--seeds", "0,4",
                     "--allow-dirty", "--set", f"data.path={text}")
-    assert f"next: engram-jax generate {tmp_path}/micro-seed" in out
+    assert f"next: engram-jax generate {tmp_path}/ngrams-seed" in out
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
 
 
