@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -121,7 +122,9 @@ def _cluster(address: str) -> Iterator[Any]:
     _check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a cluster of ours tells nobody
     try:
-        ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR)
+        with warnings.catch_warnings():  # Ray forks and executes, which JAX takes for fork alone
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+            ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"ray-address = {address!r}: no cluster of Ray {ray.__version__} can be "
                         f"joined ({first_line(error)})") from error
