@@ -2,14 +2,20 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8")
+import jaxlib.version
+
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
+    # The older way to emit kernels compiles in half the time; jaxlib 0.12 has only the newer one.
+    *["--xla_cpu_use_fusion_emitters=false"] * jaxlib.version.__version__.startswith("0.10.")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["ENGRAM_MESH"] = "1x1"  # where a test does not name another mesh
 
 import jax
+import micro
 import pytest
-from micro import keep_compilations
+
+from engram_jax.training.loop import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -24,6 +30,19 @@ def own_cache(tmp_path_factory, monkeypatch):
 def compilations(tmp_path_factory):
     """Programs are compiled quickly, and once for all modules that use this; the cache's folder."""
     folder = tmp_path_factory.getbasetemp() / "compiled"
-    undo = keep_compilations(folder)
+    undo = micro.keep_compilations(folder)
     yield folder
     undo()
+
+
+@pytest.fixture(scope="session", name="trained")
+def a_trained_run(tmp_path_factory):
+    """The folder of a run of `micro.plain`; for reading, or for a copy."""
+    folder = tmp_path_factory.mktemp("trained")
+    undo = micro.keep_compilations(tmp_path_factory.getbasetemp() / "compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENGRAM_CACHE", str(tmp_path_factory.getbasetemp() / "engram_cache"))
+        run = micro.plain(micro.micro(micro.write_text(folder / "text.txt")))
+        train(run, folder / "run", lambda line: None)
+    undo()
+    return folder / "run"

@@ -174,8 +174,8 @@ def test_a_stack_of_device_host_and_disk_gives_the_bits_of_the_disk(tmp_path):
     assert list(found) == ["device", "host", "disk"]
     assert found["disk"].asked == found["host"].asked - found["host"].hits
     assert found["device"].lookups == 20
-    stack.fill(ids_of(*range(50)).reshape(-1, HEADS))
+    stack.fill(ids_of(*range(200, 250)).reshape(-1, HEADS))
     read = stack.tiers()["disk"].asked
-    fetched(stack, ids_of(*range(10)))
+    fetched(stack, ids_of(*range(200, 230)))
     assert stack.tiers()["disk"].asked == read
     stack.close()

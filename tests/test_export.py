@@ -28,22 +28,11 @@ from engram_jax.memory.table_file import table_info, verify
 from engram_jax.training import checkpoints
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.inputs import open_reader
-from engram_jax.training.loop import train
 from engram_jax.training.mesh import placed_state, single_mesh
 from engram_jax.training.records import RunDirectory
 from engram_jax.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("compilations")
-
-
-@pytest.fixture(scope="module", name="trained")
-def a_trained_run(tmp_path_factory, compilations):
-    """A run's folder."""
-    del compilations
-    folder = tmp_path_factory.mktemp("export")
-    run = micro.plain(micro.micro(micro.write_text(folder / "text.txt")))
-    train(run, folder / "run", lambda line: None)
-    return folder / "run"
 
 
 @pytest.fixture(scope="module", name="table")

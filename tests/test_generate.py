@@ -23,16 +23,6 @@ pytestmark = pytest.mark.usefixtures("compilations")
 PROMPT = "kalo misu tera"
 
 
-@pytest.fixture(scope="module", name="trained")
-def a_trained_run(tmp_path_factory, compilations):
-    """A run's folder."""
-    del compilations
-    folder = tmp_path_factory.mktemp("generate")
-    run = micro.plain(micro.micro(micro.write_text(folder / "text.txt")))
-    train(run, folder / "run", lambda line: None)
-    return folder / "run"
-
-
 @pytest.fixture(autouse=True)
 def the_prompt_is_read_in_chunks(monkeypatch):
     monkeypatch.setattr(generate, "CHUNK", 4)

@@ -15,6 +15,8 @@ from engram_jax.model import transformer
 from engram_jax.model.attention import attention, init_attention
 from engram_jax.model.loss import cross_entropy, token_losses
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 CONFIG = AttentionConfig(heads=2, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8)
 MODEL = ModelConfig(vocab_size=50, width=16, depth=1, ffn=16, attention=CONFIG, streams=2,
                     compute_dtype="float32")

@@ -28,6 +28,8 @@ from engram_jax.model.over_encoding import encode
 from engram_jax.model.transformer import Segment, segments
 from engram_jax.recipes import RECIPES, recipe
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 BATCH, TIME, VOCAB, WIDTH = 2, 16, 64, 32
 HASH = {"rows_per_head": (31, 37), "heads": 2, "shards": 4, "compress": False, "table_std": 1.0}
 
@@ -52,7 +54,6 @@ VARIANTS = {
         PLAIN, moe=dataclasses.replace(MOE, dense_layers=0), streams=2, sinkhorn_rounds=2,
         engram=engram(0, 2), over_encoding=OverEncodingConfig(**HASH), tied_head=True),
 }
-QUICK = {"xla_backend_optimization_level": 0}  # compiles faster; these networks run in no time
 variants = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 
 
@@ -99,7 +100,7 @@ def network(config):
         return transformer.apply(
             params, tokens_BT, rows, transformer.init_router_bias(config), config, starts_BT)[0]
 
-    jitted = jax.jit(logits, compiler_options=QUICK)
+    jitted = jax.jit(logits)
     return lambda tokens_BT, starts_BT=NO_STARTS: np.asarray(
         jitted(parts(config)[0], tokens_BT, starts_BT))
 
@@ -193,8 +194,7 @@ def test_rows_are_causal_too(name):
     params, _, _ = parts(config)
     rows = rows_of(config, TOKENS_BT, NO_STARTS)
     run = jax.jit(lambda rows: transformer.apply(
-        params, TOKENS_BT, rows, transformer.init_router_bias(config), config)[0],
-        compiler_options=QUICK)
+        params, TOKENS_BT, rows, transformer.init_router_bias(config), config)[0])
     before = np.asarray(run(rows))
     for site in rows:
         after = np.asarray(run(rows | {site: rows[site].at[:, 6].add(1.0)}))
@@ -280,7 +280,7 @@ def test_four_streams_start_as_one():
     blocks = segment["blocks"] | {"attention_mixing": start, "ffn_mixing": start}
     mixed = params | {"segments": [segment | {"blocks": blocks}]}
     run = jax.jit(lambda params, config: transformer.apply(
-        params, TOKENS_BT, {}, [None], config)[0], static_argnums=1, compiler_options=QUICK)
+        params, TOKENS_BT, {}, [None], config)[0], static_argnums=1)
     np.testing.assert_allclose(run(mixed, four), run(params, one), rtol=0, atol=1e-5)
     x = jnp.asarray(random(1, 2, WIDTH))
     np.testing.assert_array_equal(hyper_connections.merge(hyper_connections.split(x, 4)), 4 * x)
@@ -327,7 +327,7 @@ def test_experts_equal_every_expert_on_every_token(shape, experts, top_k, bias):
             out, load = layer(params, x, picking, config)
             return jnp.sum(out * cotangent), (out, load)
         function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-        return jax.jit(function, compiler_options=QUICK)(params, x)
+        return jax.jit(function)(params, x)
 
     ours, theirs = run(moe, bias_E), run(dense_oracle, choice)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -433,8 +433,7 @@ def test_models_that_differ_in_their_memory_start_alike(monkeypatch):
             for memory, over in ((None, None), (engram(0, 2), OverEncodingConfig(**HASH)))]
 
     def blocks(config):
-        params = jax.jit(lambda: transformer.init(config, jax.random.key(3)),
-                         compiler_options=QUICK)()
+        params = jax.jit(lambda: transformer.init(config, jax.random.key(3)))()
         found = {segment.start + i: jax.tree.map(lambda leaf: leaf[i], part["blocks"])  # noqa: B023
                  for segment, part in zip(segments(config), params["segments"], strict=True)
                  for i in range(segment.depth)}
@@ -458,7 +457,7 @@ def test_rematerialisation_changes_no_number():
                 params, TOKENS_BT, {}, transformer.init_router_bias(config), chosen)
             return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
 
-        traced = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK).trace(parts(config)[0])
+        traced = jax.jit(jax.value_and_grad(loss)).trace(parts(config)[0])
         return traced.lower().compile()(parts(config)[0]), str(traced.jaxpr).count("remat")
 
     (kept, few), (recomputed, more) = run("none"), run("block")
@@ -480,7 +479,7 @@ def test_linen_is_a_shell_over_apply():
     given = {"params": {"model": params}, "router_bias": {"bias": bias}}
     ours, (theirs, seen) = jax.jit(lambda: (
         module.apply(given, TOKENS_BT, rows),
-        transformer.apply(params, TOKENS_BT, rows, bias, config)), compiler_options=QUICK)()
+        transformer.apply(params, TOKENS_BT, rows, bias, config)))()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
     assert differ(np.asarray(ours), network(config)(TOKENS_BT)).any(), "the bias changes choices"
 

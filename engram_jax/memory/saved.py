@@ -1,6 +1,6 @@
 """A table as a checkpoint holds it, as packed rows in the order of their ids.
 
-A checkpoint has `[shards, rows, dim]` in chunks of at most 2 GiB, and neighbouring ids lie on
+A checkpoint has `[shards, rows, dim]` in chunks of about 64 MiB, and neighbouring ids lie on
 neighbouring shards. Where the chunks of a stretch of all shards fit into memory, stretches are read
 one after the other. Where each chunk is long and of few shards, as after training on many devices,
 each is read once and its packed rows are sorted into stretches in a temporary file.
@@ -25,7 +25,7 @@ from engram_jax.memory.layout import TableLayout
 from engram_jax.storage import first_line, refusals
 
 STRETCH = 64 * 2**20  # bytes of the table that are read at a time, or a chunk if that is larger
-MOST = 2**31  # bytes of the chunks of one stretch
+MOST = 2**28  # bytes of the chunks of one stretch
 _PACKED_AT_ONCE = 16 * 1024  # rows
 
 
