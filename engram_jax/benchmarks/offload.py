@@ -116,7 +116,8 @@ def offload_benchmark(work: Workload | None = None, trace: str = "") -> dict[str
       with `home`, the fields of its `Way`, `tokens_per_s`, `penalty` (the share of the baseline
       that it loses), `first_token_ms` (median, alone), `token_ms` and `token_ms_p99` (between a
       sequence's tokens, with others beside it), and for rows from the host `hidden_share` (of the
-      time until rows were there, what nobody waited for), `bytes_per_token`, `fetch_us_per_token`,
+      time until rows were there, what nobody waited for), `hit_rate` (of the fastest cache),
+      `bytes_per_token`, `fetch_us_per_token`,
       `read_share` (of the rows asked for, what is left without repeats) and `tiers`: for each,
       fastest first, `hit_rate`, `bytes_per_token`, `latency_us_p50` and `latency_us_p99` of a
       look-up. `same_tokens`: all arms with memory generated the same. And what was measured.
@@ -230,16 +231,23 @@ class _Arm:
             "tokens_per_s": statistics.median(self._rates),
             "first_token_ms": statistics.median(self._first_s) * 1e3,
             "token_ms": float(np.median(ms)), "token_ms_p99": float(np.quantile(ms, 0.99)),
-            "hidden_share": None, "bytes_per_token": None, "tiers": {},
+            "hidden_share": None, "hit_rate": None, "bytes_per_token": None, "tiers": {},
         }
         if (counted := self._counters).tokens:
             row.update(hidden_share=counted.hidden_share,
+                       hit_rate=self._hit_rate(counted),
                        bytes_per_token=counted.bytes / counted.tokens,
                        fetch_us_per_token=counted.fetch_s / counted.tokens * 1e6,
                        read_share=counted.read / counted.asked,
                        tiers={name: _told(tier, counted.tokens)
                               for name, tier in counted.tiers.items()})
         return row
+
+    def _hit_rate(self, counted: Counters) -> float | None:
+        """Of the fastest cache; None without one."""
+        if not self._way.cache and not self._way.host_cache:
+            return None
+        return next(iter(counted.tiers.values())).hit_rate
 
 
 def _told(tier: TierCounts, tokens: int) -> dict[str, float]:
