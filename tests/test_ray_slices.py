@@ -1,6 +1,7 @@
 """A run on a TPU slice of two hosts, stood for by two nodes of a Ray cluster on this machine."""
 
 import dataclasses
+import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,8 @@ def slice_of_two(compilations):
         for name, value in {
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "JAX_COMPILATION_CACHE_DIR": compilations,
             "RAY_USAGE_STATS_ENABLED": "0", "TPU_NAME": "slice-a", "TPU_ACCELERATOR_TYPE": "v4-16",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "ENGRAM_MESH": "1x2",
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
+            "ENGRAM_MESH": "1x2",
         }.items():
             patch.setenv(name, str(value))
         cluster = Cluster()
