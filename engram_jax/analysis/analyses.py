@@ -1,19 +1,24 @@
 """`engram-jax analyze`: every analysis of trained runs, by name, its findings as plain values."""
 
-import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from engram_jax.analysis import cka as similarity
 from engram_jax.analysis import gates, memory_use, suppression
 from engram_jax.analysis.logit_lens import logit_lens
-from engram_jax.analysis.observing import Opened
+from engram_jax.analysis.observing import Opened, open_run
 from engram_jax.analysis.patchscope import patchscope
 from engram_jax.analysis.token_classes import compression
 from engram_jax.config import require
+from engram_jax.errors import UserError
+from engram_jax.storage import refusals, write_text
+from engram_jax.training.inputs import open_inputs
+from engram_jax.training.records import RunDirectory
 
 BATCHES = 8  # of the text that an analysis reads
 CKA_EXAMPLES = 256  # positions of a batch of CKA
@@ -196,10 +201,50 @@ ANALYSES: dict[str, Callable[[Sequence[Opened], str], dict[str, Any]]] = {
 }
 
 
-def curves(found: dict[str, list[float]]) -> list[str]:
-    """Lines of numbers as text, a run a column."""
-    lines = ["layer  " + "  ".join(f"{name:>20}" for name in found)]
-    lines += [f"{layer:>5}  " + "  ".join(
-        f"{'' if value is None else format(value, '.4f'):>20}" for value in row)
-        for layer, row in enumerate(itertools.zip_longest(*found.values()))]
-    return lines
+def analyze(
+    what: str, directories: Sequence[epath.PathLike], file: epath.PathLike | None = None
+) -> dict[str, Any]:
+    """One analysis of trained runs.
+
+    Args:
+      what: of `ANALYSES`.
+      directories: of the runs.
+      file: the text that they read, UTF-8; None is the first run's validation text.
+
+    Raises:
+      UserError: no run or checkpoint, two runs of one name, no text, or as the analysis.
+      MachineError: something cannot be read.
+    """
+    runs = [open_run(RunDirectory(directory)) for directory in directories]
+    names = [opened.name for opened in runs]
+    require(len(set(names)) == len(names), "run", names, "must have different names to be told "
+            "apart")
+    return ANALYSES[what](runs, _validation_text(runs[0]) if file is None else _read(file))
+
+
+def _read(file: epath.PathLike) -> str:
+    place = epath.Path(file)
+    require(place.is_file(), "text", os.fspath(file), "must be a text file")
+    with refusals(place, "read"):
+        try:
+            return place.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"text = {os.fspath(file)!r}: is not UTF-8 ({error.reason} at byte "
+                            f"{error.start})") from error
+
+
+def _validation_text(opened: Opened) -> str:
+    run, tokenizer = opened.run, opened.reader.tokenizer
+    stream = open_inputs(run).tokens.validation
+    batch = run.data.batch_size * (run.data.sequence_length + 1)
+    tokens_N = stream.read(0, min(len(stream), 2 * BATCHES * batch))
+    text: str = tokenizer.decode(tokens_N.tolist())
+    return text
+
+
+def write(text: str, what: str, folder: epath.PathLike) -> None:
+    """Write findings to FOLDER/WHAT.json."""
+    place = epath.Path(folder)
+    with refusals(place, "written"):
+        place.mkdir(parents=True, exist_ok=True)
+    write_text(place / f"{what}.json", text + "\n")

@@ -13,13 +13,13 @@ class Compression(NamedTuple):
 
     Attributes:
       raw, canonical: how many ids there are before and after.
-      sizes: of all classes, largest first.
+      sizes: how many classes there are of each size, the largest first.
       largest: the largest classes: (the text that stands for it, some of its members, its size).
     """
 
     raw: int
     canonical: int
-    sizes: list[int]
+    sizes: dict[int, int]
     largest: list[tuple[str, list[str], int]]
 
     @property
@@ -40,7 +40,8 @@ def compression(tokenizer: Tokenizer, count: int = 10, members: int = 12) -> Com
       UserError: the tokenizer has no token.
     """
     vocabulary = CompressedVocabulary.from_tokenizer(tokenizer)
-    size_C = np.bincount(vocabulary.lookup, minlength=vocabulary.size)
+    size_C = np.bincount(vocabulary.lookup)
+    sizes, times = np.unique(size_C, return_counts=True)
     order_C = np.argsort(-size_C, kind="stable")
     largest = []
     for number in order_C[:count].tolist():
@@ -48,4 +49,5 @@ def compression(tokenizer: Tokenizer, count: int = 10, members: int = 12) -> Com
         texts = tokenizer.decode_batch([[i] for i in ids], skip_special_tokens=False)
         largest.append((min(texts, key=len).strip().lower() or " ", texts, int(size_C[number])))
     return Compression(raw=vocabulary.lookup.size, canonical=vocabulary.size,
-                       sizes=size_C[order_C].tolist(), largest=largest)
+                       sizes=dict(zip(sizes[::-1].tolist(), times[::-1].tolist(), strict=True)),
+                       largest=largest)
