@@ -6,6 +6,7 @@ import typing
 from engram_jax import __version__
 from engram_jax.config import ROW_DTYPES
 
+ANALYSES = ("gates", "lens", "cka", "suppression", "patchscope", "tokenizer", "memory")
 SET_HELP = ("change a field of the config, for example --set training.steps=100 or "
             "--set data.path=my.txt; may be repeated")
 
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     _add_sweep(commands)
     _add_compare(commands)
     _add_reproduce(commands)
+    _add_analyze(commands)
     _add_evaluate(commands)
     _add_generate(commands)
     _add_export(commands)
@@ -170,6 +172,21 @@ def _add_reproduce(commands) -> None:  # type: ignore[no-untyped-def]
     command.add_argument("--out", metavar="FOLDER",
                          help="gets the second run (default DIR/reproduction)")
     _add_mesh(command)
+
+
+def _add_analyze(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "analyze",
+        "look inside trained runs: gates, layers' predictions (lens), likeness of layers (cka), "
+        "losses without memory (suppression), what the model says of its states (patchscope), what "
+        "compression merges (tokenizer), how rows are used (memory); prints JSON",
+        "analyze lens runs/mine runs/other --text book.txt")
+    command.add_argument("what", choices=ANALYSES, metavar="WHAT",
+                         help=f"one of {', '.join(ANALYSES)}")
+    command.add_argument("directories", metavar="DIR", nargs="+", help="runs' folders")
+    command.add_argument("--text", metavar="FILE",
+                         help="that they read (default: the first run's validation text)")
+    command.add_argument("--out", metavar="FOLDER", help="gets WHAT.json (default: printed)")
 
 
 def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]

@@ -194,6 +194,16 @@ def reproduce(options: argparse.Namespace) -> int:
     return 0 if found.same else 1
 
 
+def analyze(options: argparse.Namespace) -> None:
+    from engram_jax.analysis import analyses
+
+    text = json.dumps(analyses.analyze(options.what, options.directories, options.text), indent=1)
+    if options.out:
+        analyses.write(text, options.what, options.out)
+    else:
+        print(text)
+
+
 def evaluate(options: argparse.Namespace) -> None:
     from engram_jax.training.evaluation import evaluator
     from engram_jax.training.inputs import open_inputs
@@ -318,8 +328,8 @@ def _say(line: str) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     command.__name__: command for command in (
-        describe, plan, train, sweep, compare, reproduce, evaluate, generate, export, verify,
-        bench)}
+        describe, plan, train, sweep, compare, reproduce, analyze, evaluate, generate, export,
+        verify, bench)}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""How a text uses a memory's rows: which are read, how often and by how many n-grams, and what a
+cache of some size would have spared.
+
+All of it follows from row ids. Shapes: N positions, H rows of a token, R rows of the table.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Occupancy(NamedTuple):
+    """Of one table and text.
+
+    Attributes:
+      rows: of the table.
+      touched: rows that were read at all.
+      reads: in all.
+      collided: of the distinct n-grams of one head each, the share that reads a row which another
+        n-gram reads, too.
+      heads_collided: the share of n-grams that collide in all heads of their order, so that
+        nothing tells them from others.
+    """
+
+    rows: int
+    touched: int
+    reads: int
+    collided: float
+    heads_collided: float
+
+    @property
+    def share(self) -> float:
+        return self.touched / self.rows
+
+
+def access_counts(ids_NH: np.ndarray, rows: int) -> np.ndarray:
+    """How often each row is read, int64 [R]."""
+    return np.bincount(np.asarray(ids_NH).ravel(), minlength=rows)
+
+
+def zipf(counts_R: np.ndarray) -> np.ndarray:
+    """Reads of the rows that were read, the most read first: int64."""
+    read = counts_R[counts_R > 0]
+    return np.sort(read)[::-1]
+
+
+def occupancy(ids_NK: np.ndarray, ngrams_N: np.ndarray, rows: int) -> Occupancy:
+    """How full the rows of one order's heads are.
+
+    Args:
+      ids_NK: row ids of the K heads of one order.
+      ngrams_N: a number for each position's n-gram, equal for equal n-grams.
+      rows: that these heads have together.
+    """
+    _, first = np.unique(ngrams_N, return_index=True)
+    distinct_GK = np.asarray(ids_NK)[first]
+    shared_GK = np.empty(distinct_GK.shape, bool)
+    for head in range(distinct_GK.shape[1]):
+        _, place, times = np.unique(distinct_GK[:, head], return_inverse=True, return_counts=True)
+        shared_GK[:, head] = times[place] > 1
+    return Occupancy(rows=rows, touched=len(np.unique(ids_NK)), reads=int(np.size(ids_NK)),
+                     collided=float(shared_GK.mean()),
+                     heads_collided=float(shared_GK.all(axis=1).mean()))
+
+
+def collisions_by_frequency(
+    ids_NK: np.ndarray, ngrams_N: np.ndarray, bands: Sequence[int] = (1, 2, 5, 10, 100, 1000)
+) -> dict[int, float]:
+    """For n-grams that come at least so often (and less than the next band): of the reads of their
+    rows, the share that belongs to other n-grams. 0 is a row of one's own."""
+    ids_NK = np.asarray(ids_NK)
+    _, first, times_G = np.unique(ngrams_N, return_index=True, return_counts=True)
+    foreign_G = np.zeros(len(first))
+    for head in range(ids_NK.shape[1]):
+        _, row_N, reads_R = np.unique(ids_NK[:, head], return_inverse=True, return_counts=True)
+        foreign_G += 1 - times_G / reads_R[row_N[first]]
+    band_G = np.searchsorted(bands, times_G, side="right") - 1
+    return {low: float(foreign_G[band_G == band].mean() / ids_NK.shape[1])
+            for band, low in enumerate(bands) if (band_G == band).any()}
+
+
+def lru_hit_rates(keys_N: np.ndarray, sizes: Sequence[int]) -> list[float]:
+    """The share of accesses that a cache of so many entries would have, the least recently used
+    going first (Mattson et al. 1970: an access hits if fewer different keys came since its last).
+
+    Args:
+      keys_N: what is accessed, in order.
+      sizes: entries of each cache.
+    """
+    distances = _stack_distances(np.unique(np.asarray(keys_N), return_inverse=True)[1])
+    return [float(np.mean(distances < size)) for size in sizes]
+
+
+def _stack_distances(keys_N: np.ndarray) -> np.ndarray:
+    """For each access how many different keys came since the same key's last, or infinity.
+
+    A Fenwick tree over positions marks where each key was used last.
+    """
+    count = len(keys_N)
+    tree = [0] * (count + 1)
+    last: dict[int, int] = {}
+    out = np.full(count, np.inf)
+
+    def add(place: int, amount: int) -> None:
+        place += 1
+        while place <= count:
+            tree[place] += amount
+            place += place & -place
+
+    def marked_before(place: int) -> int:
+        total = 0
+        while place > 0:
+            total += tree[place]
+            place -= place & -place
+        return total
+
+    for place, key in enumerate(keys_N.tolist()):
+        if (before := last.get(key)) is not None:
+            out[place] = marked_before(place) - marked_before(before + 1)
+            add(before, -1)
+        add(place, 1)
+        last[key] = place
+    return out
+
+
+def norms_by_count(
+    table_RC: np.ndarray, counts_R: np.ndarray, bands: Sequence[int] = (0, 1, 2, 5, 10, 100, 1000)
+) -> dict[int, float]:
+    """The mean length of rows that were read at least so often (and less than the next band)."""
+    norm_R = np.sqrt(np.square(np.asarray(table_RC, np.float64)).sum(axis=1))
+    band_R = np.searchsorted(bands, counts_R, side="right") - 1
+    return {low: float(norm_R[band_R == band].mean())
+            for band, low in enumerate(bands) if (band_R == band).any()}

@@ -1,0 +1,162 @@
+"""What happens inside a trained model on a text: streams after every block, and gates.
+
+The same functions as in training, block after block where training scans.
+
+Shapes: B batch, T time, M streams, D width, V vocabulary, L blocks.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engram_jax.config import ModelConfig, RunConfig
+from engram_jax.memory.sites import engram_site, gather_rows
+from engram_jax.model import transformer
+from engram_jax.model.documents import documents
+from engram_jax.model.transformer import Segment, segments
+from engram_jax.training.checkpoints import last_checkpoint
+from engram_jax.training.inputs import Reader, open_reader
+from engram_jax.training.mesh import placed_state, single_mesh
+from engram_jax.training.records import RunDirectory
+from engram_jax.training.state import TrainState
+
+
+class Observation(NamedTuple):
+    """One pass over a batch.
+
+    Attributes:
+      streams: L + 1 arrays [B, T, M, D]: after the embedding, and after each block.
+      gates: for each Engram layer, float32 [B, T, M].
+    """
+
+    streams: list[jax.Array]
+    gates: dict[int, jax.Array]
+
+
+class Patch(NamedTuple):
+    """Streams [M, D] that take the place of position `position` after block `layer` (-1: after the
+    embedding), in every sequence."""
+
+    streams_MD: jax.Array
+    layer: jax.Array | int
+    position: jax.Array | int
+
+    def put(self, x_BTMD: jax.Array, layer: int) -> jax.Array:
+        """The streams after block `layer`, patched if that is where."""
+        here_T = (jnp.arange(x_BTMD.shape[1]) == self.position) & (self.layer == layer)
+        return jnp.where(here_T[None, :, None, None], self.streams_MD[None, None], x_BTMD)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def observe(
+    params: dict[str, Any],
+    router_bias: list[jax.Array | None],
+    tokens_BT: jax.Array,
+    rows: dict[str, jax.Array],
+    config: ModelConfig,
+    starts_BT: jax.Array | None = None,
+    patch: Patch | None = None,
+) -> Observation:
+    """Run the network and keep what is inside; arguments of `transformer.apply`, and a patch."""
+    docs = documents(starts_BT) if config.isolate_documents and starts_BT is not None else None
+
+    def patched(x_BTMD: jax.Array, layer: int) -> jax.Array:
+        return x_BTMD if patch is None else patch.put(x_BTMD, layer)
+
+    x_BTMD = patched(transformer.embed(params, tokens_BT, rows, config), -1)
+    streams, gates = [x_BTMD], {}
+    for segment, part, bias_LE in zip(
+        segments(config), params["segments"], router_bias, strict=True
+    ):
+        for offset in range(segment.depth):
+            one = Segment(segment.start + offset, segment.start + offset + 1, segment.experts,
+                          segment.engram and offset == 0)
+            rows_BTHC = None
+            if one.engram:
+                assert config.engram is not None
+                rows_BTHC = rows[engram_site(config.engram, one.start)]
+            x_BTMD, _, gate_BTM = transformer.run_segment(
+                _block(part, offset), x_BTMD, rows_BTHC,
+                None if bias_LE is None else bias_LE[offset : offset + 1], one, config, docs)
+            x_BTMD = patched(x_BTMD, one.start)
+            streams.append(x_BTMD)
+            if gate_BTM is not None:
+                gates[one.start] = gate_BTM
+    return Observation(streams, gates)
+
+
+def _block(part: dict[str, Any], offset: int) -> dict[str, Any]:
+    """A segment's parameters with one of its blocks."""
+    blocks = jax.tree.map(lambda leaf: leaf[offset : offset + 1], part["blocks"])
+    return {**part, "blocks": blocks}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A trained run, to be looked into.
+
+    Attributes:
+      run, reader: its config, and how it reads text.
+      state: its last checkpoint, on this process's first device.
+    """
+
+    run: RunConfig
+    reader: Reader
+    state: TrainState
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    def rows(self, tokens_BT: jax.Array) -> dict[str, jax.Array]:
+        """For each site its rows [B, T, H, C]; sequences begin at their start."""
+        ids = self.reader.addressing.ids(tokens_BT)
+        return gather_rows(self.run.model, self.state.tables, ids)
+
+    def observe(
+        self, tokens_BT: np.ndarray, scale: float = 1.0, patch: "Patch | None" = None
+    ) -> Observation:
+        """One pass over a batch of tokens, int32 [B, T].
+
+        Args:
+          tokens_BT: each sequence is a document's beginning.
+          scale: of what memory gives; 0 takes it away.
+          patch: put into the streams on the way.
+        """
+        tokens = jnp.asarray(tokens_BT, jnp.int32)
+        rows = jax.tree.map(lambda leaf: scale * leaf, self.rows(tokens))
+        starts = jnp.zeros(tokens.shape, bool).at[:, 0].set(True)
+        return observe(self.state.params, self.state.router_bias, tokens, rows, self.run.model,
+                       starts, patch)
+
+    def head(self, x_BTMD: jax.Array) -> jax.Array:
+        """Logits float32 [B, T, V], read off any layer's streams as off the last's."""
+        return _head(self.state.params, x_BTMD, self.run.model)
+
+    def tokens(self, text: str) -> np.ndarray:
+        """Raw ids of a text, int32 [T]."""
+        return np.array(self.reader.tokenizer.encode(text).ids, np.int32)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _head(params: dict[str, Any], x_BTMD: jax.Array, config: ModelConfig) -> jax.Array:
+    return transformer.head(params, x_BTMD, config)
+
+
+def open_run(records: RunDirectory) -> Opened:
+    """The last checkpoint of a run.
+
+    Raises:
+      UserError: no run, or no checkpoint in it.
+      MachineError: what is there cannot be read.
+    """
+    run = records.config()
+    reader = open_reader(run, records.tokenizer())
+    with last_checkpoint(records, reader) as found:
+        state = found.restore(placed_state(run, single_mesh()),
+                              only=("params", "router_bias", "tables"))
+    return Opened(run=run, reader=reader, state=state)

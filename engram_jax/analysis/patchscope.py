@@ -1,0 +1,61 @@
+"""PatchScope: what a model says of one of its own inner states (Ghandeharioun et al. 2024,
+arXiv 2401.06102)."""
+
+import jax
+import numpy as np
+
+from engram_jax.analysis.observing import Opened, Patch
+from engram_jax.config import require
+
+PLACEHOLDER = "x"
+PROMPT = "cat -> cat; 135 -> 135; hello -> hello; x ->"  # of that paper: say what stands here
+
+
+def patchscope(
+    opened: Opened, text: str, prompt: str = PROMPT, placeholder: str = PLACEHOLDER,
+    tokens: int = 8,
+) -> list[str]:
+    """What the model says, layer by layer, of the state behind the last token of `text`.
+
+    The streams after block L at that token take the place of the last `placeholder` of the prompt
+    after the same block, and the model goes on from the prompt, likeliest token after token.
+
+    Args:
+      opened: the run.
+      text: whose last token's state is read.
+      prompt: that the state is put into.
+      placeholder: a word of it, one token in its place.
+      tokens: that are generated.
+
+    Returns:
+      One text for each block, the first block's first.
+
+    Raises:
+      UserError: a prompt without the placeholder, or an empty text.
+    """
+    source_T, prompt_T = opened.tokens(text), opened.tokens(prompt)
+    require(source_T.size > 0, "text", text, "has no token")
+    position = _place(opened, prompt_T, prompt, placeholder)
+    states = opened.observe(source_T[None]).streams[1:]
+    return [_continued(opened, prompt_T, Patch(state[0, -1], layer, position), tokens)
+            for layer, state in enumerate(states)]
+
+
+def _place(opened: Opened, prompt_T: np.ndarray, prompt: str, placeholder: str) -> int:
+    """The token of the prompt that ends with the last placeholder."""
+    at = prompt.rfind(placeholder)
+    require(bool(placeholder) and at >= 0, "placeholder", placeholder,
+            f"must be a part of the prompt {prompt!r}")
+    spans = opened.reader.tokenizer.encode(prompt).offsets
+    end = at + len(placeholder)
+    return next(i for i in reversed(range(len(spans))) if spans[i][0] < end)
+
+
+def _continued(opened: Opened, prompt_T: np.ndarray, patch: Patch, count: int) -> str:
+    room_T = np.concatenate([prompt_T, np.full(count, opened.reader.pad_id, np.int32)])
+    for place in range(len(prompt_T), len(room_T)):  # one shape, compiled once
+        last = opened.observe(room_T[None], patch=patch).streams[-1]
+        logits_V = opened.head(last)[0, place - 1, : opened.reader.vocab_size]
+        room_T[place] = int(jax.numpy.argmax(logits_V))
+    text: str = opened.reader.tokenizer.decode(room_T[len(prompt_T):].tolist())
+    return text

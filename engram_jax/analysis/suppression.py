@@ -1,0 +1,117 @@
+"""What a model still knows when its memory is taken away: rows zeroed, losses by kinds of tokens.
+
+Shapes: B batch, T time.
+"""
+
+import dataclasses
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from engram_jax.analysis.observing import Opened
+
+BANDS = (0, 1, 10, 100, 1000)  # times that an n-gram came in the training text, from ... on
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Of one kind of tokens.
+
+    Attributes:
+      tokens: how many there were.
+      loss, suppressed: their mean loss with memory and without, nats a token.
+    """
+
+    tokens: int
+    loss: float
+    suppressed: float
+
+    @property
+    def likelihood_kept(self) -> float:
+        """exp(loss - suppressed): the share of the tokens' (geometric mean) probability that is
+        left."""
+        return float(np.exp(self.loss - self.suppressed))
+
+
+Kind = Callable[[np.ndarray], np.ndarray]  # tokens [B, T + 1] to a name of each target [B, T]
+
+
+def suppression(
+    opened: Opened, batches: Iterable[np.ndarray], kind: Kind
+) -> dict[str, Kept]:
+    """Losses with all memory rows as they are and with all of them zero, by kind of target.
+
+    Args:
+      opened: the run; one without memory loses nothing.
+      batches: raw tokens, int32 [B, T + 1] each; every token but the first is a target.
+      kind: names the kind of each target, for example `token_classes` or `frequency_bands`.
+    """
+    names, losses, without = [], [], []
+    for tokens in batches:
+        names.append(kind(tokens).ravel())
+        losses.append(token_losses(opened, tokens).ravel())
+        without.append(token_losses(opened, tokens, scale=0.0).ravel())
+    name_N, loss_N, without_N = (np.concatenate(part) for part in (names, losses, without))
+    return {str(name): Kept(tokens=int(chosen.sum()), loss=float(loss_N[chosen].mean()),
+                            suppressed=float(without_N[chosen].mean()))
+            for name in dict.fromkeys(sorted(name_N.tolist()))
+            for chosen in [name_N == name]}
+
+
+def token_losses(opened: Opened, tokens: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """Nats of each target, float32 [B, T], with memory's rows times `scale`."""
+    seen = opened.observe(tokens[:, :-1], scale)
+    logits = opened.head(seen.streams[-1])
+    picked = jnp.take_along_axis(logits, jnp.asarray(tokens)[:, 1:, None], axis=2)[..., 0]
+    return np.asarray(jnp.log(jnp.sum(jnp.exp(logits - logits.max(-1, keepdims=True)), -1))
+                      + logits.max(-1) - picked)
+
+
+def token_classes(opened: Opened) -> Kind:
+    """Targets by what they are: the beginning of a word, its rest, digits, punctuation, space."""
+    vocabulary = range(opened.reader.vocab_size)
+    texts = opened.reader.tokenizer.decode_batch([[i] for i in vocabulary],
+                                                 skip_special_tokens=False)
+    class_V = np.array([_class(text) for text in texts])
+    return lambda tokens: class_V[tokens[:, 1:]]
+
+
+def _class(text: str) -> str:
+    inner = text.strip()
+    if not inner:
+        return "space"
+    if inner[0].isdigit():
+        return "digits"
+    if unicodedata.category(inner[0])[0] in "PS":
+        return "punctuation"
+    return "beginning of a word" if text[0].isspace() else "rest of a word"
+
+
+def frequency_bands(
+    counts: Mapping[tuple[int, ...], int], order: int, bands: Sequence[int] = BANDS
+) -> Kind:
+    """Targets by how often the n-gram before them, which memory was asked for, came in training.
+
+    Args:
+      counts: of n-grams of raw tokens, as `ngram_counts` gives them.
+      order: tokens of an n-gram.
+      bands: ascending; each goes up to the next.
+    """
+    def kind(tokens: np.ndarray) -> np.ndarray:
+        inputs = np.pad(tokens[:, :-1], ((0, 0), (order - 1, 0)), constant_values=-1)
+        windows = np.lib.stride_tricks.sliding_window_view(inputs, order, axis=1)
+        times = np.array([[counts.get(tuple(ngram), 0) for ngram in row]
+                          for row in windows.tolist()])
+        return np.array([f"{low:>5,}+" for low in bands])[
+            np.searchsorted(bands, times, side="right") - 1]
+
+    return kind
+
+
+def ngram_counts(tokens_N: np.ndarray, order: int) -> dict[tuple[int, ...], int]:
+    """How often each n-gram of raw tokens comes in a text."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens_N, order)
+    ngrams, times = np.unique(windows, axis=0, return_counts=True)
+    return dict(zip(map(tuple, ngrams.tolist()), times.tolist(), strict=True))
