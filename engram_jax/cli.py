@@ -115,14 +115,15 @@ def train(options: argparse.Namespace) -> None:
 
 
 def sweep(options: argparse.Namespace) -> None:
-    from engram_jax import launchers, sweeps
+    from engram_jax.sweeps import launchers
+    from engram_jax.sweeps.sweep import Sweep, dry_run, run_sweep
     from engram_jax.training.mesh import chosen_mesh
 
-    chosen = sweeps.Sweep(
+    chosen = Sweep(
         experiment=options.experiment, scale=options.scale, settings=tuple(options.settings),
         seeds=_seeds(options.seeds))
     if options.dry_run:
-        sweeps.dry_run(chosen, _say, chosen_mesh(options.mesh))
+        dry_run(chosen, _say, chosen_mesh(options.mesh))
         return
     require(bool(options.out), "out", options.out, "a sweep needs --out, a folder for its runs")
     require(options.launcher == "local" or not _is_one_of_many(options), "launcher",
@@ -131,8 +132,8 @@ def sweep(options: argparse.Namespace) -> None:
     with _joined(options) as say:
         launcher, mesh = launchers.chosen(
             options.launcher, options.mesh, options.ray_address, options.resources)
-        results = sweeps.run_sweep(chosen, options.out, say, mesh, launcher, only,
-                                   options.allow_dirty)
+        results = run_sweep(chosen, options.out, say, mesh, launcher, only,
+                            options.allow_dirty)
         if only != (0, 1):
             say(f"{len(results)} runs of this share are done; the same command without --only "
                 "makes the table once all are")
@@ -179,7 +180,7 @@ def _is_one_of_many(options: argparse.Namespace) -> bool:
 
 
 def compare(options: argparse.Namespace) -> None:
-    from engram_jax import comparing
+    from engram_jax.sweeps import comparing
 
     found = comparing.arms(options.directories)
     print(json.dumps(comparing.to_json(found), indent=1) if options.json
@@ -187,7 +188,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def reproduce(options: argparse.Namespace) -> int:
-    from engram_jax.reproducing import reproduce as again
+    from engram_jax.sweeps.reproducing import reproduce as again
 
     found = again(options.directory, options.out, _say, options.mesh)
     print(found)

@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 
 from engram_jax.analysis.figures import save
-from engram_jax.sweeps import experiments, from_csv
+from engram_jax.sweeps.sweep import experiments, from_csv
 
 HERE = Path(__file__).parent
 

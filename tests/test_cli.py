@@ -12,8 +12,9 @@ import pytest
 from micro import STEPS, micro, plain, write_text
 
 import engram_jax
-from engram_jax import cli, recipes, sweeps
+from engram_jax import cli, recipes
 from engram_jax.settings import with_settings
+from engram_jax.sweeps import sweep
 from engram_jax.training.records import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -174,8 +175,8 @@ def test_generate_goes_on_behind_a_prompt_longer_than_the_window(trained, capsys
 
 
 def test_sweep_says_what_to_do_next(trained, text, recipe, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sweeps.Sweep, "runs", lambda sweep: sweeps.seeded(
-        [with_settings(recipe, ["name=ngrams", *sweep.settings])], sweep.seeds))
+    monkeypatch.setattr(sweep.Sweep, "runs", lambda chosen: sweep.seeded(
+        [with_settings(recipe, ["name=ngrams", *chosen.settings])], chosen.seeds))
     out = succeeded(capsys, "sweep", "controls", "--out", tmp_path, "--seeds", "0,4",
                     "--allow-dirty", "--set", f"data.path={text}")
     assert f"next: engram-jax generate {tmp_path}/ngrams-seed" in out

@@ -6,12 +6,13 @@ import json
 import pytest
 from micro import STEPS, micro, plain, with_data, with_model, with_training
 
-from engram_jax import cli, comparing
+from engram_jax import cli
 from engram_jax.accounting import account
 from engram_jax.analysis.statistics import interval
 from engram_jax.errors import UserError
 from engram_jax.recipes import without_memory
 from engram_jax.settings import to_dict
+from engram_jax.sweeps import comparing
 from engram_jax.training.records import RunDirectory
 
 BASE = plain(micro("text.txt"))

@@ -3,7 +3,7 @@
 import pytest
 
 from engram_jax.analysis import arms
-from engram_jax.sweeps import experiments, from_csv
+from engram_jax.sweeps.sweep import experiments, from_csv
 from experiments import figures
 
 COMMITTED = [name for name in experiments() if (figures.HERE / name / "results.csv").exists()]

@@ -18,10 +18,11 @@ import psutil
 import pytest
 from micro import STEPS, micro, plain, with_data, with_training, write_text
 
-from engram_jax import __version__, cli, launchers, ray_launcher, ray_tasks, sweeps
+from engram_jax import __version__, cli
 from engram_jax.errors import MachineError, UserError
-from engram_jax.ray_launcher import RayLauncher, parsed_resources
 from engram_jax.settings import to_dict
+from engram_jax.sweeps import launchers, ray_launcher, ray_tasks, sweep
+from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
 from engram_jax.training.records import RunDirectory
 
 pytestmark = [
@@ -224,17 +225,17 @@ def finished(two_runs, alone, monkeypatch, tmp_path):
     experiment = types.SimpleNamespace(
         SCALES=("tiny",), runs=lambda scale, seeds: two_runs, FIGURE="figure.png",
         table=lambda results: f"{len(results)} runs", figure=lambda results: None)
-    monkeypatch.setattr(sweeps, "experiments", lambda: ["two"])
-    monkeypatch.setattr(sweeps, "_module", lambda name, part: experiment)
-    monkeypatch.setattr(sweeps, "save", lambda figure, path: None)
+    monkeypatch.setattr(sweep, "experiments", lambda: ["two"])
+    monkeypatch.setattr(sweep, "_module", lambda name, part: experiment)
+    monkeypatch.setattr(sweep, "save", lambda figure, path: None)
     shutil.copytree(alone.place, tmp_path / "sweep")
     return tmp_path / "sweep"
 
 
 def test_shares_make_no_table_until_all_are_done(alone, finished):
     def swept(**words):
-        return sweeps.run_sweep(
-            sweeps.Sweep(experiment="two"), finished, silent, allow_dirty=True, **words)
+        return sweep.run_sweep(
+            sweep.Sweep(experiment="two"), finished, silent, allow_dirty=True, **words)
 
     assert [swept(only=(index, 2)) for index in (0, 1)] == [[alone[0]], [alone[1]]]
     assert not (finished / "table.txt").exists()
@@ -270,7 +271,7 @@ def test_a_sweep_that_is_killed_anywhere_gives_the_same_results(
     two_runs, alone, tmp_path, compilations
 ):
     program = (
-        "import sys, json; from etils import epath; from engram_jax import launchers; "
+        "import sys, json; from etils import epath; from engram_jax.sweeps import launchers; "
         "from engram_jax.settings import from_dict; "
         "launchers.local([from_dict(run) for run in json.load(open(sys.argv[1]))], "
         "epath.Path(sys.argv[2]), print)")

@@ -11,9 +11,9 @@ import psutil
 import pytest
 from micro import micro, plain, with_data, with_model, write_text
 
-from engram_jax import launchers, ray_tasks
 from engram_jax.errors import UserError
-from engram_jax.ray_launcher import RayLauncher
+from engram_jax.sweeps import launchers, ray_tasks
+from engram_jax.sweeps.ray_launcher import RayLauncher
 from engram_jax.training.mesh import make_mesh
 from engram_jax.training.records import RunDirectory
 

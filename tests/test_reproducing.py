@@ -7,9 +7,10 @@ import shutil
 import pytest
 from micro import STEPS, micro, plain, write_text
 
-from engram_jax import cli, reproducing
+from engram_jax import cli
 from engram_jax.errors import UserError
-from engram_jax.reproducing import compared, reproduce
+from engram_jax.sweeps import reproducing
+from engram_jax.sweeps.reproducing import compared, reproduce
 from engram_jax.training import loop
 from engram_jax.training.records import RunDirectory
 

@@ -18,10 +18,11 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from micro import micro, plain, with_data, write_text
 
-from engram_jax import cli, storage, sweeps
+from engram_jax import cli, storage
 from engram_jax.data.tokens import open_tokens
 from engram_jax.errors import MachineError, UserError
 from engram_jax.settings import to_dict
+from engram_jax.sweeps import sweep
 from engram_jax.training import loop, metrics
 from engram_jax.training.checkpoints import Checkpoints
 from engram_jax.training.inputs import open_inputs
@@ -191,10 +192,10 @@ def test_a_sweeps_report_goes_into_a_bucket(store, bucket):
          "memory_params": 1, "total_params": 2, "active_params": 1, "tokens_per_s": 1.0,
          "flops_per_token": 6, "text": "text.txt", "seed": 0, "tokens": 10}
         for slots, loss in ((10, 3.0), (100, 2.5), (1000, 2.1))]
-    sweeps.report("memory_scaling", results, epath.Path(bucket) / "sweep", silent)
+    sweep.report("memory_scaling", results, epath.Path(bucket) / "sweep", silent)
     name = bucket.removeprefix("gs://")
     table = store.objects[f"{name}/sweep/results.csv"].decode()
-    assert sweeps.from_csv(table) == results
+    assert sweep.from_csv(table) == results
     assert store.objects[f"{name}/sweep/loss_against_slots.png"].startswith(b"\x89PNG")
 
 

@@ -7,14 +7,14 @@ import types
 import pytest
 from micro import micro, plain, with_model, with_training, write_text
 
-from engram_jax import forecast, launchers, sweeps
 from engram_jax.accounting import account
 from engram_jax.allocation import matched_baseline
 from engram_jax.errors import UserError
 from engram_jax.memory.sites import sites
 from engram_jax.recipes import with_over_encoding
 from engram_jax.settings import first_difference, to_dict, with_settings
-from engram_jax.sweeps import Sweep, from_csv, run_sweep, seeded, to_csv
+from engram_jax.sweeps import forecast, launchers, sweep
+from engram_jax.sweeps.sweep import Sweep, from_csv, run_sweep, seeded, to_csv
 from engram_jax.training.records import RunDirectory
 from experiments.memory_scaling import report
 
@@ -50,8 +50,8 @@ def micro_sweep(arms):
                                     runs=lambda scale, seeds: seeded(arms, seeds))
     made = {"configs": configs, "report": report}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweeps, "experiments", lambda: ["micro"])
-        patch.setattr(sweeps, "_module", lambda experiment, name: made[name])
+        patch.setattr(sweep, "experiments", lambda: ["micro"])
+        patch.setattr(sweep, "_module", lambda experiment, name: made[name])
         yield Sweep(experiment="micro", seeds=(0,))
 
 
@@ -141,7 +141,7 @@ def test_results_of_another_config_in_the_folder_are_refused(swept, micro_sweep,
 
 
 def test_a_checkout_with_changes_is_refused_unless_told(micro_sweep, monkeypatch, tmp_path):
-    monkeypatch.setattr(sweeps, "git_revision", lambda: "0123abcd+changes")
+    monkeypatch.setattr(sweep, "git_revision", lambda: "0123abcd+changes")
     with pytest.raises(UserError, match=r"git = 'uncommitted changes': .*--allow-dirty"):
         run_sweep(micro_sweep, tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
@@ -186,13 +186,13 @@ def test_numbers_survive_the_table_to_the_bit():
 
 def test_a_dry_run_says_what_every_run_takes(micro_sweep, monkeypatch):
     said = []
-    sweeps.dry_run(micro_sweep, said.append)
+    sweep.dry_run(micro_sweep, said.append)
     text = "\n".join(said)
     assert all(f"{name}-seed0" in text for name in NAMES)
     assert "5 runs" in text
     monkeypatch.setattr(forecast, "_available_bytes", lambda mesh: 1000)
     with pytest.raises(UserError, match=r"run = 'no-memory-seed0': needs .* MB .* have 0.0 MB"):
-        sweeps.dry_run(micro_sweep, said.append)
+        sweep.dry_run(micro_sweep, said.append)
     assert "no" in said[-1].split()
 
 

@@ -8,7 +8,7 @@ from engram_jax.accounting import account
 from engram_jax.allocation import with_flops
 from engram_jax.config import EngramConfig, RunConfig
 from engram_jax.recipes import engram_3b, small, tiny, without_memory
-from engram_jax.sweeps import seeded
+from engram_jax.sweeps.sweep import seeded
 
 
 def _tiny() -> RunConfig:

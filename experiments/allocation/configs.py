@@ -7,7 +7,7 @@ from engram_jax.accounting import account
 from engram_jax.allocation import Allocation, allocate
 from engram_jax.config import EngramConfig, MoEConfig, RunConfig
 from engram_jax.recipes import moe_6b, moe_10b, small, tiny, without_memory
-from engram_jax.sweeps import seeded
+from engram_jax.sweeps.sweep import seeded
 
 RHOS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

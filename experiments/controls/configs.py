@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from engram_jax.allocation import matched_baseline
 from engram_jax.config import KEYS, RunConfig
 from engram_jax.recipes import engram_3b, small, tiny
-from engram_jax.sweeps import seeded
+from engram_jax.sweeps.sweep import seeded
 
 SCALES = {"tiny": tiny, "small": small, "paper": engram_3b}
 

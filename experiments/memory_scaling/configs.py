@@ -7,7 +7,7 @@ from engram_jax.accounting import account
 from engram_jax.allocation import matched_baseline, with_flops
 from engram_jax.config import RunConfig
 from engram_jax.recipes import engram_3b, small, tiny, with_over_encoding
-from engram_jax.sweeps import seeded
+from engram_jax.sweeps.sweep import seeded
 
 VOCABULARY = 129_280  # the paper's sizes are multiples of it
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from engram_jax.config import TABLE_OPTIMIZERS, RunConfig
 from engram_jax.recipes import tiny
-from engram_jax.sweeps import seeded
+from engram_jax.sweeps.sweep import seeded
 
 PAPER = 5.0  # rate of the tables over the backbone's
 MULTIPLIERS = (1.25, PAPER, 20.0)

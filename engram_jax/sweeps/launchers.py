@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
-from engram_jax.ray_launcher import RayLauncher, parsed_resources
+from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
 from engram_jax.training.loop import train
 from engram_jax.training.mesh import chosen_mesh
 

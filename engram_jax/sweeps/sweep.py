@@ -19,14 +19,14 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from engram_jax import forecast
 from engram_jax.analysis.arms import Result
 from engram_jax.analysis.figures import save
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
-from engram_jax.launchers import Launcher, local, share
 from engram_jax.settings import first_difference, with_settings
 from engram_jax.storage import refusals, write_text
+from engram_jax.sweeps import forecast
+from engram_jax.sweeps.launchers import Launcher, local, share
 from engram_jax.training import processes
 from engram_jax.training.records import git_revision
 

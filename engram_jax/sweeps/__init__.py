@@ -1,0 +1,1 @@
+"""Many runs: swept here or on a cluster, forecast, compared, run again."""
