@@ -64,9 +64,9 @@ def label(
 
 
 def level(axes: Axes, height: float, text: str, colour: str = DARK) -> None:
-    """A dashed line across, with its name."""
+    """A dashed line across, with its name at the right end, above it."""
     axes.axhline(height, color=colour, linewidth=1.3, linestyle="--")
-    axes.annotate(text, (0.01, height), xytext=(0, 4), weight="bold", color=colour,
+    axes.annotate(text, (0.99, height), xytext=(0, 4), weight="bold", color=colour, ha="right",
                   xycoords=("axes fraction", "data"), textcoords="offset points")
 
 

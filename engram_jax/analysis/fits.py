@@ -32,8 +32,8 @@ class Line:
         return self.intercept + self.slope * np.log10(x)
 
     def __str__(self) -> str:
-        return (f"loss = {self.intercept:.4f} {self.slope:+.4f} log10(slots); slope "
-                f"{self.low:+.4f} to {self.high:+.4f} (95 %, {self.points} runs)")
+        return (f"{self.intercept:.4f} {self.slope:+.4f} log10(slots); slope {self.low:+.4f} to "
+                f"{self.high:+.4f} (95 %, {self.points} runs)")
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> Line | None:

@@ -1,4 +1,4 @@
-"""Loss against slots: the lines, and the paper's beside them."""
+"""Loss against slots, less that of no memory at equal seeds; the paper's points on the same axes."""
 
 from collections.abc import Sequence
 
@@ -15,67 +15,76 @@ from experiments import published
 FIGURE = "loss_against_slots.png"
 BASELINE = "no-memory"
 LOOKS = {"Engram": (figures.BLUE, "o"), "OverEncoding": (figures.ORANGE, "s")}
+PAPER = {"Engram": published.ENGRAM_SLOTS, "OverEncoding": published.OVER_ENCODING_SLOTS}
 
 Points = Sequence[tuple[float, float]]
 
 
 def table(results: Sequence[Result]) -> str:
     """Every arm, and the lines through Engram's and OverEncoding's runs."""
-    lines = [arms.table(results, BASELINE), ""]
+    lines = [arms.table(results, BASELINE), "",
+             "less the loss without memory at the same seed, against log10(slots):"]
     for text, found in arms.by_text(results).items():
         for memory in LOOKS:
-            line = fits.line(*_columns(_points(found, memory)))
+            line = fits.line(*_columns(gaps(found, memory)))
             if line is not None:
                 lines.append(f"{text}, {memory}: {line}")
     return "\n".join(lines)
 
 
+def gaps(results: Sequence[Result], memory: str) -> Points:
+    """(slots, loss less that of no memory with the same seed) of every run of a memory."""
+    bare = arms.losses(results).get(BASELINE, {})
+    return [(result["slots"], result["loss"] - bare[result["seed"]]) for result in results
+            if result["memory"] == memory and result["seed"] in bare]
+
+
 def figure(results: Sequence[Result]) -> Figure:
-    """A panel for each text, and one of the paper's figure 3."""
+    """A panel for each text, with the paper's figure 3 in outline."""
     texts = arms.by_text(results)
-    drawn, axes = figures.panels(len(texts) + 1)
-    for each, (text, found) in zip(axes, texts.items(), strict=False):
+    drawn, axes = figures.panels(len(texts), 4.6)
+    for each, (text, found) in zip(axes, texts.items(), strict=True):
         first = found[0]
         figures.title(each, f"{text}: {short(first['active_params'])} active, "
                       f"{short(first['tokens'])} tokens")
-        _panel(each, {memory: _points(found, memory) for memory in LOOKS})
-        bare = arms.losses(found).get(BASELINE)
-        if bare:
-            figures.level(each, interval(bare.values()).mean, "no memory, same FLOPs")
-    figures.title(axes[-1], "the paper: 568M active")
-    _panel(axes[-1], {"Engram": published.ENGRAM_SLOTS,
-                      "OverEncoding": published.OVER_ENCODING_SLOTS})
-    figures.level(axes[-1], published.NO_MEMORY, "no memory")
+        for memory in LOOKS:
+            _ours(each, memory, gaps(found, memory))
+            _paper(each, memory)
+        figures.level(each, 0, "no memory, same FLOPs")
+        each.set_xscale("log")
+        each.set_xlim(600, 6e7)
+        each.xaxis.set_major_formatter(FuncFormatter(lambda slots, _: short(slots)))
+        each.minorticks_off()
+        each.margins(y=0.12)
+        each.set_xlabel("slots (rows of one head's table)")
+        each.set_ylabel("loss less that without memory (nats a token)")
     return drawn
-
-
-def _points(results: Sequence[Result], memory: str) -> Points:
-    return [(result["slots"], result["loss"]) for result in results if result["memory"] == memory]
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _panel(axes: Axes, series: dict[str, Points]) -> None:
-    axes.set_xscale("log")
-    for name, points in series.items():
-        colour, marker = LOOKS[name]
-        sizes = sorted({slots for slots, _ in points})
-        if not sizes:
-            continue
-        found = [interval(loss for slots, loss in points if slots == size) for size in sizes]
-        figures.points(axes, sizes, found, colour, marker)
-        slope = ""
-        if (line := fits.line(*_columns(points))) is not None:
-            axes.plot(sizes, [float(line(size)) for size in sizes], color=colour, linewidth=1.2,
-                      alpha=0.7)
-            margin = (line.high - line.low) / 2
-            slope = f"\n{line.slope:+.4f} ± {margin:.4f}\na tenfold"
-        figures.label(axes, name + slope, (sizes[-1], found[-1].mean), colour)
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high * (high / low) ** 0.45)  # room for the names
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda slots, _: short(slots)))
-    axes.margins(y=0.12)
-    axes.set_xlabel("slots (rows of one head's table)")
-    axes.set_ylabel("validation loss (nats a token)")
+def _ours(axes: Axes, memory: str, points: Points) -> None:
+    """Means and intervals over seeds, and the line through all runs."""
+    colour, marker = LOOKS[memory]
+    sizes = sorted({slots for slots, _ in points})
+    if not sizes:
+        return
+    found = [interval(gap for slots, gap in points if slots == size) for size in sizes]
+    figures.points(axes, sizes, found, colour, marker)
+    slope = ""
+    if (line := fits.line(*_columns(points))) is not None:
+        axes.plot(sizes, [float(line(size)) for size in sizes], color=colour, linewidth=1.2)
+        margin = (line.high - line.low) / 2
+        slope = f" {line.slope:+.4f} ± {margin:.4f}".replace("-", "\N{MINUS SIGN}")
+    figures.label(axes, memory + slope, (sizes[-1], found[-1].mean), colour)
+
+
+def _paper(axes: Axes, memory: str) -> None:
+    colour, marker = LOOKS[memory]
+    points = [(slots, loss - published.NO_MEMORY) for slots, loss in PAPER[memory]]
+    axes.plot(*_columns(points), marker, color=colour, markerfacecolor="white", markersize=5,
+              alpha=0.8)
+    if memory == "Engram":
+        figures.label(axes, "the paper, 568M active", points[-1], figures.DARK, (-110, -18))
