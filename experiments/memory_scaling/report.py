@@ -1,4 +1,4 @@
-"""Loss against slots, less that of no memory at equal seeds; the paper's points on the same axes."""
+"""Loss against slots, less that without memory at equal seeds; the paper's points beside ours."""
 
 from collections.abc import Sequence
 
