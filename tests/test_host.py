@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_jax import recipes
-from engram_jax.config import ROW_DTYPES, OverEncodingConfig
+from engram_jax.config import ROW_DTYPES, HashConfig, OverEncodingConfig
 from engram_jax.errors import MachineError, UserError
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash, reach_from_dead
@@ -139,7 +139,8 @@ def golden_addressing():
     vocabulary = CompressedVocabulary.identity(config["engram_compressed_vocab_size"])
     hashing = NgramHash(rows_per_head=(16_000_000,) * 3, heads=8, layers=(1, 14),
                         vocab_size=vocabulary.size, pad_id=2)
-    sites = tuple(Site(f"layer_{layer}", layer, hashing.layers, None, None)
+    settings = HashConfig(rows_per_head=hashing.rows_per_head, max_order=4, heads=8)
+    sites = tuple(Site(f"layer_{layer}", layer, hashing.layers, settings, None)
                   for layer in hashing.layers)
     names = [site.name for site in sites]
     return Addressing(sites, dict.fromkeys(names, hashing), dict.fromkeys(names, vocabulary))
