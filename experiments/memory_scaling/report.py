@@ -15,6 +15,7 @@ from experiments import published
 FIGURE = "loss_against_slots.png"
 BASELINE = "no-memory"
 LOOKS = {"Engram": (figures.BLUE, "o"), "OverEncoding": (figures.ORANGE, "s")}
+PLACES = {"Engram": 0.03, "OverEncoding": 0.94}  # of their names, up the panel
 PAPER = {"Engram": published.ENGRAM_SLOTS, "OverEncoding": published.OVER_ENCODING_SLOTS}
 
 Points = Sequence[tuple[float, float]]
@@ -77,8 +78,9 @@ def _ours(axes: Axes, memory: str, points: Points) -> None:
     if (line := fits.line(*_columns(points))) is not None:
         axes.plot(sizes, [float(line(size)) for size in sizes], color=colour, linewidth=1.2)
         margin = (line.high - line.low) / 2
-        slope = f" {line.slope:+.4f} ± {margin:.4f}".replace("-", "\N{MINUS SIGN}")
-    figures.label(axes, memory + slope, (sizes[-1], found[-1].mean), colour)
+        slope = f" {line.slope:+.4f} ± {margin:.4f} a tenfold".replace("-", "\N{MINUS SIGN}")
+    axes.text(0.02, PLACES[memory], memory + slope, transform=axes.transAxes, color=colour,
+              weight="bold")
 
 
 def _paper(axes: Axes, memory: str) -> None:
