@@ -207,12 +207,13 @@ def optimised():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("top_k", "signed_root", "steps", "tolerance"), [
-    (8, False, 20, 1e-5), (8, True, 20, 5e-5), (2, True, 8, 1e-5)])
+    (8, False, 20, 1e-5), (8, True, 20, 2e-4), (2, True, 8, 1e-5)])
 def test_the_demo_on_every_mesh_equals_one_device(
     optimised, top_k, signed_root, steps, tolerance
 ):
-    """The signed root magnifies rounding: losses part by 2e-5 within 20 steps, and by 2e-6 without
-    it. With two of eight experts, a near-tie in routing ends the likeness sooner or later."""
+    """The signed root magnifies rounding: losses part by 2e-5 (jax 0.10) to 7e-5 (jax 0.12) within
+    20 steps, and by 2e-6 without it. With two of eight experts, a near-tie in routing ends the
+    likeness sooner or later."""
     run = with_memory(recipes.tiny(), signed_root=signed_root)
     run = with_model(run, moe=dataclasses.replace(run.model.moe, top_k=top_k))
     batches = list(itertools.islice(train_batches(open_inputs(run).tokens, run.data), steps))
