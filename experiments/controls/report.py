@@ -1,4 +1,4 @@
-"""A memory against its controls."""
+"""A memory and its controls, less no memory at equal seeds."""
 
 from collections.abc import Sequence
 
@@ -6,13 +6,13 @@ from matplotlib.figure import Figure
 
 from engram_jax.analysis import arms, figures
 from engram_jax.analysis.arms import Result
-from engram_jax.analysis.statistics import interval
+from engram_jax.analysis.statistics import paired
 from engram_jax.config import KEYS
 
 FIGURE = "loss_by_keys.png"
 BASELINE = "no-memory"
-NAMES = {BASELINE: "no memory", "ngrams": "n-grams\n(Engram)",
-         "shuffled": "another text's\nn-grams", "random": "random rows"}
+NAMES = {"ngrams": "n-grams\n(Engram)", "shuffled": "another text's\nn-grams",
+         "random": "random rows"}
 
 
 def table(results: Sequence[Result]) -> str:
@@ -23,13 +23,16 @@ def table(results: Sequence[Result]) -> str:
 def figure(results: Sequence[Result]) -> Figure:
     """A panel for each text, a row for each arm."""
     texts = arms.by_text(results)
-    drawn, axes = figures.panels(len(texts), 3.2)
+    drawn, axes = figures.panels(len(texts), 3.0)
     for each, (text, found) in zip(axes, texts.items(), strict=True):
         losses = arms.losses(found)
-        names = [name for name in (BASELINE, *KEYS) if name in losses]
-        seeds = [list(losses[name].values()) for name in names]
-        figures.arms(each, [NAMES[name] for name in names], [interval(s) for s in seeds], seeds,
-                     [figures.BLUE if name == "ngrams" else figures.DARK for name in names])
-        figures.title(each, text)
-        each.set_xlabel("validation loss (nats a token); a dot a seed,\na line the mean's 95 %")
+        gaps = {keys: gap for keys in KEYS
+                if (gap := paired(losses.get(keys, {}), losses[BASELINE])) is not None}
+        seeds = [[loss - losses[BASELINE][seed] for seed, loss in losses[keys].items()
+                  if seed in losses[BASELINE]] for keys in gaps]
+        figures.arms(each, [NAMES[keys] for keys in gaps], list(gaps.values()), seeds,
+                     [figures.BLUE if keys == "ngrams" else figures.DARK for keys in gaps])
+        each.axvline(0, color=figures.DARK, linewidth=1, linestyle="--")
+        figures.title(each, f"{text}; 0 is no memory at the same FLOPs")
+        each.set_xlabel("loss less that without memory (nats a token);\na dot a seed, a line 95 %")
     return drawn
