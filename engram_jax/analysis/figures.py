@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from engram_jax.analysis.statistics import Interval
 from engram_jax.storage import refusals
 
-BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+BLUE, ORANGE, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
 DARK, PALE = "#444444", "#DDDDDD"
 
 

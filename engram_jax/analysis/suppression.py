@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.analysis.observing import Opened
+from engram_jax.model.loss import cross_entropy
 
-BANDS = (0, 1, 10, 100, 1000)  # times that an n-gram came in the training text, from ... on
+BANDS = (0, 1, 10, 100, 1000)  # times that an n-gram comes in a text, from ... on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +64,7 @@ def suppression(
 def token_losses(opened: Opened, tokens: np.ndarray, scale: float = 1.0) -> np.ndarray:
     """Nats of each target, float32 [B, T], with memory's rows times `scale`."""
     seen = opened.observe(tokens[:, :-1], scale)
-    logits = opened.head(seen.streams[-1])
-    picked = jnp.take_along_axis(logits, jnp.asarray(tokens)[:, 1:, None], axis=2)[..., 0]
-    return np.asarray(jnp.log(jnp.sum(jnp.exp(logits - logits.max(-1, keepdims=True)), -1))
-                      + logits.max(-1) - picked)
+    return np.asarray(cross_entropy(opened.head(seen.streams[-1]), jnp.asarray(tokens[:, 1:])))
 
 
 def token_classes(opened: Opened) -> Kind:
@@ -92,7 +90,7 @@ def _class(text: str) -> str:
 def frequency_bands(
     counts: Mapping[tuple[int, ...], int], order: int, bands: Sequence[int] = BANDS
 ) -> Kind:
-    """Targets by how often the n-gram before them, which memory was asked for, came in training.
+    """Targets by how often the n-gram before them, which memory was asked for, comes in a text.
 
     Args:
       counts: of n-grams of raw tokens, as `ngram_counts` gives them.

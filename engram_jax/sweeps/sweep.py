@@ -30,7 +30,6 @@ from engram_jax.sweeps.launchers import Launcher, local, share
 from engram_jax.training import processes
 from engram_jax.training.records import git_revision
 
-SCALES = ("tiny", "small", "paper")
 SEEDS = (0, 1, 2)
 
 Say = Callable[[str], None]
@@ -42,7 +41,7 @@ class Sweep:
 
     Attributes:
       experiment: its folder's name.
-      scale: one of `SCALES`.
+      scale: one of the experiment's `SCALES`.
       seeds: each gives every arm the same start where shapes agree, and the same order of the text.
       settings: "field=value", applied to every run.
 
