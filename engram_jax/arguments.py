@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     _add_compare(commands)
     _add_reproduce(commands)
     _add_analyze(commands)
+    _add_report(commands)
     _add_evaluate(commands)
     _add_generate(commands)
     _add_export(commands)
@@ -187,6 +188,19 @@ def _add_analyze(commands) -> None:  # type: ignore[no-untyped-def]
     command.add_argument("--text", metavar="FILE",
                          help="that they read (default: the first run's validation text)")
     command.add_argument("--out", metavar="FOLDER", help="gets WHAT.json (default: printed)")
+
+
+def _add_report(commands) -> None:  # type: ignore[no-untyped-def]
+    command = _command(
+        commands, "report",
+        "put trained runs, what they cost and what happens inside them on one page of HTML that "
+        "needs no network", "report runs/scaling --out scaling.html")
+    command.add_argument("directories", metavar="DIR", nargs="+",
+                         help="a run's folder, or one that holds such, as a sweep's")
+    command.add_argument("--out", default="report.html", metavar="FILE",
+                         help="the page (default report.html)")
+    command.add_argument("--text", metavar="FILE",
+                         help="that the runs read (default: the first run's validation text)")
 
 
 def _add_evaluate(commands) -> None:  # type: ignore[no-untyped-def]

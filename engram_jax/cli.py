@@ -205,6 +205,13 @@ def analyze(options: argparse.Namespace) -> None:
         print(text)
 
 
+def report(options: argparse.Namespace) -> None:
+    from engram_jax.report.page import write_report
+
+    write_report(options.directories, options.out, options.text, _say)
+    _say(f"the page: {options.out}")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     from engram_jax.training.evaluation import evaluator
     from engram_jax.training.inputs import open_inputs
@@ -329,8 +336,8 @@ def _say(line: str) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     command.__name__: command for command in (
-        describe, plan, train, sweep, compare, reproduce, analyze, evaluate, generate, export,
-        verify, bench)}
+        describe, plan, train, sweep, compare, reproduce, analyze, report, evaluate, generate,
+        export, verify, bench)}
 
 
 if __name__ == "__main__":

@@ -219,7 +219,17 @@ def analyze(
     names = [opened.name for opened in runs]
     require(len(set(names)) == len(names), "run", names, "must have different names to be told "
             "apart")
-    return ANALYSES[what](runs, _validation_text(runs[0]) if file is None else _read(file))
+    return ANALYSES[what](runs, text_of(runs[0], file))
+
+
+def text_of(opened: Opened, file: epath.PathLike | None = None) -> str:
+    """What runs are to read: a file, or else the validation text of one of them.
+
+    Raises:
+      UserError: no such file, or the run's text is not there any more.
+      MachineError: it cannot be read.
+    """
+    return _validation_text(opened) if file is None else _read(file)
 
 
 def _read(file: epath.PathLike) -> str:

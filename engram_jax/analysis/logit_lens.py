@@ -12,6 +12,7 @@ import numpy as np
 from engram_jax.analysis.observing import Opened
 
 
+@jax.jit
 def divergence(last_BTV: jax.Array, logits_BTV: jax.Array) -> jax.Array:
     """KL(last || layer) of the softmaxes in nats, float32 [B, T]; 0 for equal logits."""
     last = jax.nn.log_softmax(last_BTV, axis=-1)

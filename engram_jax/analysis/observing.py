@@ -17,7 +17,8 @@ from engram_jax.config import ModelConfig, RunConfig
 from engram_jax.memory.sites import engram_site, gather_rows
 from engram_jax.model import transformer
 from engram_jax.model.documents import documents
-from engram_jax.model.transformer import Segment, segments
+from engram_jax.model.layers import as_they_are
+from engram_jax.model.transformer import Segment, head_params, segments
 from engram_jax.training.checkpoints import last_checkpoint
 from engram_jax.training.inputs import Reader, open_reader
 from engram_jax.training.mesh import placed_state, single_mesh
@@ -89,6 +90,20 @@ def observe(
     return Observation(streams, gates)
 
 
+def _network(config: ModelConfig) -> ModelConfig:
+    """The config with all that `observe` does not read of a memory, whose rows it is given, set to
+    the same: runs that differ in their tables alone share one compiled program."""
+    alike = {"hash_seed": 0, "compress": True, "shards": 1, "table_std": 0.0,
+             "table_dtype": "float32", "keys": "ngrams"}
+    engram, over = config.engram, config.over_encoding
+    if engram is not None:
+        engram = dataclasses.replace(engram, rows_per_head=(2,) * len(engram.rows_per_head),
+                                     vocab_size=1, pad_id=0, **alike)
+    if over is not None:
+        over = dataclasses.replace(over, rows_per_head=(2,) * len(over.rows_per_head), **alike)
+    return dataclasses.replace(config, engram=engram, over_encoding=over)
+
+
 def _block(part: dict[str, Any], offset: int) -> dict[str, Any]:
     """A segment's parameters with one of its blocks."""
     blocks = jax.tree.map(lambda leaf: leaf[offset : offset + 1], part["blocks"])
@@ -130,12 +145,16 @@ class Opened:
         tokens = jnp.asarray(tokens_BT, jnp.int32)
         rows = jax.tree.map(lambda leaf: scale * leaf, self.rows(tokens))
         starts = jnp.zeros(tokens.shape, bool).at[:, 0].set(True)
-        return observe(self.state.params, self.state.router_bias, tokens, rows, self.run.model,
-                       starts, patch)
+        return observe(self.state.params, self.state.router_bias, tokens, rows,
+                       _network(self.run.model), starts, patch)
 
     def head(self, x_BTMD: jax.Array) -> jax.Array:
         """Logits float32 [B, T, V], read off any layer's streams as off the last's."""
-        return _head(self.state.params, x_BTMD, self.run.model)
+        model = self.run.model
+        # All that `head` reads, so that runs of one width share it.
+        config = dataclasses.replace(
+            model, engram=None, over_encoding=None, moe=None, ffn=1, depth=1)
+        return _head(head_params(self.state.params, model, as_they_are), x_BTMD, config)
 
     def tokens(self, text: str) -> np.ndarray:
         """Raw ids of a text, int32 [T]."""

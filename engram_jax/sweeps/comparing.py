@@ -173,11 +173,11 @@ def _plain(value: Interval | None) -> dict[str, Any] | None:
 def described(found: Sequence[Arm]) -> str:
     """The comparison as a table for people: an arm a line, then the runs that are not done."""
     names = differing(found)
-    head = ["run", *_headings(names), "seeds", "total", "active", "memory", "loss (95 %)",
+    head = ["run", *headings(names), "seeds", "total", "active", "memory", "loss (95 %)",
             "against the first", "bits/byte", "tokens/s"]
     rows = [head, *([
         arm.name,
-        *(_word(arm.fields[name]) if name in arm.fields else "-" for name in names),
+        *(word(arm.fields[name]) if name in arm.fields else "-" for name in names),
         str(len(arm.values("loss"))),
         short(arm.numbers.total_params), short(arm.numbers.active_params),
         short(arm.numbers.engram_params),
@@ -194,7 +194,7 @@ def described(found: Sequence[Arm]) -> str:
         for arm in found for run in arm.unfinished)])
 
 
-def _headings(names: Sequence[str]) -> list[str]:
+def headings(names: Sequence[str]) -> list[str]:
     """The last word of each field's name; all of it where two end alike."""
     ends = [name.rpartition(".")[2] for name in names]
     return [end if ends.count(end) == 1 else name for name, end in zip(names, ends, strict=True)]
@@ -208,7 +208,8 @@ def _outcome(arm: Arm, first: Arm) -> tuple[str, str, str, str]:
     return str(loss), gap.signed() if gap else "-", f"{bits.mean:.4f}", f"{speed.mean:,.0f}"
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """A field's value as a table shows it."""
     if isinstance(value, list):
-        return ",".join(map(_word, value))
+        return ",".join(map(word, value))
     return "none" if value is None else str(value)

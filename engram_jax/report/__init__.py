@@ -1,0 +1,1 @@
+"""`engram-jax report`: runs and what happens inside them as one page of HTML."""

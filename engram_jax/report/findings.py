@@ -1,0 +1,154 @@
+"""What a page is about: arms of runs, one opened run of each, a text, and findings in them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from engram_jax.analysis import analyses
+from engram_jax.analysis.observing import Opened, open_run
+from engram_jax.errors import UserError
+from engram_jax.report.looks import Look, looks, memory_kind, slots
+from engram_jax.sweeps import comparing
+from engram_jax.sweeps.comparing import Arm
+from engram_jax.training.records import RunDirectory
+
+# Of the text, batches that an analysis is given where fewer than `analyses.BATCHES` show the same.
+ENOUGH = {"lens": 2, "gates": 4}
+BY_NGRAM = ("gates", "memory", "patchscope")  # say nothing of rows that n-grams did not choose
+PROMPT_TOKENS = 24  # of the text whose last token's state PatchScope reads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Subject:
+    """An arm, how it is drawn, and its first finished run (or its first), opened."""
+
+    arm: Arm
+    look: Look
+    opened: Opened
+
+    @property
+    def name(self) -> str:
+        return self.arm.name
+
+    @property
+    def keys(self) -> str:
+        """What points at the rows of its memory; "" without one."""
+        model = self.opened.run.model
+        memory = model.engram or model.over_encoding
+        return memory.keys if memory else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Findings of one analysis by arm, and a line for each arm that has none."""
+
+    values: dict[str, Any]
+    missing: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Material:
+    """All that a page is made from.
+
+    Attributes:
+      subjects: of every arm, the one that others are measured against first.
+      text: that the opened runs read; "" if there is none.
+      no_text: why there is none.
+    """
+
+    subjects: Sequence[Subject]
+    text: str
+    no_text: str = ""
+
+    @property
+    def arms(self) -> list[Arm]:
+        return [subject.arm for subject in self.subjects]
+
+    def of(self, what: str) -> Found:
+        """The findings of `analyses.ANALYSES[what]` in each arm's opened run."""
+        values, missing = {}, []
+        for subject in self.subjects:
+            try:
+                values[subject.name] = self._of(what, subject)
+            except UserError as error:
+                missing.append(f"{subject.name}: {error}")
+        return Found(values, missing)
+
+    def pair(self, first: Subject, other: Subject) -> Any:
+        """CKA of two arms' runs.
+
+        Raises:
+          UserError: they have other tokenizers, or there is no text.
+        """
+        self._require_text()
+        found = analyses.ANALYSES["cka"]([first.opened, other.opened], self.text)
+        return found["with"][other.opened.name]
+
+    def _of(self, what: str, subject: Subject) -> Any:
+        if what != "tokenizer":
+            self._require_text()
+        if what in BY_NGRAM and subject.keys not in ("", "ngrams"):
+            raise UserError(f"its rows are chosen by {subject.keys!r} keys, a control, so what a "
+                            "token reads says nothing of its n-gram")
+        text = self.prompt(subject) if what == "patchscope" else _beginning(
+            subject.opened, self.text, ENOUGH.get(what, 0))
+        return analyses.ANALYSES[what]([subject.opened], text)[subject.opened.name]
+
+    def _require_text(self) -> None:
+        if not self.text:
+            raise UserError(self.no_text)
+
+    def prompt(self, subject: Subject) -> str:
+        """The text whose last token PatchScope asks about."""
+        ends = subject.opened.reader.tokenizer.encode(self.text[:1000]).offsets[:PROMPT_TOKENS]
+        return self.text[: ends[-1][1]]
+
+
+def _beginning(opened: Opened, text: str, batches: int) -> str:
+    """So many batches of a text as a run reads it; 0 is all."""
+    data = opened.run.data
+    count = batches * data.batch_size * (data.sequence_length + 1)
+    ends = opened.reader.tokenizer.encode(text).offsets if count else []
+    return text[: ends[count - 1][1]] if count and len(ends) > count else text
+
+
+def material(
+    directories: Sequence[epath.PathLike], file: epath.PathLike | None = None
+) -> Material:
+    """The arms of all runs in `directories`, opened.
+
+    Args:
+      directories: as `comparing.arms` takes them; if the first is a run itself, its arm comes first.
+      file: the text that is read, UTF-8; None is the first run's validation text.
+
+    Raises:
+      UserError: no run, a run without a checkpoint, or no such file.
+      MachineError: something cannot be read.
+    """
+    arms = comparing.arms(directories)
+    if not (epath.Path(directories[0]).expanduser() / "config.json").exists():
+        arms = _in_order(arms)
+    subjects = [Subject(arm=arm, look=look, opened=_opened(arm))
+                for arm, look in zip(arms, looks(arms), strict=True)]
+    first = subjects[0].opened
+    if file is not None:
+        return Material(subjects=subjects, text=analyses.text_of(first, file))
+    try:
+        return Material(subjects=subjects, text=analyses.text_of(first))
+    except UserError as error:  # the text has moved since; the records are still worth a page
+        return Material(subjects=subjects, text="", no_text=f"its text cannot be read ({error}); "
+                        "name one with --text FILE")
+
+
+def _in_order(arms: Sequence[Arm]) -> list[Arm]:
+    """Without memory first, then by kind and size: the order of folders says nothing."""
+    kinds = ["no memory", *(memory_kind(arm.runs[0].config) for arm in arms)]
+    return sorted(arms, key=lambda arm: (kinds.index(memory_kind(arm.runs[0].config)),
+                                         slots(arm.runs[0].config)))
+
+
+def _opened(arm: Arm) -> Opened:
+    chosen = next((run for run in arm.runs if run.result is not None), arm.runs[0])
+    return open_run(RunDirectory(chosen.path))

@@ -1,0 +1,144 @@
+"""`engram-jax report`: runs as one page of HTML that needs no network.
+
+plotly's whole script, 4.8 MB, stands in the page: its package has no smaller one, and a page that
+can be mailed, kept beside its runs and opened without a network is worth the megabytes. The page's
+own policy forbids every request.
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jinja2
+from etils import epath
+from plotly.offline import get_plotlyjs
+
+from engram_jax import __version__
+from engram_jax.accounting import short
+from engram_jax.config import require
+from engram_jax.report import insides, looks, memories, outcomes
+from engram_jax.report.blocks import Folded, Section
+from engram_jax.report.findings import Material, material
+from engram_jax.report.looks import signed
+from engram_jax.settings import to_dict
+from engram_jax.storage import is_local, write_text
+from engram_jax.training.records import RunDirectory
+
+SECTIONS: tuple[Callable[[Material], Section], ...] = (
+    outcomes.outcomes, outcomes.curves, outcomes.costs, insides.gates, insides.lens, insides.cka,
+    insides.suppression, insides.patchscope, memories.tokenizer, memories.memory)
+ALIKE = 0.01  # FLOPs a token that differ by less are the same
+
+Say = Callable[[str], None]
+
+
+def write_report(
+    directories: Sequence[epath.PathLike], out: epath.PathLike = "report.html",
+    file: epath.PathLike | None = None, say: Say = print,
+) -> None:
+    """Write the page of the runs in `directories`.
+
+    Args:
+      directories: runs' folders, or folders of such.
+      out: the page; replaced whole.
+      file: the text that the runs read; None is the first one's validation text.
+      say: gets a line for each section that is done.
+
+    Raises:
+      UserError: no run, a run without a checkpoint, no such text, or an `out` that is a folder or
+        in none.
+      MachineError: something cannot be read or written.
+    """
+    place = epath.Path(out).expanduser()
+    require(not place.is_dir(), "out", os.fspath(out), "is a folder; name a file, for example "
+            f"{os.fspath(place / 'report.html')}")
+    if is_local(place):
+        require(place.parent.is_dir() and os.access(place.parent, os.W_OK), "out", os.fspath(out),
+                "its folder is not there or cannot be written")
+    found = material(directories, file)
+    sections = []
+    for make in SECTIONS:
+        sections.append(make(found))
+        say(sections[-1].title)
+    words = ["engram-jax", "report", *map(os.fspath, directories), "--out", os.fspath(out),
+             *(["--text", os.fspath(file)] if file else [])]
+    write_text(place, page(found, [*sections, records(found, shlex.join(words))]))
+
+
+def page(found: Material, sections: Sequence[Section]) -> str:
+    """The page, as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("engram_jax.report", "parts"), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    loader = environment.loader
+    assert loader is not None
+    style, script = (loader.get_source(environment, name)[0] for name in ("style.css", "page.js"))
+    return environment.get_template("template.html.j2").render(
+        title=", ".join(_short_names(found)), headline=headline(found), facts=facts(found),
+        sections=sections, swap=looks.swap([subject.look for subject in found.subjects]),
+        style=style, script=script, plotly=get_plotlyjs(), version=__version__)
+
+
+def _short_names(found: Material) -> list[str]:
+    names = [arm.name for arm in found.arms]
+    return names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"]
+
+
+def headline(found: Material) -> tuple[str, str]:
+    """The number that stands over the page, and what it is."""
+    first, *others = found.arms
+    loss, bits = first.mean("loss"), first.mean("bits_per_byte")
+    gaps = {arm.name: gap for arm in others if (gap := arm.against(first))}
+    if gaps:
+        best = min(gaps, key=lambda name: gaps[name].mean)
+        arm, gap = next(arm for arm in others if arm.name == best), gaps[best]
+        spread = outcomes.ends(gap, signed)
+        seeds = f"{gap.count} seed{'s' * (gap.count > 1)}"
+        ratio = arm.numbers.flops_per_token / first.numbers.flops_per_token
+        cost = "at the same FLOPs a token" if abs(ratio - 1) < ALIKE else (
+            f"at {ratio:.2f} times the FLOPs a token")
+        return signed(gap.mean), (
+            f"nats a token: the loss of {best} less that of {first.name}, {cost} "
+            f"({f'95 %: {spread}, ' if spread else ''}{seeds})")
+    if loss is None or bits is None:
+        return "-", f"{first.name} is not done"
+    return f"{loss.mean:.3f}", (f"nats a token: the validation loss of {first.name}, "
+                                f"{bits.mean:.3f} bits a byte")
+
+
+def facts(found: Material) -> list[str]:
+    """What the runs are, in a few words each."""
+    runs = [run for arm in found.arms for run in arm.runs]
+    texts = dict.fromkeys(epath.Path(run.config.data.path).name for run in runs)
+    tokens = {run.config.training.steps * run.config.data.batch_size
+              * run.config.data.sequence_length for run in runs}
+    active = {arm.numbers.active_params for arm in found.arms}
+    return [f"{len(runs)} run{'s' * (len(runs) > 1)} in {len(found.arms)} "
+            f"arm{'s' * (len(found.arms) > 1)}",
+            f"trained on {', '.join(texts)}", f"{_span(tokens)} tokens each",
+            f"{_span(active)} active parameters"]
+
+
+def _span(numbers: set[int]) -> str:
+    low, high = short(min(numbers)), short(max(numbers))
+    return low if low == high else f"{low} to {high}"
+
+
+def records(found: Material, command: str) -> Section:
+    """Config and environment of each run, and the commands."""
+    blocks = [Folded(title=run.path.name, texts=_of_run(run.path, to_dict(run.config)))
+              for arm in found.arms for run in arm.runs]
+    blocks.append(Folded(title="This page", texts=[("made by", command)]))
+    return Section(name="records", title="Configs and environments", blocks=blocks,
+                   reading="What each run was, on what it ran, and the commands that made it and "
+                   "this page.")
+
+
+def _of_run(path: epath.Path, config: dict[str, Any]) -> list[tuple[str, str]]:
+    env = RunDirectory(path).env()
+    command = shlex.join(map(str, env.get("command", [])))
+    return [*([("made by", command)] if command else []), ("folder", str(path)),
+            ("config.json", json.dumps(config, indent=1, sort_keys=True)),
+            *([("env.json", json.dumps(env, indent=1, sort_keys=True))] if env else [])]
