@@ -1,5 +1,7 @@
 """Spans: names in a text, the two forms of files, and the tokens that end them in any script."""
 
+import itertools
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -24,7 +26,7 @@ def named(text):
     return [text[start:end] for start, end in spans.names(text)]
 
 
-@pytest.mark.parametrize("text, found", [
+@pytest.mark.parametrize(("text", "found"), [
     ("This study looks at Diana, Princess of Wales.", ["This", "Diana", "Princess", "Wales"]),
     ("The whale, the Sperm Whale; the ship", ["Sperm Whale"]),
     ("the end. He saw it. Then he left, and then Anna left.", ["Anna"]),
@@ -50,7 +52,7 @@ def test_spans_are_sorted_and_do_not_overlap():
     text = "in New YorkCity.harbour or New York" * 3
     found = spans.names(text)
     assert found == sorted(found)
-    assert all(end <= start for (_, end), (start, _) in zip(found, found[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(found))
 
 
 def test_the_last_token_holds_the_last_character(tokenizer):
@@ -84,7 +86,8 @@ def test_a_file_of_spans():
     assert spans.listed(content, 9) == ("spans of a file", [(0, 4), (5, 9)])
 
 
-@pytest.mark.parametrize("line", ["0 10", "4 4", "5 2", "-1 3", "a 3", "3", "1 2 3", "1.0 2", "² 3"])
+@pytest.mark.parametrize(
+    "line", ["0 10", "4 4", "5 2", "-1 3", "a 3", "3", "1 2 3", "1.0 2", "² 3"])
 def test_what_is_no_span(line):
     with pytest.raises(UserError) as error:
         spans.listed(f"# a comment\n{line}\n", 9)
@@ -107,5 +110,5 @@ def test_few_nerd_brings_its_own_text():
 
 @pytest.mark.parametrize("line", ["word", "word\t", "\tO", "a\tO\tO", "1\t5"])
 def test_what_is_not_few_nerd(line):
-    with pytest.raises(UserError, match="spans line 2 = .*: must be a word, a tab and its tag"):
+    with pytest.raises(UserError, match=r"spans line 2 = .*: must be a word, a tab and its tag"):
         spans.few_nerd(f"a\tO\n{line}\n")
