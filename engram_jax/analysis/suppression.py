@@ -39,26 +39,47 @@ class Kept:
 Kind = Callable[[np.ndarray], np.ndarray]  # tokens [B, T + 1] to a name of each target [B, T]
 
 
-def suppression(
-    opened: Opened, batches: Iterable[np.ndarray], kind: Kind
-) -> dict[str, Kept]:
-    """Losses with all memory rows as they are and with all of them zero, by kind of target.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The losses of a text's targets.
+
+    Attributes:
+      batches: raw tokens, int32 [B, T + 1] each.
+      losses, without: nats of each target with memory and without, float32 [B, T] for each batch.
+    """
+
+    batches: Sequence[np.ndarray]
+    losses: Sequence[np.ndarray]
+    without: Sequence[np.ndarray]
+
+    def by_kind(self, kind: Kind) -> dict[str, Kept]:
+        """Mean losses by kind of target, named for example by `token_classes`."""
+        names = [kind(tokens) for tokens in self.batches]
+        name_N, loss_N, without_N = (np.concatenate([part.ravel() for part in parts])
+                                     for parts in (names, self.losses, self.without))
+        return {str(name): Kept(tokens=int(chosen.sum()), loss=float(loss_N[chosen].mean()),
+                                suppressed=float(without_N[chosen].mean()))
+                for name in dict.fromkeys(sorted(name_N.tolist()))
+                for chosen in [name_N == name]}
+
+
+def measured(opened: Opened, batches: Iterable[np.ndarray]) -> Measured:
+    """Losses with all memory rows as they are and with all of them zero.
 
     Args:
       opened: the run; one without memory loses nothing.
       batches: raw tokens, int32 [B, T + 1] each; every token but the first is a target.
-      kind: names the kind of each target, for example `token_classes` or `frequency_bands`.
     """
-    names, losses, without = [], [], []
-    for tokens in batches:
-        names.append(kind(tokens).ravel())
-        losses.append(token_losses(opened, tokens).ravel())
-        without.append(token_losses(opened, tokens, scale=0.0).ravel())
-    name_N, loss_N, without_N = (np.concatenate(part) for part in (names, losses, without))
-    return {str(name): Kept(tokens=int(chosen.sum()), loss=float(loss_N[chosen].mean()),
-                            suppressed=float(without_N[chosen].mean()))
-            for name in dict.fromkeys(sorted(name_N.tolist()))
-            for chosen in [name_N == name]}
+    kept = list(batches)
+    return Measured(kept, [token_losses(opened, tokens) for tokens in kept],
+                    [token_losses(opened, tokens, scale=0.0) for tokens in kept])
+
+
+def suppression(
+    opened: Opened, batches: Iterable[np.ndarray], kind: Kind
+) -> dict[str, Kept]:
+    """Losses with memory and without, by one kind of target; arguments of `measured`."""
+    return measured(opened, batches).by_kind(kind)
 
 
 def token_losses(opened: Opened, tokens: np.ndarray, scale: float = 1.0) -> np.ndarray:
@@ -106,6 +127,19 @@ def frequency_bands(
             np.searchsorted(bands, times, side="right") - 1]
 
     return kind
+
+
+def context(tokens: np.ndarray) -> np.ndarray:
+    """Targets by whether their trigram, two tokens and the target, stood in the sequence before.
+
+    What stood there can be read; what is new has to be remembered.
+    """
+    seen = np.zeros(tokens[:, 1:].shape, bool)
+    for row_T, seen_T in zip(tokens, seen, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(row_T, 3)
+        _, first, same = np.unique(windows, axis=0, return_index=True, return_inverse=True)
+        seen_T[1:] = first[same.reshape(-1)] < np.arange(len(windows))
+    return np.where(seen, "seen in the context", "new in the context")
 
 
 def ngram_counts(tokens_N: np.ndarray, order: int) -> dict[tuple[int, ...], int]:

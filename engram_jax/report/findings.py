@@ -8,6 +8,7 @@ from etils import epath
 
 from engram_jax.analysis import analyses
 from engram_jax.analysis.observing import Opened, open_run
+from engram_jax.analysis.texts import read_file, validation_text
 from engram_jax.errors import UserError
 from engram_jax.report.looks import Look, looks, memory_kind, slots
 from engram_jax.sweeps import comparing
@@ -134,9 +135,9 @@ def material(
                 for arm, look in zip(arms, looks(arms), strict=True)]
     first = subjects[0].opened
     if file is not None:
-        return Material(subjects=subjects, text=analyses.text_of(first, file))
+        return Material(subjects=subjects, text=read_file(file, "text"))
     try:
-        return Material(subjects=subjects, text=analyses.text_of(first))
+        return Material(subjects=subjects, text=validation_text(first))
     except UserError as error:  # the text has moved since; the records are still worth a page
         return Material(subjects=subjects, text="", no_text=f"its text cannot be read ({error}); "
                         "name one with --text FILE")
