@@ -167,10 +167,10 @@ def test_what_has_no_memory_has_no_gates(bare, opened, batch):
 
 def test_suppression_takes_memory_away_and_nothing_else(opened, bare, batch):
     kinds = suppression.token_classes(opened)
-    found = suppression.suppression(opened, [batch[:2], batch[2:]], kinds)
+    found = suppression.measured(opened, [batch[:2], batch[2:]]).by_kind(kinds)
     assert sum(kept.tokens for kept in found.values()) == 4 * 23
     assert any(abs(kept.loss - kept.suppressed) > 1e-3 for kept in found.values())
-    for kept in suppression.suppression(bare, [batch], kinds).values():
+    for kept in suppression.measured(bare, [batch]).by_kind(kinds).values():
         assert kept.loss == kept.suppressed
         assert kept.likelihood_kept == 1
 

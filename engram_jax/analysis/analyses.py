@@ -34,7 +34,8 @@ def of_gates(runs: Sequence[Opened], text: str) -> dict[str, Any]:
 
 def _gates(opened: Opened, text: str) -> dict[str, Any]:
     gates.require_memory(opened)
-    found, read = gates.of_text(opened, _beginning(opened, text)), Text(opened, text)
+    read = Text(opened, text)
+    found, *sentences = gates.of_texts(opened, [_beginning(opened, text), *GATED])
     layers, branches = {}, {}
     for layer, gate_TM in found.gates.items():
         extremes = gates.extremes(opened, read.inputs(), layer)
@@ -45,14 +46,10 @@ def _gates(opened: Opened, text: str) -> dict[str, Any]:
         # A gate that never changes has no correlation, NaN.
         branches[layer] = int(np.where(np.isnan(follows_M), -1.0, follows_M).argmax())
     return {"pieces": found.pieces, "layers": layers, "pattern_branch": branches,
-            "examples": _examples(opened)}
-
-
-def _examples(opened: Opened) -> list[dict[str, Any]]:
-    """Gates of the paper's sentences."""
-    return [{"text": text, "pieces": found.pieces,
-             "layers": {layer: gate_TM.tolist() for layer, gate_TM in found.gates.items()}}
-            for text, found in zip(GATED, gates.of_texts(opened, GATED), strict=True)]
+            "examples": [
+                {"text": text, "pieces": sentence.pieces,
+                 "layers": {layer: gate_TM.tolist() for layer, gate_TM in sentence.gates.items()}}
+                for text, sentence in zip(GATED, sentences, strict=True)]}
 
 
 def _beginning(opened: Opened, text: str) -> str:

@@ -132,10 +132,9 @@ def pattern_branch(opened: Opened, batches: Iterable[np.ndarray], layer: int) ->
     gates, sure = [], []
     for tokens_BT in batches:
         seen = opened.observe(tokens_BT)
-        logits_BTV = np.asarray(opened.head(seen.streams[-1]), np.float64)[:, :-1]
-        logits_BTV -= logits_BTV.max(axis=-1, keepdims=True)
-        chance = np.exp(logits_BTV) / np.exp(logits_BTV).sum(axis=-1, keepdims=True)
-        sure.append(np.take_along_axis(chance, tokens_BT[:, 1:, None], axis=2)[..., 0].ravel())
+        # The last position has no next token; its target is any.
+        losses_BT = np.asarray(opened.losses(seen.streams[-1], np.roll(tokens_BT, -1, axis=1)))
+        sure.append(np.exp(-losses_BT[:, :-1].astype(np.float64)).ravel())
         gates.append(np.asarray(seen.gates[layer])[:, 1:].reshape(-1, seen.gates[layer].shape[-1]))
     columns = np.concatenate(gates).T
     return np.array([np.corrcoef(column, np.concatenate(sure))[0, 1] for column in columns])

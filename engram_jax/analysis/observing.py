@@ -18,6 +18,7 @@ from engram_jax.memory.sites import engram_site, gather_rows
 from engram_jax.model import transformer
 from engram_jax.model.documents import documents
 from engram_jax.model.layers import as_they_are
+from engram_jax.model.loss import token_losses
 from engram_jax.model.transformer import Segment, head_params, segments
 from engram_jax.training.checkpoints import last_checkpoint
 from engram_jax.training.inputs import Reader, open_reader
@@ -93,8 +94,8 @@ def observe(
 def _network(config: ModelConfig) -> ModelConfig:
     """The config with all that `observe` does not read of a memory, whose rows it is given, set to
     the same: runs that differ in their tables alone share one compiled program."""
-    alike = {"hash_seed": 0, "compress": True, "shards": 1, "table_std": 0.0,
-             "table_dtype": "float32", "keys": "ngrams"}
+    alike: dict[str, Any] = {"hash_seed": 0, "compress": True, "shards": 1,
+                             "table_std": 0.0, "table_dtype": "float32", "keys": "ngrams"}
     engram, over = config.engram, config.over_encoding
     if engram is not None:
         engram = dataclasses.replace(engram, rows_per_head=(2,) * len(engram.rows_per_head),
@@ -150,11 +151,15 @@ class Opened:
 
     def head(self, x_BTMD: jax.Array) -> jax.Array:
         """Logits float32 [B, T, V], read off any layer's streams as off the last's."""
-        model = self.run.model
-        # All that `head` reads, so that runs of one width share it.
-        config = dataclasses.replace(
-            model, engram=None, over_encoding=None, moe=None, ffn=1, depth=1)
-        return _head(head_params(self.state.params, model, as_they_are), x_BTMD, config)
+        return _head(self._head_params(), x_BTMD, _only_head(self.run.model))
+
+    def losses(self, x_BTMD: jax.Array, targets_BT: np.ndarray) -> jax.Array:
+        """Nats of each target, float32 [B, T], read off streams as `head` reads them."""
+        return _losses(self._head_params(), x_BTMD, jnp.asarray(targets_BT, jnp.int32),
+                       _only_head(self.run.model))
+
+    def _head_params(self) -> dict[str, Any]:
+        return head_params(self.state.params, self.run.model, as_they_are)
 
     def tokens(self, text: str) -> np.ndarray:
         """Raw ids of a text, int32 [T]."""
@@ -164,6 +169,19 @@ class Opened:
 @functools.partial(jax.jit, static_argnames="config")
 def _head(params: dict[str, Any], x_BTMD: jax.Array, config: ModelConfig) -> jax.Array:
     return transformer.head(params, x_BTMD, config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _losses(
+    params: dict[str, Any], x_BTMD: jax.Array, targets_BT: jax.Array, config: ModelConfig
+) -> jax.Array:
+    return token_losses(params, x_BTMD, targets_BT, config)
+
+
+def _only_head(config: ModelConfig) -> ModelConfig:
+    """The config with what the head does not read set to the same for all runs."""
+    return dataclasses.replace(
+        config, engram=None, over_encoding=None, moe=None, ffn=1, depth=1)
 
 
 def open_run(records: RunDirectory) -> Opened:

@@ -36,9 +36,23 @@ def patchscope(
     source_T, prompt_T = opened.tokens(text), opened.tokens(prompt)
     require(source_T.size > 0, "text", text, "has no token")
     position = _place(opened, prompt_T, prompt, placeholder)
-    states = opened.observe(source_T[None]).streams[1:]
-    return [_continued(opened, prompt_T, Patch(state[0, -1], layer, position), tokens)
-            for layer, state in enumerate(states)]
+    states = _states(opened, source_T, len(prompt_T) + tokens)
+    return [_continued(opened, prompt_T, Patch(state_MD, layer, position), tokens)
+            for layer, state_MD in enumerate(states)]
+
+
+def _states(opened: Opened, source_T: np.ndarray, room: int) -> list[jax.Array]:
+    """The streams [M, D] after each block at the last token of the text.
+
+    A text that fits into `room` is filled up and has a patch that lies nowhere, so that the pass is
+    the same program as those of `_continued`.
+    """
+    model = opened.run.model
+    padded_T = np.full(max(room, len(source_T)), opened.reader.pad_id, np.int32)
+    padded_T[: len(source_T)] = source_T
+    nowhere = Patch(jax.numpy.zeros((model.streams, model.width), model.compute_dtype), -2, 0)
+    return [x_BTMD[0, len(source_T) - 1]
+            for x_BTMD in opened.observe(padded_T[None], patch=nowhere).streams[1:]]
 
 
 def _place(opened: Opened, prompt_T: np.ndarray, prompt: str, placeholder: str) -> int:

@@ -7,11 +7,9 @@ import dataclasses
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.analysis.observing import Opened
-from engram_jax.model.loss import cross_entropy
 
 BANDS = (0, 1, 10, 100, 1000)  # times that an n-gram comes in a text, from ... on
 
@@ -75,17 +73,10 @@ def measured(opened: Opened, batches: Iterable[np.ndarray]) -> Measured:
                     [token_losses(opened, tokens, scale=0.0) for tokens in kept])
 
 
-def suppression(
-    opened: Opened, batches: Iterable[np.ndarray], kind: Kind
-) -> dict[str, Kept]:
-    """Losses with memory and without, by one kind of target; arguments of `measured`."""
-    return measured(opened, batches).by_kind(kind)
-
-
 def token_losses(opened: Opened, tokens: np.ndarray, scale: float = 1.0) -> np.ndarray:
     """Nats of each target, float32 [B, T], with memory's rows times `scale`."""
     seen = opened.observe(tokens[:, :-1], scale)
-    return np.asarray(cross_entropy(opened.head(seen.streams[-1]), jnp.asarray(tokens[:, 1:])))
+    return np.asarray(opened.losses(seen.streams[-1], tokens[:, 1:]))
 
 
 def token_classes(opened: Opened) -> Kind:

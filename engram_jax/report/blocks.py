@@ -1,4 +1,4 @@
-"""What a page is made of: sections of plots, tables and notes. The template draws each by `kind`."""
+"""What a page is made of: sections of blocks, which the template draws by `kind`."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -32,12 +32,13 @@ class Plot:
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """A cell of a table; `bar` is a share of the cell that is shaded, `look` a swatch before it,
-    `small` a second line."""
+    `small` a second line, `chips` pieces of text, each in a frame."""
 
     text: str
     small: str = ""
     bar: float | None = None
     look: Look | None = None
+    chips: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,7 @@ class Table:
       title: above it.
       head: names of the columns; one that begins with "#" holds numbers (the sign is not shown).
       rows: cells, or texts.
-      folded: only its title is shown until it is opened.
-      code: its cells hold pieces of text, shown with all their spaces.
+      code: its cells hold pieces of text.
       half: it may stand beside another where there is room.
     """
 
@@ -58,7 +58,6 @@ class Table:
     head: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
     note: str = ""
-    folded: bool = False
     code: bool = False
     half: bool = False
 
@@ -70,13 +69,14 @@ class Tokens:
     Attributes:
       pieces: what each token shows, of each text.
       gates: arm -> layer -> for each text, for each token its gates, one a branch.
+      chosen: the arm that is shown first.
     """
 
     kind: ClassVar[str] = "tokens"
     title: str
     pieces: Sequence[Sequence[str]]
     gates: Mapping[str, Mapping[str, Sequence[Sequence[Sequence[float]]]]]
-    note: str = ""
+    chosen: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,16 @@ class Folded:
     texts: Sequence[tuple[str, str]]  # (what it is, the text)
 
 
-Block = Plot | Table | Tokens | Numbers | Folded
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Tables under a title that opens them."""
+
+    kind: ClassVar[str] = "group"
+    title: str
+    blocks: Sequence[Table]
+
+
+Block = Plot | Table | Tokens | Numbers | Folded | Group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +117,7 @@ class Section:
       title: over it.
       reading: what one sees and how to read it, a sentence or two.
       blocks: what it holds.
+      keys: names of what its plots draw, where they share them; pressing one hides it in all.
       missing: what is not there and why, a line each.
     """
 
@@ -115,4 +125,5 @@ class Section:
     title: str
     reading: str
     blocks: Sequence[Block]
+    keys: Sequence[Key] = ()
     missing: Sequence[str] = ()

@@ -16,8 +16,9 @@ from engram_jax.sweeps.comparing import Arm
 from engram_jax.training.records import RunDirectory
 
 # Of the text, batches that an analysis is given where fewer than `analyses.BATCHES` show the same.
-ENOUGH = {"lens": 2, "gates": 4}
+ENOUGH = {"lens": 2, "gates": 4, "suppression": 4}
 BY_NGRAM = ("gates", "memory", "patchscope")  # say nothing of rows that n-grams did not choose
+OF_MEMORY = ("suppression", "memory")
 PROMPT_TOKENS = 24  # of the text whose last token's state PatchScope reads
 
 
@@ -43,10 +44,15 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Findings of one analysis by arm, and a line for each arm that has none."""
+    """Findings of one analysis by arm, and by reason the arms that have none."""
 
     values: dict[str, Any]
-    missing: list[str]
+    reasons: dict[str, list[str]]
+
+    @property
+    def missing(self) -> list[str]:
+        """A line a reason."""
+        return [f"{', '.join(names)}: {reason}" for reason, names in self.reasons.items()]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,29 +73,38 @@ class Material:
     def arms(self) -> list[Arm]:
         return [subject.arm for subject in self.subjects]
 
-    def of(self, what: str) -> Found:
-        """The findings of `analyses.ANALYSES[what]` in each arm's opened run."""
-        values, missing = {}, []
-        for subject in self.subjects:
+    def of(self, what: str, subjects: Sequence[Subject] | None = None) -> Found:
+        """The findings of `analyses.ANALYSES[what]` in each arm's opened run, or some arms'."""
+        values: dict[str, Any] = {}
+        reasons: dict[str, list[str]] = {}
+        for subject in self.subjects if subjects is None else subjects:
             try:
                 values[subject.name] = self._of(what, subject)
             except UserError as error:
-                missing.append(f"{subject.name}: {error}")
-        return Found(values, missing)
+                reason = str(error).removeprefix(f"run = {subject.opened.name!r}: ")
+                reasons.setdefault(reason, []).append(subject.name)
+        return Found(values, reasons)
+
+    @property
+    def largest(self) -> Subject:
+        """The arm with the largest memory, the first of equals."""
+        return max(self.subjects, key=lambda subject: subject.arm.numbers.engram_params)
 
     def pair(self, first: Subject, other: Subject) -> Any:
-        """CKA of two arms' runs.
+        """CKA of two arms' runs, the soft alignment, and the positions that were compared.
 
         Raises:
           UserError: they have other tokenizers, or there is no text.
         """
         self._require_text()
         found = analyses.ANALYSES["cka"]([first.opened, other.opened], self.text)
-        return found["with"][other.opened.name]
+        return {**found, **found["with"][other.opened.name]}
 
     def _of(self, what: str, subject: Subject) -> Any:
         if what != "tokenizer":
             self._require_text()
+        if what in OF_MEMORY and not subject.keys:
+            raise UserError("has no memory")
         if what in BY_NGRAM and subject.keys not in ("", "ngrams"):
             raise UserError(f"its rows are chosen by {subject.keys!r} keys, a control, so what a "
                             "token reads says nothing of its n-gram")
@@ -121,7 +136,8 @@ def material(
     """The arms of all runs in `directories`, opened.
 
     Args:
-      directories: as `comparing.arms` takes them; if the first is a run itself, its arm comes first.
+      directories: as `comparing.arms` takes them; where the first is a run itself, they keep their
+        order.
       file: the text that is read, UTF-8; None is the first run's validation text.
 
     Raises:

@@ -1,36 +1,32 @@
 """The sections that look inside trained runs: gates, layers, and what is lost without memory."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
 from engram_jax.errors import UserError
 from engram_jax.report import looks
-from engram_jax.report.blocks import Block, Cell, Plot, Section, Table, Tokens
+from engram_jax.report.blocks import Block, Cell, Group, Plot, Section, Table, Tokens
 from engram_jax.report.findings import Found, Material, Subject
-from engram_jax.report.looks import Key
 
 SHOWN = 10  # n-grams that open a gate most, and as many that shut it
 CELLS = 144  # of a heatmap, up to which each shows its number
 
 
-def largest(material: Material, names: Mapping[str, Any]) -> Subject | None:
-    """Of the arms with findings the one with the largest memory, the first of equals."""
-    found = [subject for subject in material.subjects if subject.name in names]
-    return max(found, key=lambda subject: subject.arm.numbers.engram_params, default=None)
-
-
 def gates(material: Material) -> Section:
     """Gates token by token, the n-grams at their ends, and what they follow."""
     found = material.of("gates")
-    blocks: list[Block] = [*_tokens(found)]
-    if chosen := largest(material, found.values):
-        blocks += _extremes(chosen.name, found.values[chosen.name], folded=False)
-        blocks.append(_patterns(material, found))
-        for name, values in found.values.items():
-            if name != chosen.name:
-                blocks += _extremes(name, values, folded=True)
+    blocks: list[Block] = []
+    if found.values:
+        size = {subject.name: subject.arm.numbers.engram_params for subject in material.subjects}
+        chosen = max(found.values, key=size.__getitem__)
+        others = [name for name in found.values if name != chosen]
+        tables = {name: _extremes(name, values) for name, values in found.values.items()}
+        blocks = [*_tokens(found, chosen), *tables[chosen], _patterns(material, found)]
+        if others:
+            blocks.append(Group(title="N-grams that open and shut the gates of the other arms",
+                                blocks=[table for name in others for table in tables[name]]))
     return Section(
         name="gates", title="Gates", blocks=blocks, missing=found.missing,
         reading="How much of what memory found each token lets in: the darker a token, the wider "
@@ -38,16 +34,18 @@ def gates(material: Material) -> Section:
         "chosen. Point at a token (or tap it) for its number.")
 
 
-def _tokens(found: Found) -> list[Tokens]:
+def _tokens(found: Found, chosen: str) -> list[Tokens]:
     """The texts, once for arms that cut them into the same tokens."""
     grouped: dict[str, tuple[list[list[str]], dict[str, Any]]] = {}
     for name, values in found.values.items():
         texts = [values, *values.get("examples", [])]
-        pieces = [each["pieces"] for each in texts]
+        pieces = [[piece.replace("\n", f"{looks.RETURN}\n") for piece in each["pieces"]]
+                  for each in texts]
         layers = [{layer: each["layers"][layer] for layer in each["layers"]} for each in texts]
         gates_of = {str(layer): [_rounded(each[layer]) for each in layers] for layer in layers[0]}
         grouped.setdefault(repr(pieces), (pieces, {}))[1][name] = gates_of
-    return [Tokens(title="Gates of each token", pieces=pieces, gates=gates_of)
+    return [Tokens(title="Gates of each token", pieces=pieces, gates=gates_of,
+                   chosen=chosen if chosen in gates_of else next(iter(gates_of)))
             for pieces, gates_of in grouped.values()]
 
 
@@ -57,16 +55,16 @@ def _rounded(of_layer: Any) -> list[list[float]]:
     return [[round(float(gate), 3) for gate in token] for token in gate_TM]
 
 
-def _extremes(name: str, values: Mapping[str, Any], folded: bool) -> list[Table]:
-    return [_ngrams(f"{which} most: {name}, before block {layer}", of_layer[key][:SHOWN], folded)
+def _extremes(name: str, values: Mapping[str, Any]) -> list[Table]:
+    return [_ngrams(f"{which} most: {name}, before block {layer}", of_layer[key][:SHOWN])
             for layer, of_layer in values["layers"].items()
             for which, key in (("Open", "highest"), ("Shut", "lowest")) if of_layer[key]]
 
 
-def _ngrams(title: str, ngrams: Sequence[tuple[str, float, int]], folded: bool) -> Table:
-    return Table(title=title, folded=folded, code=True, half=True,
+def _ngrams(title: str, ngrams: Sequence[tuple[str, float, int]]) -> Table:
+    return Table(title=title, code=True, half=True,
                  head=["n-gram", "#gate at its end", "#times"],
-                 rows=[[text, Cell(f"{gate:.3f}", bar=gate), f"{times:,}"]
+                 rows=[[looks.visible(text), Cell(f"{gate:.3f}", bar=gate), f"{times:,}"]
                        for text, gate, times in ngrams])
 
 
@@ -104,7 +102,7 @@ def lens(material: Material) -> Section:
               for subject in chosen for values in [found.values[subject.name]]]
     plots = [Plot(
         title="Divergence from the last block's prediction", height=340,
-        keys=[Key(subject.name, subject.look) for subject in chosen],
+        keys=looks.keys(chosen),
         figure=looks.figure(traces, looks.axis("block", dtick=_step(found.values.values())),
                             looks.axis("KL divergence, nats", rangemode="tozero")))]
     return Section(
@@ -120,102 +118,126 @@ def _step(values: Any) -> int:
 
 
 def cka(material: Material) -> Section:
-    """How alike the layers of the first arm and of the largest memory are."""
-    first = material.subjects[0]
-    other = largest(material, {subject.name: None for subject in material.subjects}) or first
-    section = Section(
-        name="cka", title="Likeness of layers (CKA)", blocks=[],
-        reading=f"How alike each block's state in {other.name} is to each block's in {first.name}: "
-        "1 is the same up to rotation and scale. The line is the soft alignment, the block of "
-        f"{first.name} that a block of {other.name} is most like; where it lies above the "
-        "diagonal, memory has made the model deeper than it is.")
-    try:
-        found = material.pair(first, other)
-    except UserError as error:
-        return Section(**{**vars(section), "missing": [str(error)]})
-    return Section(**{**vars(section), "blocks": [_heatmap(found, first.name, other.name)]})
+    """How alike the layers of the first arm are to its own and to those of the largest memory."""
+    first, other = material.subjects[0], material.largest
+    blocks, missing = [], []
+    for second in (first, other) if other is not first else (first,):
+        try:
+            blocks.append(_heatmap(material.pair(first, second), first.name, second.name))
+        except UserError as error:
+            missing.append(f"{second.name}: {error}")
+    return Section(
+        name="cka", title="Likeness of layers (CKA)", blocks=blocks, missing=missing,
+        reading=f"How alike the state after each block of {first.name} (upwards) is to that after "
+        "each block of the other run (to the right): 1 is the same up to rotation and scale. The "
+        "line is the soft alignment, the block that another run's block is most like; above the "
+        "dotted diagonal, that run is ahead, as if it were deeper than it is.")
 
 
 def _heatmap(found: Mapping[str, Any], first: str, other: str) -> Plot:
     matrix = found["cka"]
     depth, other_depth = len(matrix), len(matrix[0])
-    traces: list[Any] = [go.Heatmap(
-        z=matrix, zmin=0, zmax=1, xgap=2, ygap=2,
+    heat = go.Heatmap(
+        z=matrix, zmin=0, zmax=1, xgap=2, ygap=2, showscale=depth * other_depth > CELLS,
         colorscale=[[0, looks.GRID], [0.5, looks.SKY], [1, looks.BLUE]],
-        texttemplate="%{z:.2f}" if depth * other_depth <= CELLS else "", textfont={"size": 12},
-        hovertemplate=f"{looks.plain(other)} block %{{x}}<br>{looks.plain(first)} block %{{y}}<br>"
-        "CKA %{z:.3f}<extra></extra>",
-        colorbar={"thickness": 10, "outlinewidth": 0, "tickfont": {"color": looks.FAINT},
-                  "title": {"text": "CKA", "font": {"color": looks.FAINT}}})]
-    traces.append(go.Scatter(
+        hovertemplate=f"{looks.plain(other)}, block %{{x}}<br>{looks.plain(first)}, block %{{y}}"
+        "<br>CKA %{z:.3f}<extra></extra>",
+        colorbar={"thickness": 10, "outlinewidth": 0, "tickfont": {"color": looks.FAINT}})
+    alignment = go.Scatter(
         x=list(range(other_depth)), y=found["soft_alignment"], mode="lines+markers",
         line={"color": looks.ORANGE, "width": 2.2}, marker={"color": looks.ORANGE, "size": 7},
-        hovertemplate="block %{x} is like block %{y:.2f}<extra></extra>"))
-    traces.append(go.Scatter(
-        x=[0, min(depth, other_depth) - 1], y=[0, min(depth, other_depth) - 1], mode="lines",
-        hoverinfo="skip", line={"color": looks.INK, "width": 1, "dash": "dot"}))
+        hovertemplate="block %{x} is like block %{y:.2f}<extra></extra>")
+    ends = [0, min(depth, other_depth) - 1]
+    diagonal = go.Scatter(x=ends, y=ends, mode="lines", hoverinfo="skip",
+                          line={"color": looks.INK, "width": 1, "dash": "dot"})
+    title = f"{first} and itself" if first == other else f"{first} and {other}"
     return Plot(
-        title="CKA, with the soft alignment in orange", height=min(620, 150 + 70 * depth),
+        title=title, height=min(560, 180 + 60 * depth), half=True, note=_compared(found),
         figure=looks.figure(
-            traces, looks.axis(f"block of {looks.shortened(other)}", dtick=1, showgrid=False),
-            looks.axis(f"block of {looks.shortened(first)}", dtick=1, showgrid=False)))
+            [heat, diagonal, alignment],
+            looks.axis(f"block of {looks.shortened(other)}", dtick=_step(matrix), showgrid=False),
+            looks.axis(f"block of {looks.shortened(first)}", dtick=_step(matrix), showgrid=False),
+            annotations=_cells(matrix)))
+
+
+def _compared(found: Mapping[str, Any]) -> str:
+    examples = f"{found['examples']:,} positions: " if "examples" in found else ""
+    return f"Orange: soft alignment. {examples}{found.get('positions', '')}".strip()
+
+
+def _cells(matrix: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """Each cell's number, above the middle, where the lines run; none in a large matrix."""
+    if len(matrix) * len(matrix[0]) > CELLS:
+        return []
+    return [{"x": x, "y": y, "text": f"{value:.2f}", "showarrow": False, "yshift": 14,
+             "font": {"size": 12, "color": looks.SURFACE if value > 0.6 else looks.INK}}
+            for y, row in enumerate(matrix) for x, value in enumerate(row)]
 
 
 def suppression(material: Material) -> Section:
     """Losses with memory and without, by kind of token."""
     found = material.of("suppression")
-    bare = [subject.name for subject in material.subjects
-            if subject.name in found.values and not subject.keys]
-    values = {name: groups for name, groups in found.values.items() if name not in bare}
-    missing = [*found.missing, *(f"{name}: has no memory to take away" for name in bare)]
     blocks: list[Block] = []
-    if chosen := largest(material, values):
-        for group in dict.fromkeys(group for groups in values.values() for group in groups):
-            blocks += _of_group(material, group, chosen, values)
+    if found.values:
+        size = {subject.name: subject.arm.numbers.engram_params for subject in material.subjects}
+        chosen = max(found.values, key=size.__getitem__)
+        for group in dict.fromkeys(name for groups in found.values.values() for name in groups):
+            blocks += _of_group(material, group, chosen, found.values)
+    several = [subject for subject in material.subjects if subject.name in found.values]
     return Section(
-        name="suppression", title="Memory taken away", blocks=blocks, missing=missing,
+        name="suppression", title="Memory taken away", blocks=blocks, missing=found.missing,
+        keys=looks.keys(several) if len(several) > 1 else (),
         reading="The same run with every row set to zero: what it loses is what it left to its "
         "memory. A model trained with memory is not one trained without, so this says where memory "
         "is used and not what it is worth.")
 
 
-GROUPS = {"classes": "class of token", "ngram_frequency": "how often its n-gram comes in the text",
-          "context": "position in the text", "tasks": "task"}
+GROUPS = {"classes": "class of token", "ngram_frequency": "frequency of the n-gram before it",
+          "context": "what the sequence showed", "tasks": "task"}
 
 
 def _of_group(
-    material: Material, group: str, chosen: Subject, values: Mapping[str, Any]
+    material: Material, group: str, chosen: str, values: Mapping[str, Any]
 ) -> list[Block]:
-    """The largest memory's losses, and what every memory arm loses."""
+    """The largest memory's losses, and what every arm with a memory loses."""
     told = GROUPS.get(group, group.replace("_", " "))
     with_it = {name: groups[group] for name, groups in values.items() if group in groups}
     kinds = list(dict.fromkeys(kind for of_kind in with_it.values() for kind in of_kind))
     subjects = [subject for subject in material.subjects if subject.name in with_it]
-    blocks: list[Block] = []
-    if chosen.name in with_it:
-        blocks.append(_dumbbells(f"Loss by {told}: {chosen.name}", chosen, with_it[chosen.name]))
+    blocks: list[Block] = [
+        _dumbbells(f"Loss by {told}: {chosen}", subject, with_it[chosen], kinds)
+        for subject in subjects if subject.name == chosen]
     if len(subjects) > 1:
         traces = [looks.dots(
             subject.name, subject.look,
             [kept["suppressed"] - kept["loss"] for kept in of_kind.values()],
-            [kinds.index(kind) for kind in of_kind], "%{x:+.3f} nats a token without memory",
+            [kinds.index(kind) for kind in of_kind], "%{x:+.3f} nats a token",
             marker={"size": 9}) for subject in subjects for of_kind in [with_it[subject.name]]]
         blocks.append(Plot(
-            title=f"Loss that memory spares, by {told}", height=76 + 30 * len(kinds), half=True,
-            keys=[Key(subject.name, subject.look) for subject in subjects],
-            figure=looks.figure(traces, looks.axis("nats a token", rangemode="tozero"),
-                                looks.rows_axis(kinds))))
+            title="What the loss rises by, all arms", height=72 + 30 * len(kinds), half=True,
+            note="Nats a token; right of 0 memory helps.",
+            figure=looks.figure(
+                traces, looks.axis(rangemode="tozero", zeroline=True, zerolinecolor=looks.FAINT),
+                looks.rows_axis(_kind_names(kinds)))))
     return blocks
 
 
-def _dumbbells(title: str, subject: Subject, of_kind: Mapping[str, Any]) -> Plot:
+def _kind_names(kinds: Sequence[str]) -> list[str]:
+    """Kinds as a plot shows them: bands by their ends."""
+    lows = [kind.strip().removesuffix("+").replace(",", "") for kind in kinds]
+    return looks.ranges([int(low) for low in lows]) if all(map(str.isdecimal, lows)) else [*kinds]
+
+
+def _dumbbells(
+    title: str, subject: Subject, of_kind: Mapping[str, Any], kinds: Sequence[str]
+) -> Plot:
     """A row a kind: the loss with memory, a line, and the loss without."""
     traces: list[Any] = []
-    for row, kept in enumerate(of_kind.values()):
+    rows = [kinds.index(kind) for kind in of_kind]
+    for row, kept in zip(rows, of_kind.values(), strict=True):
         traces.append(go.Scatter(
             x=[kept["loss"], kept["suppressed"]], y=[row, row], mode="lines", hoverinfo="skip",
             line={"color": looks.GRID, "width": 5}))
-    rows = list(range(len(of_kind)))
     without = looks.Look(looks.GREY, looks.ON_BLACK[looks.GREY], "circle-open")
     for name, look, key in (("with memory", subject.look, "loss"),
                             ("without", without, "suppressed")):
@@ -224,20 +246,20 @@ def _dumbbells(title: str, subject: Subject, of_kind: Mapping[str, Any]) -> Plot
             "%{x:.3f} nats a token<br>%{customdata}",
             customdata=[f"{kept['tokens']:,} tokens" for kept in of_kind.values()],
             marker={"line": {"width": 2}} if key == "suppressed" else {}))
-    return Plot(title=title, half=True, height=76 + 30 * len(of_kind),
-                keys=[Key("with memory", subject.look), Key("without", without)],
-                figure=looks.figure(traces, looks.axis("nats a token"),
-                                    looks.rows_axis(list(of_kind))))
+    return Plot(title=title, half=True, height=72 + 30 * len(kinds),
+                note="Nats a token. Filled: with memory, ring: without.",
+                figure=looks.figure(traces, looks.axis(), looks.rows_axis(_kind_names(kinds))))
 
 
 def patchscope(material: Material) -> Section:
     """What each model says of its own states."""
-    found = material.of("patchscope")
+    first, other = material.subjects[0], material.largest
+    found = material.of("patchscope", [first, other] if other is not first else [first])
     depth = max(map(len, found.values.values()), default=0)
     head = ["block", *found.values]
-    rows = [[str(layer), *(values[layer] if layer < len(values) else "-"
+    rows = [[str(layer), *(looks.visible(values[layer]) if layer < len(values) else "-"
                            for values in found.values.values())] for layer in range(depth)]
-    of = material.prompt(material.subjects[0]) if material.text else ""
+    of = material.prompt(first) if material.text else ""
     table = Table(title="What the state behind the last token says", head=head, rows=rows,
                   code=True, note=f"The text: \N{LEFT DOUBLE QUOTATION MARK}{of}"
                   "\N{RIGHT DOUBLE QUOTATION MARK}")
@@ -248,6 +270,3 @@ def patchscope(material: Material) -> Section:
         "model to repeat what stands there. A large model that has made sense of the words says "
         "so from some block on; small ones go on as they always do.")
 
-
-SECTIONS: tuple[Callable[[Material], Section], ...] = (
-    gates, lens, cka, suppression, patchscope)

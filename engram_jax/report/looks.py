@@ -7,7 +7,8 @@ the page's script puts those in. The base is Okabe and Ito's palette, as in `ana
 import dataclasses
 import html
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -19,6 +20,7 @@ from engram_jax.sweeps.comparing import Arm
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif'
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 ROW = 26  # pixels of a line of text in a plot
+RETURN, TAB = "\N{RETURN SYMBOL}", "\N{RIGHTWARDS ARROW TO BAR}"
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 AMBER, SKY, GREY, YELLOW = "#E69F00", "#56B4E9", "#7A828C", "#B8A800"
@@ -123,6 +125,27 @@ def signed(value: float, digits: int = 3) -> str:
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
+def visible(text: str) -> str:
+    """Text with its spaces and line breaks to be seen."""
+    def run(found: re.Match[str]) -> str:
+        count = len(found.group())
+        return "\N{OPEN BOX}" if count == 1 else f"\N{OPEN BOX}\N{MULTIPLICATION SIGN}{count}"
+
+    return re.sub(" +", run, text.replace("\n", RETURN).replace("\t", TAB))
+
+
+def ranges(lows: Sequence[int]) -> list[str]:
+    """Names of bands that begin at so much, each up to the next."""
+    stops = [*(low - 1 for low in lows[1:]), None]
+    return [f"{low:,}+" if stop is None else f"{low:,}" if stop == low
+            else f"{low:,}\N{EN DASH}{stop:,}" for low, stop in zip(lows, stops, strict=True)]
+
+
+def keys(subjects: Iterable[Any]) -> list[Key]:
+    """The names of arms and how they are drawn."""
+    return [Key(subject.name, subject.look) for subject in subjects]
+
+
 def axis(title: str = "", **more: Any) -> dict[str, Any]:
     """A plain axis: a faint grid, no frame."""
     return {"title": {"text": title, "font": {"size": 12, "color": FAINT}, "standoff": 10},
@@ -139,8 +162,8 @@ def rows_axis(names: Sequence[str]) -> dict[str, Any]:
 
 
 def log_axis(title: str, **more: Any) -> dict[str, Any]:
-    """A logarithmic axis whose ticks are powers of ten (or plain numbers within one)."""
-    return axis(title, type="log", dtick=1, exponentformat="power", **more)
+    """A logarithmic axis whose ticks are powers of ten."""
+    return axis(title, type="log", dtick=1, tickformat="~s", **more)
 
 
 def figure(
@@ -161,7 +184,7 @@ def figure(
 
 
 def curve(
-    name: str, look: Look, x: Sequence[float], y: Sequence[float | None], hover: str,
+    name: str, look: Look, x: Sequence[float | str], y: Sequence[float | None], hover: str,
     markers: bool = True, **more: Any,
 ) -> go.Scatter:
     """A line with small points; `hover` is a template behind the name."""

@@ -42,18 +42,15 @@ def _compression(values: Mapping[str, Any], of: str) -> list[Block]:
     return [
         Numbers(found=[(f"{values['raw']:,}", f"raw ids{of}"),
                        (f"{values['canonical']:,}", "canonical ids"),
-                       (f"{values['reduction']:.1%}", "fewer")]),
+                       (f"{values['reduction']:.1%}", "fewer ids")]),
         Plot(title="How many tokens share a canonical id", height=260, half=True,
              figure=looks.figure(
                  [bars], looks.axis("tokens of a class", type="category"),
                  looks.log_axis("classes", range=[-0.3, most + 0.4]))),
-        Table(title="The largest classes", code=True, head=["stands for", "#tokens", "some of them"],
-              half=True, rows=[[Cell(text), f"{size:,}", _members(members)]
+        Table(title="The largest classes", code=True, head=["stands for", "#tokens", "some"],
+              half=True, rows=[[looks.visible(text), f"{size:,}",
+                                Cell("", chips=list(map(looks.visible, members)))]
                                for text, members, size in values["largest"]])]
-
-
-def _members(members: Sequence[str]) -> str:
-    return "  ".join(f"\N{LEFT CORNER BRACKET}{each}\N{RIGHT CORNER BRACKET}" for each in members)
 
 
 Used = tuple[Subject, str, Mapping[str, Any]]  # an arm, its site, and how that table is used
@@ -64,14 +61,13 @@ def memory(material: Material) -> Section:
     found = material.of("memory")
     tables = [(subject, site, values) for subject in material.subjects
               for site, values in found.values.get(subject.name, {}).items()]
-    bare = [name for name, sites in found.values.items() if not sites]
-    missing = [*found.missing, *(f"{name}: has no memory" for name in bare)]
     blocks: list[Block] = []
     if tables:
         blocks = [*_shares(tables), _ranks(tables), _foreign(tables), _norms(tables),
                   *_caches(tables)]
     return Section(
-        name="memory", title="Use of the memory", blocks=blocks, missing=missing,
+        name="memory", title="Use of the memory", blocks=blocks, missing=found.missing,
+        keys=looks.keys({subject.name: subject for subject, _, _ in tables}.values()),
         reading="Which rows the text reads, how many n-grams share one, and how few rows a cache "
         "would have to hold. All of it follows from the row ids; the text is the one above.")
 
@@ -81,11 +77,6 @@ def _names(tables: Sequence[Used]) -> list[str]:
     owners = [subject.name for subject, _, _ in tables]
     return [subject.name if owners.count(subject.name) == 1 else f"{subject.name}, {site}"
             for subject, site, _ in tables]
-
-
-def _keys(tables: Sequence[Used]) -> list[Key]:
-    return [Key(subject.name, subject.look) for subject in
-            {subject.name: subject for subject, _, _ in tables}.values()]
 
 
 def _shares(tables: Sequence[Used]) -> Iterator[Plot]:
@@ -131,7 +122,7 @@ def _ranks(tables: Sequence[Used]) -> Plot:
             subject.name, subject.look, [rank + 1 for rank in ranks],
             [values["reads_by_rank"][rank] for rank in ranks],
             f"{looks.plain(site)}, rank %{{x:,}}: %{{y:,}} reads", markers=False))
-    return Plot(title="Reads of a row by its rank", height=320, keys=_keys(tables), half=True,
+    return Plot(title="Reads of a row by its rank", height=300, half=True,
                 figure=looks.figure(traces, looks.log_axis("rank of the row"),
                                     looks.log_axis("reads")))
 
@@ -149,12 +140,13 @@ def _foreign(tables: Sequence[Used]) -> Plot:
     for subject, _, values in tables:
         for number, (order, found) in enumerate(values["orders"].items()):
             bands = found["foreign_reads_by_frequency"]
-            trace = looks.curve(subject.name, subject.look, [f"{band:,}+" for band in bands],
-                                list(bands.values()), f"{order}-grams that come %{{x}}: %{{y:.1%}}")
+            trace = looks.curve(subject.name, subject.look, looks.ranges(list(bands)),
+                                list(bands.values()),
+                                f"{order}-grams that come %{{x}} times: %{{y:.1%}}")
             trace.line.dash = DASHES[number % len(DASHES)]
             traces.append(trace)
-    return Plot(title="Reads of an n-gram's rows that are others'", height=320, half=True,
-                keys=_keys(tables), note=_dashes(tables),
+    return Plot(title="Reads of an n-gram's rows that are others'", height=300, half=True,
+                note=_dashes(tables),
                 figure=looks.figure(
                     traces, looks.axis("times that the n-gram comes", type="category"),
                     looks.axis("share of reads", tickformat=".0%", rangemode="tozero")))
@@ -170,12 +162,11 @@ def _dashes(tables: Sequence[Used]) -> str:
 def _norms(tables: Sequence[Used]) -> Plot:
     """The mean length of rows by how often they are read."""
     traces = [looks.curve(
-        subject.name, subject.look, [f"{band:,}+" for band in values["norm_by_reads"]],
+        subject.name, subject.look, looks.ranges(list(values["norm_by_reads"])),
         list(values["norm_by_reads"].values()),
         f"{looks.plain(site)}, read %{{x}} times: %{{y:.3g}}")
         for subject, site, values in tables]
-    return Plot(title="Length of rows by how often they are read", height=320, half=True,
-                keys=_keys(tables),
+    return Plot(title="Length of rows by how often they are read", height=300, half=True,
                 figure=looks.figure(
                     traces, looks.axis("reads in this text", type="category"),
                     looks.axis("mean norm of a row", rangemode="tozero")))

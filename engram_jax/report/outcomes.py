@@ -41,10 +41,10 @@ def outcomes(material: Material) -> Section:
     plots = [_losses(done)] if done else []
     if by_slots := _by_slots(done):
         plots.append(by_slots)
-    missing = [f"{run.path.name} is not done: step {run.step:,} of {run.config.training.steps:,}, "
-               "so its numbers do not count" for arm in arms for run in arm.unfinished]
-    reading = ("One line an arm: runs that differ in nothing but their seeds. Loss is on validation "
-               "text, in nats a token; lower is better.")
+    missing = [f"{run.path.name} is not done: step {run.step:,} of {run.config.training.steps:,}"
+               for arm in arms for run in arm.unfinished]
+    reading = ("One line an arm: runs that differ in nothing but their seeds. Loss is on "
+               "validation text, in nats a token; lower is better.")
     if len(arms) > 1:
         reading += (f" The difference is from {arms[0].name} at equal seeds; ranges are 95 % "
                     "intervals over seeds (Student's t).")
@@ -55,13 +55,13 @@ def outcomes(material: Material) -> Section:
 def _table(material: Material) -> Table:
     names = comparing.differing(material.arms)
     first = material.arms[0]
-    head = ["arm", *comparing.headings(names), "#parameters", "#active", "#in tables",
-            "#FLOPs a token", "#tokens", "#loss", "#difference", "#bits a byte", "#tokens/s"]
+    head = ["arm", "#loss", "#difference", "#bits a byte", "#tokens/s", "#parameters", "#active",
+            "#in tables", "#FLOPs a token", "#tokens", *comparing.headings(names)]
     rows = [[Cell(subject.name, small=_state(subject.arm), look=subject.look),
+             *_numbers(subject.arm, first),
              *(comparing.word(subject.arm.fields[name]) if name in subject.arm.fields else "-"
-               for name in names), *_numbers(subject.arm, first)]
-            for subject in material.subjects]
-    return Table(title="Arms", head=head, rows=rows)
+               for name in names)] for subject in material.subjects]
+    return Table(title="", head=head, rows=rows)
 
 
 def _state(arm: Arm) -> str:
@@ -77,11 +77,11 @@ def _numbers(arm: Arm, first: Arm) -> list[Cell | str]:
                                          sizes.engram_params, sizes.flops_per_token, tokens)]
     loss, bits, speed = (arm.mean(name) for name in ("loss", "bits_per_byte", "tokens_per_s"))
     if loss is None or bits is None or speed is None:
-        return [*counts, *["-"] * 4]
+        return [*["-"] * 4, *counts]
     gap = arm.against(first)
-    return [*counts, Cell(f"{loss.mean:.4f}", small=ends(loss, "{:.3f}".format)),
+    return [Cell(f"{loss.mean:.4f}", small=ends(loss, "{:.3f}".format)),
             Cell(signed(gap.mean, 4), small=ends(gap, signed)) if gap else "-",
-            f"{bits.mean:.4f}", f"{speed.mean:,.0f}"]
+            f"{bits.mean:.4f}", f"{speed.mean:,.0f}", *counts]
 
 
 def ends(found: Interval, said: Any) -> str:
@@ -129,10 +129,9 @@ def _by_slots(done: Sequence[Subject]) -> Plot | None:
             subject.name, subject.look, [everywhere[0] / 1.6, everywhere[-1] * 1.6], [mean, mean],
             "%{y:.4f} nats a token", markers=False))
         traces[-1].line.dash = "dash"
-    keys = [Key(name=trace.name, look=Look(trace.line.color, looks.swap(
-        [subject.look for subject in done])[trace.line.color])) for trace in traces]
+        _named(traces[-1], "bottom left")
     return Plot(
-        title="Loss against the size of the memory", height=340, keys=keys,
+        title="Loss against the size of the memory", height=340,
         figure=looks.figure(
             traces, looks.axis("slots (rows of one head's table)", type="log",
                                tickvals=everywhere, ticktext=[f"{size:,}" for size in everywhere]),
@@ -146,11 +145,19 @@ def _slots(subject: Subject) -> int:
 def _line(kind: str, found: Sequence[Subject]) -> go.Scatter:
     look = found[-1].look if len(found) < 2 else found[len(found) // 2].look
     means = [interval(subject.arm.values("loss").values()) for subject in found]
-    line = looks.curve(kind, look, [_slots(subject) for subject in found],
-                       [mean.mean for mean in means], "%{x:,} slots: %{y:.4f} nats a token")
+    line = _named(looks.curve(kind, look, [_slots(subject) for subject in found],
+                       [mean.mean for mean in means], "%{x:,} slots: %{y:.4f} nats a token"))
     if any(mean.low is not None for mean in means):
         line.error_y = {"type": "data", "thickness": 1.3, "width": 4, "color": look.light,
                         "array": [(mean.high or mean.mean) - mean.mean for mean in means]}
+    return line
+
+
+def _named(line: go.Scatter, where: str = "top left") -> go.Scatter:
+    """The line with its name at its last point."""
+    line.update(mode=f"{line.mode}+text", text=[*[""] * (len(line.x) - 1), looks.plain(line.name)],
+                textposition=where, cliponaxis=False,
+                textfont={"color": line.line.color, "size": 12.5, "weight": 600})
     return line
 
 
@@ -158,7 +165,6 @@ def curves(material: Material) -> Section:
     """What was logged while the runs were trained."""
     read = [(subject, [(run, _curves(run)) for run in subject.arm.runs])
             for subject in material.subjects]
-    keys = [Key(subject.name, subject.look) for subject in material.subjects]
     plots, missing = [], []
     for name, title, unit in METRICS:
         traces = [looks.curve(subject.name, subject.look, *_columns(found[name]),
@@ -168,21 +174,20 @@ def curves(material: Material) -> Section:
         if not traces:
             missing.append(f"{title}: not logged more than once in any run")
             continue
-        plots.append(_over_steps(title, unit, traces, keys))
+        plots.append(_over_steps(title, unit, traces))
         if name == "learning/loss" and (gaps := _gaps(read)):
             plots.append(_over_steps(f"Training loss less that of {read[0][0].name}",
-                                     "nats a token, same batches", gaps, keys[1:]))
+                                     "nats a token, same batches", gaps))
     return Section(
         name="curves", title="Training", blocks=plots, missing=missing,
-        reading="What was logged on the way, a line a run. Equal seeds read the same batches in the "
-        "same order, so differences between arms are steadier than the curves themselves. Press a "
-        "name to hide its lines.")
+        keys=looks.keys(material.subjects),
+        reading="What was logged on the way, a line a run. Equal seeds read the same batches in "
+        "the same order, so differences between arms are steadier than the curves themselves. "
+        "Press a name to hide its lines.")
 
 
-def _over_steps(title: str, unit: str, traces: Sequence[Any], keys: Sequence[Key]) -> Plot:
-    drawn = {trace.meta for trace in traces}
+def _over_steps(title: str, unit: str, traces: Sequence[Any]) -> Plot:
     return Plot(title=title, half=True, height=260,
-                keys=[key for key in keys if key.name in drawn],
                 figure=looks.figure(traces, looks.axis("step"), looks.axis(unit)))
 
 
@@ -222,21 +227,32 @@ def _gaps(read: Sequence[tuple[Subject, Sequence[tuple[Run, Curves]]]]) -> list[
 def costs(material: Material) -> Section:
     """Parameters by part, those that a token meets, and FLOPs."""
     arms = material.arms
-    flops = [looks.dots(subject.name, subject.look, [subject.arm.numbers.flops_per_token], [row],
-                        "%{x:.4s} FLOPs a token") for row, subject in
-             enumerate(material.subjects)]
-    most = max(arm.numbers.flops_per_token for arm in arms)
     return Section(
         name="costs", title="Parameters and FLOPs",
         reading="What each arm stores, and what one token meets of it: a token reads a few rows of "
         "a table, however large. The token embedding is counted nowhere, the LM head in the total "
         "alone; FLOPs are of training, forward and backward.",
         blocks=[_stacked("All parameters", arms, "total"),
-                _stacked("Parameters that a token meets", arms, "active"),
-                Plot(title="FLOPs a token", height=70 + looks.ROW * len(arms),
-                     figure=looks.figure(
-                         flops, looks.axis("FLOPs", range=[0, most * 1.08], tickformat="~s"),
-                         looks.rows_axis([arm.name for arm in arms])))])
+                _stacked("Parameters that a token meets", arms, "active"), _flops(material)])
+
+
+def _flops(material: Material) -> Plot:
+    counts = [subject.arm.numbers.flops_per_token for subject in material.subjects]
+    bars = [go.Bar(x=[count], y=[row], orientation="h", marker={"color": subject.look.light},
+                   hovertemplate=f"{looks.plain(subject.name)}<br>%{{x:,}}<extra></extra>")
+            for row, (subject, count) in enumerate(zip(material.subjects, counts, strict=True))]
+    return Plot(title="FLOPs a token", height=70 + looks.ROW * len(counts), figure=looks.figure(
+        [*bars, _told(counts)],
+        looks.axis("FLOPs", range=[0, max(counts) * 1.16], tickformat="~s"),
+        looks.rows_axis([subject.name for subject in material.subjects]), barmode="overlay"))
+
+
+def _told(counts: Sequence[int]) -> go.Scatter:
+    """Numbers at the ends of bars, a row each."""
+    return go.Scatter(
+        x=list(counts), y=list(range(len(counts))), mode="text", hoverinfo="skip",
+        text=[f" {short(count)}" for count in counts], textposition="middle right",
+        textfont={"size": 11.5, "color": looks.FAINT}, cliponaxis=False)
 
 
 def _stacked(title: str, arms: Sequence[Arm], which: str) -> Plot:
@@ -249,13 +265,10 @@ def _stacked(title: str, arms: Sequence[Arm], which: str) -> Plot:
         hovertemplate=f"%{{customdata}}<br>{kind} %{{x:.4s}}<extra></extra>",
         customdata=[looks.plain(arm.name) for arm in arms]) for kind in kinds]
     totals = [sum(found.values()) for found in sums]
-    traces.append(go.Scatter(
-        x=totals, y=list(range(len(arms))), mode="text", text=[f" {short(sum_)}" for sum_ in totals],
-        textposition="middle right", textfont={"size": 11.5, "color": looks.FAINT},
-        hoverinfo="skip", cliponaxis=False))
     keys = [Key(kind, Look(colours[kind], looks.ON_BLACK[colours[kind]])) for kind in kinds]
     return Plot(title=title, height=70 + looks.ROW * len(arms), keys=keys, figure=looks.figure(
-        traces, looks.axis("parameters", range=[0, max(totals) * 1.14], tickformat="~s"),
+        [*traces, _told(totals)],
+        looks.axis("parameters", range=[0, max(totals) * 1.16], tickformat="~s"),
         looks.rows_axis([arm.name for arm in arms]), barmode="stack"))
 
 

@@ -29,7 +29,7 @@ from engram_jax.training.records import RunDirectory
 SECTIONS: tuple[Callable[[Material], Section], ...] = (
     outcomes.outcomes, outcomes.curves, outcomes.costs, insides.gates, insides.lens, insides.cka,
     insides.suppression, insides.patchscope, memories.tokenizer, memories.memory)
-ALIKE = 0.01  # FLOPs a token that differ by less are the same
+ALIKE = 0.01  # counts that differ by less are told as one
 
 Say = Callable[[str], None]
 
@@ -64,10 +64,12 @@ def write_report(
         say(sections[-1].title)
     words = ["engram-jax", "report", *map(os.fspath, directories), "--out", os.fspath(out),
              *(["--text", os.fspath(file)] if file else [])]
-    write_text(place, page(found, [*sections, records(found, shlex.join(words))]))
+    title = found.arms[0].name if len(found.arms) == 1 else ", ".join(
+        RunDirectory(directory).path.name for directory in directories)
+    write_text(place, page(title, found, [*sections, records(found, shlex.join(words))]))
 
 
-def page(found: Material, sections: Sequence[Section]) -> str:
+def page(title: str, found: Material, sections: Sequence[Section]) -> str:
     """The page, as text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("engram_jax.report", "parts"), autoescape=True,
@@ -76,14 +78,9 @@ def page(found: Material, sections: Sequence[Section]) -> str:
     assert loader is not None
     style, script = (loader.get_source(environment, name)[0] for name in ("style.css", "page.js"))
     return environment.get_template("template.html.j2").render(
-        title=", ".join(_short_names(found)), headline=headline(found), facts=facts(found),
+        title=title, headline=headline(found), facts=facts(found),
         sections=sections, swap=looks.swap([subject.look for subject in found.subjects]),
         style=style, script=script, plotly=get_plotlyjs(), version=__version__)
-
-
-def _short_names(found: Material) -> list[str]:
-    names = [arm.name for arm in found.arms]
-    return names if len(names) <= 3 else [*names[:2], f"{len(names) - 2} more"]
 
 
 def headline(found: Material) -> tuple[str, str]:
@@ -122,8 +119,8 @@ def facts(found: Material) -> list[str]:
 
 
 def _span(numbers: set[int]) -> str:
-    low, high = short(min(numbers)), short(max(numbers))
-    return low if low == high else f"{low} to {high}"
+    low, high = min(numbers), max(numbers)
+    return short(low) if high - low <= ALIKE * low else f"{short(low)} to {short(high)}"
 
 
 def records(found: Material, command: str) -> Section:

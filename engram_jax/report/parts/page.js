@@ -6,6 +6,9 @@
   const plots = [...document.querySelectorAll("figure.plot")];
   let printing = false;
 
+  // What a name's button is for: its own figure, or all of its section.
+  const holder = (button) => button.closest("figure.plot") || button.closest("section");
+
   function coloured(text) {
     const on = dark.matches && !printing;
     return JSON.parse(on ? text.replace(/#[0-9A-Fa-f]{6}/g, (hex) => swap[hex] || hex) : text);
@@ -13,7 +16,8 @@
 
   function draw(figure) {
     const value = coloured(figure.querySelector("script").textContent);
-    const hidden = new Set([...figure.querySelectorAll("[aria-pressed=false]")]
+    const off = [...figure.closest("section").querySelectorAll("[aria-pressed=false]")];
+    const hidden = new Set(off.filter((button) => holder(button).contains(figure))
       .map((button) => button.dataset.key));
     for (const trace of value.data) trace.visible = !hidden.has(trace.meta);
     return Plotly.react(figure.querySelector(".canvas"), value.data, value.layout,
@@ -21,14 +25,12 @@
   }
 
   const drawAll = () => plots.forEach(draw);
-  for (const figure of plots) {
-    figure.addEventListener("click", (event) => {
-      const button = event.target.closest("button[data-key]");
-      if (!button) return;
-      button.setAttribute("aria-pressed", button.getAttribute("aria-pressed") === "false");
-      draw(figure);
-    });
-  }
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("button[data-key]");
+    if (!button) return;
+    button.setAttribute("aria-pressed", button.getAttribute("aria-pressed") === "false");
+    plots.filter((figure) => holder(button).contains(figure)).forEach(draw);
+  });
   dark.addEventListener("change", drawAll);
   addEventListener("beforeprint", () => { printing = true; drawAll(); });
   addEventListener("afterprint", () => { printing = false; drawAll(); });
