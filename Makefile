@@ -18,6 +18,7 @@ venv: .venv/ready
 
 demo: venv
 	@$(BIN)/engram-jax sweep memory_scaling --out runs/demo --seeds 1 --allow-dirty
+	@$(BIN)/engram-jax report runs/demo --out runs/demo/report.html
 
 test: venv
 	@$(BIN)/python -m pytest

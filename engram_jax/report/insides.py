@@ -130,8 +130,9 @@ def cka(material: Material) -> Section:
         name="cka", title="Likeness of layers (CKA)", blocks=blocks, missing=missing,
         reading=f"How alike the state after each block of {first.name} (upwards) is to that after "
         "each block of the other run (to the right): 1 is the same up to rotation and scale. The "
-        "line is the soft alignment, the block that another run's block is most like; above the "
-        "dotted diagonal, that run is ahead, as if it were deeper than it is.")
+        "line is the soft alignment, the mean of the (up to five) blocks that a block is most "
+        "like. Where it lies above the line of the run with itself, the other run is ahead, as if "
+        "it were deeper than it is.")
 
 
 def _heatmap(found: Mapping[str, Any], first: str, other: str) -> Plot:
@@ -139,7 +140,7 @@ def _heatmap(found: Mapping[str, Any], first: str, other: str) -> Plot:
     depth, other_depth = len(matrix), len(matrix[0])
     heat = go.Heatmap(
         z=matrix, zmin=0, zmax=1, xgap=2, ygap=2, showscale=depth * other_depth > CELLS,
-        colorscale=[[0, looks.GRID], [0.5, looks.SKY], [1, looks.BLUE]],
+        colorscale=[[0, looks.GRID], [1, looks.BLUE]],
         hovertemplate=f"{looks.plain(other)}, block %{{x}}<br>{looks.plain(first)}, block %{{y}}"
         "<br>CKA %{z:.3f}<extra></extra>",
         colorbar={"thickness": 10, "outlinewidth": 0, "tickfont": {"color": looks.FAINT}})
@@ -166,11 +167,11 @@ def _compared(found: Mapping[str, Any]) -> str:
 
 
 def _cells(matrix: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """Each cell's number, above the middle, where the lines run; none in a large matrix."""
+    """Each cell's number, high up: lines run through the middle; none in a large matrix."""
     if len(matrix) * len(matrix[0]) > CELLS:
         return []
-    return [{"x": x, "y": y, "text": f"{value:.2f}", "showarrow": False, "yshift": 14,
-             "font": {"size": 12, "color": looks.SURFACE if value > 0.6 else looks.INK}}
+    return [{"x": x, "y": y + 0.33, "text": f"{value:.2f}", "showarrow": False,
+             "font": {"size": 12, "color": looks.SURFACE if value > 0.55 else looks.INK}}
             for y, row in enumerate(matrix) for x, value in enumerate(row)]
 
 
@@ -214,10 +215,11 @@ def _of_group(
             [kinds.index(kind) for kind in of_kind], "%{x:+.3f} nats a token",
             marker={"size": 9}) for subject in subjects for of_kind in [with_it[subject.name]]]
         blocks.append(Plot(
-            title="What the loss rises by, all arms", height=72 + 30 * len(kinds), half=True,
-            note="Nats a token; right of 0 memory helps.",
+            title="What the loss rises by, all arms", height=76 + 30 * len(kinds), half=True,
+            note="Right of 0 memory helps.",
             figure=looks.figure(
-                traces, looks.axis(rangemode="tozero", zeroline=True, zerolinecolor=looks.FAINT),
+                traces, looks.axis("nats a token", rangemode="tozero", zeroline=True,
+                                   zerolinecolor=looks.FAINT),
                 looks.rows_axis(_kind_names(kinds)))))
     return blocks
 
@@ -246,9 +248,10 @@ def _dumbbells(
             "%{x:.3f} nats a token<br>%{customdata}",
             customdata=[f"{kept['tokens']:,} tokens" for kept in of_kind.values()],
             marker={"line": {"width": 2}} if key == "suppressed" else {}))
-    return Plot(title=title, half=True, height=72 + 30 * len(kinds),
-                note="Nats a token. Filled: with memory, ring: without.",
-                figure=looks.figure(traces, looks.axis(), looks.rows_axis(_kind_names(kinds))))
+    return Plot(title=title, half=True, height=76 + 30 * len(kinds),
+                note="Filled: with memory, ring: without.",
+                figure=looks.figure(traces, looks.axis("nats a token"),
+                                    looks.rows_axis(_kind_names(kinds))))
 
 
 def patchscope(material: Material) -> Section:
@@ -257,7 +260,7 @@ def patchscope(material: Material) -> Section:
     found = material.of("patchscope", [first, other] if other is not first else [first])
     depth = max(map(len, found.values.values()), default=0)
     head = ["block", *found.values]
-    rows = [[str(layer), *(looks.visible(values[layer]) if layer < len(values) else "-"
+    rows = [[str(layer), *(values[layer].replace("\n", looks.RETURN) if layer < len(values) else "-"
                            for values in found.values.values())] for layer in range(depth)]
     of = material.prompt(first) if material.text else ""
     table = Table(title="What the state behind the last token says", head=head, rows=rows,

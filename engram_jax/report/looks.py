@@ -176,7 +176,7 @@ def figure(
                 "hovermode": "closest", "paper_bgcolor": "rgba(0,0,0,0)",
                 "plot_bgcolor": "rgba(0,0,0,0)", "bargap": 0.35,
                 "font": {"family": FONT, "size": 12, "color": INK},
-                "margin": {"l": 8, "r": 16, "t": 10, "b": 8},
+                "margin": {"l": 8, "r": 16, "t": 10, "b": 8, **more.pop("margin", {})},
                 "hoverlabel": {"bgcolor": SURFACE, "bordercolor": GRID, "align": "left",
                                "font": {"family": FONT, "size": 12, "color": INK}}, **more})
     value: dict[str, Any] = json.loads(made.to_json())

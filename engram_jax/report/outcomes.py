@@ -29,6 +29,7 @@ PARTS = {  # of `accounting.parts`: its colour; tables have their own, what is n
     "routed experts": looks.BLUE, "engram fusion": looks.ORANGE,
     "over-encoding projections": looks.YELLOW, "LM head": looks.GREY}
 TABLES, REST = "memory tables", "norms, routers and the rest"
+BESIDE = {"l": 8, "r": 52, "t": 10, "b": 8}  # pixels: room for numbers at the ends of bars
 STEP = "step %{x:,}: %{y:.4g}"
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # metric -> (step, value)
@@ -129,7 +130,7 @@ def _by_slots(done: Sequence[Subject]) -> Plot | None:
             subject.name, subject.look, [everywhere[0] / 1.6, everywhere[-1] * 1.6], [mean, mean],
             "%{y:.4f} nats a token", markers=False))
         traces[-1].line.dash = "dash"
-        _named(traces[-1], "bottom left")
+        _named(traces[-1], "bottom right")
     return Plot(
         title="Loss against the size of the memory", height=340,
         figure=looks.figure(
@@ -153,9 +154,9 @@ def _line(kind: str, found: Sequence[Subject]) -> go.Scatter:
     return line
 
 
-def _named(line: go.Scatter, where: str = "top left") -> go.Scatter:
-    """The line with its name at its last point."""
-    line.update(mode=f"{line.mode}+text", text=[*[""] * (len(line.x) - 1), looks.plain(line.name)],
+def _named(line: go.Scatter, where: str = "top right") -> go.Scatter:
+    """The line with its name at its first point."""
+    line.update(mode=f"{line.mode}+text", text=[looks.plain(line.name), *[""] * (len(line.x) - 1)],
                 textposition=where, cliponaxis=False,
                 textfont={"color": line.line.color, "size": 12.5, "weight": 600})
     return line
@@ -243,8 +244,9 @@ def _flops(material: Material) -> Plot:
             for row, (subject, count) in enumerate(zip(material.subjects, counts, strict=True))]
     return Plot(title="FLOPs a token", height=70 + looks.ROW * len(counts), figure=looks.figure(
         [*bars, _told(counts)],
-        looks.axis("FLOPs", range=[0, max(counts) * 1.16], tickformat="~s"),
-        looks.rows_axis([subject.name for subject in material.subjects]), barmode="overlay"))
+        looks.axis("FLOPs", range=[0, max(counts) * 1.02], tickformat="~s"),
+        looks.rows_axis([subject.name for subject in material.subjects]), barmode="overlay",
+        margin=BESIDE))
 
 
 def _told(counts: Sequence[int]) -> go.Scatter:
@@ -268,8 +270,8 @@ def _stacked(title: str, arms: Sequence[Arm], which: str) -> Plot:
     keys = [Key(kind, Look(colours[kind], looks.ON_BLACK[colours[kind]])) for kind in kinds]
     return Plot(title=title, height=70 + looks.ROW * len(arms), keys=keys, figure=looks.figure(
         [*traces, _told(totals)],
-        looks.axis("parameters", range=[0, max(totals) * 1.16], tickformat="~s"),
-        looks.rows_axis([arm.name for arm in arms]), barmode="stack"))
+        looks.axis("parameters", range=[0, max(totals) * 1.02], tickformat="~s"),
+        looks.rows_axis([arm.name for arm in arms]), barmode="stack", margin=BESIDE))
 
 
 def _parts(arm: Arm, which: str) -> collections.Counter[str]:
