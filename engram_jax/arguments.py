@@ -186,6 +186,13 @@ def _add_analyze(commands) -> None:  # type: ignore[no-untyped-def]
     command.add_argument("directories", metavar="DIR", nargs="+", help="runs' folders")
     command.add_argument("--text", metavar="FILE",
                          help="that they read (default: the first run's validation text)")
+    command.add_argument("--spans", metavar="FILE",
+                         help="of cka: the spans of --text whose last tokens are compared, `start "
+                         "end` in characters on each line, or a text of its own in Few-NERD's "
+                         "format (default: names in the text)")
+    command.add_argument("--tasks", metavar="FILE",
+                         help="of suppression: also answers to prompts, a line of JSON each with "
+                         "task, prompt and answer")
     command.add_argument("--out", metavar="FOLDER", help="gets WHAT.json (default: printed)")
 
 

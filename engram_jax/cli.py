@@ -198,7 +198,9 @@ def reproduce(options: argparse.Namespace) -> int:
 def analyze(options: argparse.Namespace) -> None:
     from engram_jax.analysis import analyses
 
-    text = json.dumps(analyses.analyze(options.what, options.directories, options.text), indent=1)
+    found = analyses.analyze(options.what, options.directories, options.text, options.spans,
+                             options.tasks)
+    text = json.dumps(found, indent=1)
     if options.out:
         analyses.write(text, options.what, options.out)
     else:

@@ -2,6 +2,7 @@
 without memory."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from micro import micro, with_model, write_text
 
-from engram_jax.analysis import gates, suppression
+from engram_jax.analysis import gates, suppression, tasks
 from engram_jax.analysis.logit_lens import divergence, logit_lens
 from engram_jax.analysis.observing import Opened, Patch
 from engram_jax.analysis.patchscope import patchscope
@@ -21,6 +22,7 @@ from engram_jax.training.state import init_state
 
 pytestmark = pytest.mark.usefixtures("compilations")
 TEXT = "kalo misu tera vipe nolo"
+LETTERS = "kalo 记忆 über"
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +109,20 @@ def test_gates_of_a_text_are_the_modules_own(opened):
 
 def test_pieces_wait_for_whole_characters(opened):
     """Letters that the tokenizer knows only as bytes."""
-    text = "kalo 记忆 über"
-    found = gates.of_text(opened, text).pieces
-    assert "".join(found) == text
+    found = gates.of_text(opened, LETTERS).pieces
+    assert "".join(found) == LETTERS
     assert "" in found
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in found)
+
+
+def test_gates_of_texts_in_one_pass_are_those_of_each(opened):
+    """What pads the shorter one comes after it."""
+    texts = [TEXT, LETTERS]
+    for text, found in zip(texts, gates.of_texts(opened, texts), strict=True):
+        alone = gates.of_text(opened, text)
+        assert found.pieces == alone.pieces
+        for layer in (0, 2):
+            np.testing.assert_allclose(found.gates[layer], alone.gates[layer], rtol=0, atol=1e-5)
 
 
 def test_extreme_ngrams_have_the_extreme_means(opened, batch):
@@ -189,6 +200,91 @@ def test_bands_count_the_ngram_before_the_target():
     kind = suppression.frequency_bands(counts, 2, bands=(0, 1, 3))
     names = kind(np.array([[1, 2, 1, 3, 9]]))  # asked before targets 2, 1, 3, 9: -,1 1,2 2,1 1,3
     assert [int(name.strip(" +")) for name in names[0]] == [0, 3, 1, 0]
+
+
+def test_a_trigram_is_seen_once_it_stood_in_the_same_sequence():
+    names = suppression.context(
+        np.array([[1, 2, 3, 1, 2, 3, 3, 3, 3], [3, 1, 2, 4, 9, 1, 2, 3, 1]]))
+    assert names.shape == (2, 8)
+    seen = names == "seen in the context"
+    assert [(b, t) for b, t in np.argwhere(seen).tolist()] == [(0, 4), (0, 7)]
+    assert (names[~seen] == "new in the context").all()
+
+
+# --- Tasks ---
+
+
+def line(**fields):
+    return json.dumps({"task": "recall", "prompt": "kalo misu", "answer": " te", **fields})
+
+
+ASKED = [(" kalo misu", " tera vipe"), ("kalo", "misu"), ("nolo tera 记", "忆"), ("ka", " te no"),
+         ("te", "ra")]
+
+
+@pytest.fixture(scope="module")
+def answers(opened):
+    """Of five examples in two tasks, more than a batch."""
+    lines = [line(task="recall" if i < 3 else "reading", prompt=prompt, answer=answer, more=i)
+             for i, (prompt, answer) in enumerate(ASKED)]
+    return tasks.answered(opened, tasks.parsed("\n".join(lines) + "\n\n"))
+
+
+def test_answers_are_scored_as_one_by_one(opened, answers):
+    assert list(answers) == ["recall", "reading"]
+    for name, own in (("recall", ASKED[:3]), ("reading", ASKED[3:])):
+        losses, right = [], []
+        for prompt, answer in own:
+            ids = opened.reader.tokenizer.encode(prompt + answer)
+            first = next(i for i, (_, end) in enumerate(ids.offsets) if end > len(prompt))
+            padded = np.zeros((4, 24), np.int32)  # the shape of `batch`, compiled before
+            padded[0, : len(ids.ids)] = ids.ids
+            log_p = np.asarray(jax.nn.log_softmax(logits(opened, padded)[0], axis=-1))[0]
+            places = np.arange(first, len(ids.ids))
+            losses += [-log_p[t - 1, ids.ids[t]] for t in places]
+            size = opened.reader.vocab_size
+            right.append(all(log_p[t - 1, :size].argmax() == ids.ids[t] for t in places))
+        found = answers[name]
+        assert (found.tokens, found.examples) == (len(losses), len(own))
+        assert found.loss == pytest.approx(np.mean(losses), abs=1e-4)
+        assert found.right == np.mean(right)
+        assert abs(found.suppressed - found.loss) > 1e-3
+
+
+def test_what_the_model_says_itself_is_right(opened):
+    """An answer that greedy decoding gave is right with memory, one token changed is not."""
+    prompt = "kalo misu"
+    tokens = opened.tokens(prompt).tolist()
+    padded = np.pad(np.tile(tokens, (4, 1)), ((0, 0), (0, 24 - len(tokens))))
+    logits_V = logits(opened, padded)[0][0, len(tokens) - 1, : opened.reader.vocab_size]
+    order = np.argsort(-np.asarray(logits_V)).tolist()
+    texts = [opened.reader.tokenizer.decode([i]) for i in order]
+    kept = [text for i, text in zip(order, texts, strict=True)
+            if opened.tokens(prompt + text).tolist() == [*tokens, i]]
+    own, other = kept[:2]
+    assert own == texts[0], "the prompt and its likeliest token do not merge"
+    asked = [("own", own), ("other", other), ("both", own), ("both", other)]
+    lines = [line(task=task, prompt=prompt, answer=answer) for task, answer in asked]
+    lines.append(line(task="longest", prompt=ASKED[0][0], answer=ASKED[0][1]))  # the same shape
+    found = tasks.answered(opened, tasks.parsed("\n".join(lines)))
+    assert [found[task].right for task in ("own", "other", "both")] == [1.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ("", "tasks = '': must have a line of JSON for each example"),
+    (f"{line()}\n{{task", "tasks line 2 = '{task': is not JSON (Expecting"),
+    ("[1]", "tasks line 1 = '[1]': must be an object with task, prompt, answer"),
+    (line(answer=3), "needs a text 'answer'"),
+    (line(task=None), "needs a text 'task'"),
+    (line(answer=""), "must have an answer that is not empty"),
+    (line(prompt=""), "tasks line 1 = '': the prompt must have a token before the answer's first"),
+    (line(answer="kalo " * 20), "tokens': must be at most 17 for micro, a sequence and its last"),
+])
+def test_what_is_no_task(opened, content, said):
+    with pytest.raises(UserError) as error:
+        tasks.answered(opened, tasks.parsed(content))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # --- PatchScope ---

@@ -1,7 +1,6 @@
 """`engram-jax analyze`: every analysis of trained runs, by name, its findings as plain values."""
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,50 +8,22 @@ import numpy as np
 from etils import epath
 
 from engram_jax.analysis import cka as similarity
-from engram_jax.analysis import gates, memory_use, suppression
+from engram_jax.analysis import gates, memory_use, spans, suppression, tasks
+from engram_jax.analysis.examples import GATED
 from engram_jax.analysis.logit_lens import logit_lens
 from engram_jax.analysis.observing import Opened, open_run
 from engram_jax.analysis.patchscope import patchscope
+from engram_jax.analysis.texts import Text, read_file, validation_text
 from engram_jax.analysis.token_classes import compression
 from engram_jax.config import require
 from engram_jax.errors import UserError
 from engram_jax.storage import refusals, write_text
-from engram_jax.training.inputs import open_inputs
 from engram_jax.training.records import RunDirectory
 
-BATCHES = 8  # of the text that an analysis reads
-CKA_EXAMPLES = 256  # positions of a batch of CKA
+CKA_EXAMPLES = 256  # positions of a minibatch of CKA
+MOST_EXAMPLES = 8 * CKA_EXAMPLES  # of all its minibatches
 GATE_TOKENS = 400  # of the text whose gates are told one by one
 FREQUENT = 3  # order of the n-grams whose frequency is told
-
-
-class Text:
-    """A text as a run reads it, in batches of the run's shape.
-
-    Raises:
-      UserError: it is shorter than one sequence.
-    """
-
-    def __init__(self, opened: Opened, text: str):
-        data = opened.run.data
-        self.text, self.tokens_N = text, opened.tokens(text)
-        self._length = data.sequence_length + 1
-        count = self.tokens_N.size // self._length
-        require(count >= 1, "text", f"{self.tokens_N.size} tokens",
-                f"must have at least {self._length}, one sequence of {opened.name}")
-        self._size = min(data.batch_size, count)
-
-    def batches(self, count: int = BATCHES) -> Iterator[np.ndarray]:
-        """Tokens [B, T + 1], whole batches from the start of the text."""
-        whole = self.tokens_N.size // (self._length * self._size)
-        for number in range(min(count, whole)):
-            start = number * self._length * self._size
-            part = self.tokens_N[start : start + self._length * self._size]
-            yield part.reshape(self._size, self._length)
-
-    def inputs(self) -> Iterator[np.ndarray]:
-        """The same without the last token of each sequence."""
-        return (tokens[:, :-1] for tokens in self.batches())
 
 
 def of_gates(runs: Sequence[Opened], text: str) -> dict[str, Any]:
@@ -64,13 +35,24 @@ def of_gates(runs: Sequence[Opened], text: str) -> dict[str, Any]:
 def _gates(opened: Opened, text: str) -> dict[str, Any]:
     gates.require_memory(opened)
     found, read = gates.of_text(opened, _beginning(opened, text)), Text(opened, text)
-    layers = {}
+    layers, branches = {}, {}
     for layer, gate_TM in found.gates.items():
         extremes = gates.extremes(opened, read.inputs(), layer)
+        follows_M = gates.pattern_branch(opened, read.inputs(), layer)
         layers[layer] = {
             "gates": gate_TM.tolist(), "highest": extremes.highest, "lowest": extremes.lowest,
-            "pattern_correlation": gates.pattern_branch(opened, read.inputs(), layer).tolist()}
-    return {"pieces": found.pieces, "layers": layers}
+            "pattern_correlation": follows_M.tolist()}
+        # A gate that never changes has no correlation, NaN.
+        branches[layer] = int(np.where(np.isnan(follows_M), -1.0, follows_M).argmax())
+    return {"pieces": found.pieces, "layers": layers, "pattern_branch": branches,
+            "examples": _examples(opened)}
+
+
+def _examples(opened: Opened) -> list[dict[str, Any]]:
+    """Gates of the paper's sentences."""
+    return [{"text": text, "pieces": found.pieces,
+             "layers": {layer: gate_TM.tolist() for layer, gate_TM in found.gates.items()}}
+            for text, found in zip(GATED, gates.of_texts(opened, GATED), strict=True)]
 
 
 def _beginning(opened: Opened, text: str) -> str:
@@ -84,47 +66,89 @@ def of_lens(runs: Sequence[Opened], text: str) -> dict[str, Any]:
             for opened in runs}
 
 
-def of_cka(runs: Sequence[Opened], text: str) -> dict[str, Any]:
-    """CKA of every layer of the first run with every layer of each other (or itself), at positions
-    drawn by a fixed seed, and the soft alignment."""
+def of_cka(
+    runs: Sequence[Opened], text: str, marked: spans.Marked | None = None
+) -> dict[str, Any]:
+    """CKA of every layer of the first run with every layer of each other (or itself), at the last
+    tokens of spans, and the soft alignment.
+
+    Args:
+      runs: the first, and others with its tokenizer.
+      text: that they read.
+      marked: spans of the text; None are the names in it that have two or more tokens.
+    """
     first, *others = runs
+    read = Text(first, text)
+    positions, tokens_S2 = _spans(read, marked)
+    batches = list(read.ends(tokens_S2, MOST_EXAMPLES))
+    examples = sum(len(places_P) for _, places_P in batches)
+    require(examples >= similarity.LEAST, "examples", examples,
+            f"must be at least {similarity.LEAST}, the {positions} that lie in whole sequences")
     found = {}
     for other in others or [first]:
         require(other.reader.tokenizer.to_str() == first.reader.tokenizer.to_str(), "run",
                 other.name, f"has another tokenizer than {first.name}, so their positions are of "
                 "different tokens")
-        alike = similarity.Similarity.between(first.run.model.depth, other.run.model.depth)
-        draw = np.random.default_rng(0)
-        for tokens_BT in Text(first, text).inputs():
-            size = min(CKA_EXAMPLES, tokens_BT.size)
-            places = draw.choice(tokens_BT.size, size, replace=False)
-            alike.add(*(_at(opened, tokens_BT, places) for opened in (first, other)))
-        matrix = alike.cka()
+        matrix = _likeness(first, other, batches)
         found[other.name] = {"cka": matrix.tolist(),
                              "soft_alignment": similarity.soft_alignment(matrix).tolist()}
-    return {"of": first.name, "with": found}
+    return {"of": first.name, "positions": positions, "examples": examples, "with": found}
+
+
+def _spans(read: Text, marked: spans.Marked | None) -> tuple[str, np.ndarray]:
+    """What is compared, in words, and first and last tokens, [S, 2]."""
+    if marked is not None:
+        return (f"last tokens of {len(marked.spans):,} {marked.kind}",
+                spans.tokens_of(marked.spans, read.offsets_N2))
+    tokens_S2 = spans.tokens_of(spans.names(read.text), read.offsets_N2)
+    tokens_S2 = tokens_S2[tokens_S2[:, 0] < tokens_S2[:, 1]]
+    require(len(tokens_S2) > 0, "text", read.text[:spans.SHOWN],
+            "has no names of two or more tokens; --spans FILE chooses other positions")
+    return f"last tokens of {len(tokens_S2):,} names of two or more tokens in the text", tokens_S2
+
+
+def _likeness(
+    first: Opened, other: Opened, batches: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray:
+    """CKA [L, L'] over minibatches that are drawn from all positions by a fixed seed."""
+    ours, theirs = (np.concatenate([_at(opened, *batch) for batch in batches], axis=1)
+                    for opened in (first, other))
+    alike = similarity.Similarity.between(len(ours), len(theirs))
+    order = np.random.default_rng(0).permutation(ours.shape[1])
+    for part in np.array_split(order, -(-len(order) // CKA_EXAMPLES)):
+        alike.add(ours[:, part], theirs[:, part])
+    return alike.cka()
 
 
 def _at(opened: Opened, tokens_BT: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Each layer's merged streams at some positions, [L, N, D]."""
+    """Each layer's merged streams at some positions, [L, P, D]."""
     return np.stack([np.asarray(x_BTMD.mean(axis=2)).reshape(tokens_BT.size, -1)[places]
                      for x_BTMD in opened.observe(tokens_BT).streams[1:]])
 
 
-def of_suppression(runs: Sequence[Opened], text: str) -> dict[str, Any]:
-    """Losses with memory and without, by class of token and by how frequent the n-gram is in the
-    text itself."""
-    return {opened.name: _suppression(opened, Text(opened, text)) for opened in runs}
+def of_suppression(
+    runs: Sequence[Opened], text: str, examples: Sequence[tasks.Example] = ()
+) -> dict[str, Any]:
+    """Losses with memory and without, by class of token, by how frequent the n-gram is in the text
+    itself and by whether the sequence showed it before; by task, if there are examples."""
+    return {opened.name: _suppression(opened, Text(opened, text), examples) for opened in runs}
 
 
-def _suppression(opened: Opened, read: Text) -> dict[str, Any]:
+def _suppression(
+    opened: Opened, read: Text, examples: Sequence[tasks.Example]
+) -> dict[str, Any]:
     counts = suppression.ngram_counts(read.tokens_N, FREQUENT)
     kinds = {"classes": suppression.token_classes(opened),
-             "ngram_frequency": suppression.frequency_bands(counts, FREQUENT)}
-    return {name: {kind: {**vars(kept), "likelihood_kept": kept.likelihood_kept}
-                   for kind, kept in suppression.suppression(
-                       opened, read.batches(), of_kind).items()}
-            for name, of_kind in kinds.items()}
+             "ngram_frequency": suppression.frequency_bands(counts, FREQUENT),
+             "context": suppression.context}
+    found = {name: _plain(suppression.suppression(opened, read.batches(), of_kind))
+             for name, of_kind in kinds.items()}
+    return {**found, "tasks": _plain(tasks.answered(opened, examples))} if examples else found
+
+
+def _plain(found: Mapping[str, suppression.Kept]) -> dict[str, dict[str, Any]]:
+    return {name: {**vars(kept), "likelihood_kept": kept.likelihood_kept}
+            for name, kept in found.items()}
 
 
 def of_patchscope(runs: Sequence[Opened], text: str) -> dict[str, Any]:
@@ -190,7 +214,7 @@ def _ngram_numbers(
     return np.unique(windows.reshape(-1, order), axis=0, return_inverse=True)[1].reshape(-1)
 
 
-ANALYSES: dict[str, Callable[[Sequence[Opened], str], dict[str, Any]]] = {
+ANALYSES: dict[str, Callable[..., dict[str, Any]]] = {
     "gates": of_gates,
     "lens": of_lens,
     "cka": of_cka,
@@ -202,7 +226,8 @@ ANALYSES: dict[str, Callable[[Sequence[Opened], str], dict[str, Any]]] = {
 
 
 def analyze(
-    what: str, directories: Sequence[epath.PathLike], file: epath.PathLike | None = None
+    what: str, directories: Sequence[epath.PathLike], file: epath.PathLike | None = None,
+    spans_file: epath.PathLike | None = None, tasks_file: epath.PathLike | None = None,
 ) -> dict[str, Any]:
     """One analysis of trained runs.
 
@@ -210,36 +235,42 @@ def analyze(
       what: of `ANALYSES`.
       directories: of the runs.
       file: the text that they read, UTF-8; None is the first run's validation text.
+      spans_file: of "cka", the spans whose last tokens are compared, as `spans` reads them; None
+        are names in the text.
+      tasks_file: of "suppression", prompts and answers, as `tasks` reads them.
 
     Raises:
-      UserError: no run or checkpoint, two runs of one name, no text, or as the analysis.
+      UserError: no run or checkpoint, two runs of one name, no text, a file that the analysis does
+        not take, or as the analysis.
       MachineError: something cannot be read.
     """
+    for option, given, takes in (("spans", spans_file, "cka"), ("tasks", tasks_file,
+                                                                "suppression")):
+        if given is not None and what != takes:
+            raise UserError(f"--{option} is of analyze {takes}, not of analyze {what}")
+    text = None if file is None else read_file(file, "text")
+    options: dict[str, Any] = {}
+    if spans_file is not None:
+        text, options["marked"] = _marked(read_file(spans_file, "spans"), text)
+    if tasks_file is not None:
+        options["examples"] = tasks.parsed(read_file(tasks_file, "tasks"))
     runs = [open_run(RunDirectory(directory)) for directory in directories]
     names = [opened.name for opened in runs]
     require(len(set(names)) == len(names), "run", names, "must have different names to be told "
             "apart")
-    return ANALYSES[what](runs, _validation_text(runs[0]) if file is None else _read(file))
+    return ANALYSES[what](runs, validation_text(runs[0]) if text is None else text, **options)
 
 
-def _read(file: epath.PathLike) -> str:
-    place = epath.Path(file)
-    require(place.is_file(), "text", os.fspath(file), "must be a text file")
-    with refusals(place, "read"):
-        try:
-            return place.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"text = {os.fspath(file)!r}: is not UTF-8 ({error.reason} at byte "
-                            f"{error.start})") from error
-
-
-def _validation_text(opened: Opened) -> str:
-    run, tokenizer = opened.run, opened.reader.tokenizer
-    stream = open_inputs(run).tokens.validation
-    batch = run.data.batch_size * (run.data.sequence_length + 1)
-    tokens_N = stream.read(0, min(len(stream), 2 * BATCHES * batch))
-    text: str = tokenizer.decode(tokens_N.tolist())
-    return text
+def _marked(content: str, text: str | None) -> tuple[str, spans.Marked]:
+    """The text and its spans, by what a file of spans holds."""
+    if spans.is_few_nerd(content):
+        if text is not None:
+            raise UserError("--text: a file in Few-NERD's format brings its own text; leave one "
+                            "of --text and --spans out")
+        return spans.few_nerd(content)
+    if text is None:
+        raise UserError("--spans: a file of `start end` needs --text, the text that they are of")
+    return text, spans.listed(content, len(text))
 
 
 def write(text: str, what: str, folder: epath.PathLike) -> None:

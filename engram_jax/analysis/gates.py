@@ -4,7 +4,7 @@ Shapes: B batch, T time, M streams.
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,12 +38,27 @@ def of_text(opened: Opened, text: str) -> TokenGates:
     Raises:
       UserError: the run has no Engram, or the text no token.
     """
+    return of_texts(opened, [text])[0]
+
+
+def of_texts(opened: Opened, texts: Sequence[str]) -> list[TokenGates]:
+    """The gates of every token of each text, in one pass.
+
+    Raises:
+      UserError: the run has no Engram, or a text no token.
+    """
     require_memory(opened)
-    tokens_T = opened.tokens(text)
-    require(tokens_T.size > 0, "text", text, "has no token")
-    seen = opened.observe(tokens_T[None])
-    return TokenGates(pieces(opened, tokens_T),
-                      {layer: np.asarray(gate[0]) for layer, gate in seen.gates.items()})
+    cut = [opened.tokens(text) for text in texts]
+    for text, tokens_T in zip(texts, cut, strict=True):
+        require(tokens_T.size > 0, "text", text, "has no token")
+    tokens_BT = np.full((len(cut), max(map(len, cut))), opened.reader.pad_id, np.int32)
+    for row, tokens_T in enumerate(cut):
+        tokens_BT[row, : len(tokens_T)] = tokens_T  # what pads comes after, and is not seen
+    seen = opened.observe(tokens_BT)
+    return [TokenGates(pieces(opened, tokens_T),
+                       {layer: np.asarray(gate[row, : len(tokens_T)])
+                        for layer, gate in seen.gates.items()})
+            for row, tokens_T in enumerate(cut)]
 
 
 def pieces(opened: Opened, tokens_T: np.ndarray) -> list[str]:

@@ -108,6 +108,19 @@ def frequency_bands(
     return kind
 
 
+def context(tokens: np.ndarray) -> np.ndarray:
+    """Targets by whether their trigram, two tokens and the target, stood in the sequence before.
+
+    What stood there can be read; what is new has to be remembered.
+    """
+    seen = np.zeros(tokens[:, 1:].shape, bool)
+    for row_T, seen_T in zip(tokens, seen, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(row_T, 3)
+        _, first, same = np.unique(windows, axis=0, return_index=True, return_inverse=True)
+        seen_T[1:] = first[same.reshape(-1)] < np.arange(len(windows))
+    return np.where(seen, "seen in the context", "new in the context")
+
+
 def ngram_counts(tokens_N: np.ndarray, order: int) -> dict[tuple[int, ...], int]:
     """How often each n-gram of raw tokens comes in a text."""
     windows = np.lib.stride_tricks.sliding_window_view(tokens_N, order)
