@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 
 from engram_jax.analysis.figures import save
-from engram_jax.sweeps.sweep import experiments, from_csv
+from engram_jax.sweeps.sweep import from_csv
 
 HERE = Path(__file__).parent
 
@@ -24,5 +24,5 @@ def rebuild(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    for name in experiments():
+    for name in sorted(path.parent.name for path in HERE.glob("*/report.py")):
         print(f"# {name}\n\n{rebuild(name) or 'no results'}\n")

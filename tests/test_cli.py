@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -176,10 +177,11 @@ def test_generate_goes_on_behind_a_prompt_longer_than_the_window(trained, capsys
 
 def test_sweep_says_what_to_do_next(trained, text, recipe, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sweep.Sweep, "runs", lambda chosen: sweep.seeded(
-        [with_settings(recipe, ["name=ngrams", *chosen.settings])], chosen.seeds))
-    out = succeeded(capsys, "sweep", "controls", "--out", tmp_path, "--seeds", "0,4",
+        [with_settings(recipe, [f"name={name}", *chosen.settings])
+         for name in ("no-memory", "ngrams")], chosen.seeds))
+    out = succeeded(capsys, "sweep", "controls", "--out", tmp_path, "--seeds", 1,
                     "--allow-dirty", "--set", f"data.path={text}")
-    assert f"next: engram-jax generate {tmp_path}/ngrams-seed" in out
+    assert re.search(rf"next: engram-jax generate {tmp_path}/(no-memory|ngrams)-seed0 ", out)
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
 
 

@@ -21,6 +21,31 @@ def test_the_line_is_least_squares_and_its_interval_student_t():
     np.testing.assert_allclose(found(np.array([1e4])), intercept + slope * 4)
 
 
+def test_what_a_seed_shares_is_neither_slope_nor_doubt():
+    """Three seeds on levels of their own: the slope within them, and two degrees of freedom less
+    than the points without levels would have."""
+    x, seeds = np.tile(SLOTS, 3), np.repeat([4, 7, 9], 4)
+    levels = np.repeat([4.0, 5.5, 4.7], 4)
+    noise = 1e-3 * np.random.default_rng(3).standard_normal(x.size)
+    y = levels - 0.03 * np.log10(x) + noise
+    found = line(x, y, seeds)
+    logs = np.log10(x) - np.log10(SLOTS).mean()
+    within = y - np.repeat([y[seeds == seed].mean() for seed in (4, 7, 9)], 4)
+    slope = (logs @ within) / (logs @ logs)
+    error = np.sqrt(np.sum((within - slope * logs)**2) / (12 - 3 - 1) / (logs @ logs))
+    margin = 2.306004 * error  # the 97.5 % point of Student's t with eight degrees of freedom
+    assert found.slope == pytest.approx(slope)
+    assert (found.low, found.high) == pytest.approx((slope - margin, slope + margin), rel=1e-5)
+    assert found.intercept == pytest.approx(y.mean() - slope * np.log10(SLOTS).mean())
+    alone = line(x, y)
+    assert alone.high - alone.low > 50 * (found.high - found.low)
+    curve = parabola(x / 64_000, y, seeds)
+    bare = parabola(x / 64_000, y - levels)
+    assert curve.coefficients[1:] == pytest.approx(bare.coefficients[1:], abs=0.02)
+    assert curve.curvature_high - curve.curvature_low < 2 * (
+        bare.curvature_high - bare.curvature_low)
+
+
 def test_a_line_needs_three_sizes():
     assert line((10, 20), (4.5, 4.4)) is None
     assert line((10, 20, 20), (4.5, 4.4, 4.4)) is None

@@ -23,13 +23,14 @@ BLUE, ORANGE, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
 DARK, PALE = "#444444", "#DDDDDD"
 
 
-def panels(count: int, height: float = 4.3) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes side by side."""
+def panels(count: int, height: float = 4.3, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `rows` rows of `count` axes, each row `height` inches; the axes row by row."""
     figure, axes = plt.subplots(
-        1, count, figsize=(7.2 if count == 1 else 5.4 * count, height), dpi=150, squeeze=False)
-    for each in axes[0]:
+        rows, count, figsize=(7.2 if count == 1 else 5.4 * count, height * rows), dpi=150,
+        squeeze=False)
+    for each in axes.flat:
         plain(each)
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def plain(axes: Axes, grid: Literal["x", "y"] = "y") -> None:

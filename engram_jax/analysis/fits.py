@@ -1,7 +1,12 @@
-"""Curves through losses: a line in log10(slots), and a parabola with its lowest point."""
+"""Curves through losses: a line in log10(slots), and a parabola with its lowest point.
+
+Runs of one seed share their start and their text, so a seed is a block: each block gets a level of
+its own, slope and curvature are those within blocks, and every level costs a degree of freedom.
+"""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +22,9 @@ class Line:
     """y = intercept + slope * log10(x), by least squares.
 
     Attributes:
+      intercept: the mean of the blocks' own.
       slope: of y for each tenfold of x.
-      low, high: 95 % confidence interval of the slope (Student's t over the points).
+      low, high: 95 % confidence interval of the slope (Student's t).
       points: that the line goes through.
     """
 
@@ -36,14 +42,53 @@ class Line:
                 f"{self.high:+.4f} (95 %, {self.points} runs)")
 
 
-def line(x: Sequence[float], y: Sequence[float]) -> Line | None:
-    """The line through the points; None with fewer than three different x."""
+def line(x: Sequence[float], y: Sequence[float], blocks: Sequence[int] = ()) -> Line | None:
+    """The line through the points; None with fewer than three different x.
+
+    Args:
+      x, y: the points.
+      blocks: the seed of each point; none are points that share nothing.
+    """
     if len(set(x)) < 3:
         return None
-    found = scipy.stats.linregress(np.log10(np.asarray(x, np.float64)), np.asarray(y, np.float64))
-    margin = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(x) - 2) * found.stderr
-    return Line(float(found.intercept), float(found.slope), float(found.slope - margin),
-                float(found.slope + margin), len(x))
+    fit = _least_squares([np.log10(np.asarray(x, np.float64))], y, blocks)
+    (slope,), (margin,) = fit.found, fit.margins
+    return Line(fit.level, float(slope), float(slope - margin), float(slope + margin), len(x))
+
+
+class _Fit(NamedTuple):
+    """Least squares with a level for each block.
+
+    Attributes:
+      level: the mean of the blocks' levels.
+      found, margins: a coefficient for each column, and half its 95 % interval.
+      fitted, residual, free: at each point, and degrees of freedom.
+      solve: from values at the points to the coefficients of the columns.
+    """
+
+    level: float
+    found: np.ndarray
+    margins: np.ndarray
+    fitted: np.ndarray
+    residual: np.ndarray
+    free: int
+    solve: np.ndarray
+
+
+def _least_squares(
+    columns: Sequence[np.ndarray], y: Sequence[float], blocks: Sequence[int]
+) -> _Fit:
+    ys = np.asarray(y, np.float64)
+    own = np.asarray(blocks if len(blocks) else [0] * len(ys))
+    levels = (own[:, None] == np.unique(own)[None]).astype(np.float64)
+    design = np.concatenate([levels, np.stack(columns, axis=1)], axis=1)
+    solve = np.linalg.pinv(design)
+    found, free, count = solve @ ys, len(ys) - design.shape[1], levels.shape[1]
+    residual = ys - design @ found
+    error = np.sqrt(residual @ residual / free * np.diag(solve @ solve.T)[count:])
+    margins = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, free) * error
+    return _Fit(float(found[:count].mean()), found[count:], margins, design @ found, residual, free,
+                solve[count:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +96,7 @@ class Parabola:
     """y = a + b x + c x**2, by least squares.
 
     Attributes:
-      coefficients: a, b, c.
+      coefficients: a, b, c; a is the mean of the blocks' own.
       vertex: -b / 2c, the x of the lowest y; None where the curve opens downwards (c <= 0).
       low, high: 95 % interval of the vertex, over resampled residuals; infinite where more than
         2.5 % of the resampled curves have no lowest point on that side.
@@ -80,29 +125,27 @@ class Parabola:
         return f"lowest at {self.vertex:.2f} ({self.low:.2f} to {self.high:.2f}); {curvature}"
 
 
-def parabola(x: Sequence[float], y: Sequence[float], seed: int = 0) -> Parabola | None:
+def parabola(
+    x: Sequence[float], y: Sequence[float], blocks: Sequence[int] = (), seed: int = 0
+) -> Parabola | None:
     """The parabola through the points; None with fewer than four different x.
 
     Args:
       x, y: the points; several with one x are runs of several seeds.
+      blocks: the seed of each point; none are points that share nothing.
       seed: of the resampling.
     """
     if len(set(x)) < 4:
         return None
-    xs, ys = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    design = np.stack([np.ones_like(xs), xs, xs**2], axis=1)
-    solve = np.linalg.pinv(design)
-    found = solve @ ys
-    residual = ys - design @ found
-    free = len(xs) - 3
-    error = np.sqrt(residual @ residual / free * (solve @ solve.T)[2, 2])
-    margin = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, free) * error
-    low, high = _vertex_interval(design @ found, residual * np.sqrt(len(xs) / free), solve, seed)
+    xs = np.asarray(x, np.float64)
+    fit = _least_squares([xs, xs**2], y, blocks)
+    (b, c), (_, margin) = fit.found, fit.margins
+    low, high = _vertex_interval(
+        fit.fitted, fit.residual * np.sqrt(len(xs) / fit.free), fit.solve, seed)
     return Parabola(
-        coefficients=(float(found[0]), float(found[1]), float(found[2])),
-        vertex=float(-found[1] / (2 * found[2])) if found[2] > 0 else None, low=low, high=high,
-        curvature_low=float(found[2] - margin), curvature_high=float(found[2] + margin),
-        points=len(xs))
+        coefficients=(fit.level, float(b), float(c)),
+        vertex=float(-b / (2 * c)) if c > 0 else None, low=low, high=high,
+        curvature_low=float(c - margin), curvature_high=float(c + margin), points=len(xs))
 
 
 def _vertex_interval(
@@ -114,7 +157,7 @@ def _vertex_interval(
     falls to.
     """
     chosen = np.random.default_rng(seed).choice(residual, (RESAMPLES, len(residual)))
-    _, b, c = solve @ (fitted + chosen).T
+    b, c = solve @ (fitted + chosen).T
     with np.errstate(divide="ignore", invalid="ignore"):
         vertex = np.where(c > 0, -b / (2 * c), np.where(b + c > 0, -np.inf, np.inf))
     tail = 100 * (1 - CONFIDENCE) / 2

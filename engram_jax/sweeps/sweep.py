@@ -9,6 +9,7 @@ interrupted ones go on.
 import csv
 import dataclasses
 import importlib
+import importlib.util
 import io
 import json
 import pkgutil
@@ -81,13 +82,14 @@ def _module(experiment: str, name: str) -> ModuleType:
 
 
 def experiments() -> list[str]:
-    """The names of all experiments that are installed beside the library."""
+    """The names of all experiments that are installed beside the library and train runs."""
     try:
         package = importlib.import_module("experiments")
     except ImportError:
         return []
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__)
-                  if module.ispkg)
+    names = (module.name for module in pkgutil.iter_modules(package.__path__) if module.ispkg)
+    return sorted(name for name in names
+                  if importlib.util.find_spec(f"experiments.{name}.configs") is not None)
 
 
 def seeded(arms: Iterable[RunConfig], seeds: Iterable[int]) -> list[RunConfig]:

@@ -8,38 +8,40 @@ from matplotlib.figure import Figure
 
 from engram_jax.analysis import arms, figures, fits
 from engram_jax.analysis.arms import Result
-from engram_jax.analysis.statistics import interval
+from engram_jax.analysis.statistics import Interval, paired
 from experiments import published
 
 FIGURE = "loss_against_rho.png"
 COLOURS = (figures.BLUE, figures.ORANGE)
+ALONE = "rho-1"  # experts alone
 
 
 def table(results: Sequence[Result]) -> str:
     """Every point against its budget's experts alone, and the parabolas."""
     lines = []
     for budget, found in _budgets(results).items():
-        lines += [arms.table(found, f"{budget}-rho-1"), ""]
-        curve = fits.parabola(*_columns(found))
-        if curve is not None:
+        lines += [arms.table(found, f"{budget}-{ALONE}"), ""]
+        if (curve := _parabola(found)) is not None:
             lines += [f"{budget}: {curve}", ""]
     return "\n".join(lines).rstrip()
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """A panel for each budget, and one for each of the paper's."""
+    """A panel for each budget, and below one for each of the paper's."""
     budgets = _budgets(results)
-    drawn, axes = figures.panels(len(budgets) + len(published.ALLOCATION), 3.9)
+    drawn, axes = figures.panels(len(published.ALLOCATION), 3.6, rows=2)
     for each, (budget, found), colour in zip(axes, budgets.items(), COLOURS, strict=False):
-        rhos, losses = _columns(found)
         cost = found[0]["flops_per_token"] * found[0]["tokens"]
         figures.title(each, f"{budget.replace('-', ' ')}: {cost:.1e} FLOPs")
-        _panel(each, rhos, losses, colour)
+        _ours(each, found, f"{budget}-{ALONE}", colour)
     for each, (budget, points), colour in zip(
-        axes[len(budgets):], published.ALLOCATION.items(), COLOURS, strict=True
+        axes[len(published.ALLOCATION):], published.ALLOCATION.items(), COLOURS, strict=True
     ):
         figures.title(each, f"the paper: {budget}")
-        _panel(each, [rho for rho, _ in points], [loss for _, loss in points], colour)
+        rhos, losses = zip(*points, strict=True)
+        figures.points(each, rhos[:-1], [Interval(loss - losses[-1], None, None, 1)
+                                         for loss in losses[:-1]], colour)
+        _curve(each, fits.parabola(rhos, losses), losses[-1], colour)
     return drawn
 
 
@@ -50,25 +52,37 @@ def _budgets(results: Sequence[Result]) -> dict[str, list[Result]]:
     return found
 
 
-def _columns(results: Sequence[Result]) -> tuple[list[float], list[float]]:
-    """The share that experts have of each run, and its loss."""
-    return [result["rho"] for result in results], [result["loss"] for result in results]
+def _parabola(results: Sequence[Result]) -> fits.Parabola | None:
+    return fits.parabola([result["rho"] for result in results],
+                         [result["loss"] for result in results],
+                         [result["seed"] for result in results])
 
 
-def _panel(axes: Axes, rhos: Sequence[float], losses: Sequence[float], colour: str) -> None:
-    places = sorted(set(rhos))
-    figures.points(
-        axes, places, [interval(y for x, y in zip(rhos, losses, strict=True) if x == place)
-                       for place in places], colour)
-    curve = fits.parabola(rhos, losses)
+def _ours(axes: Axes, results: Sequence[Result], alone: str, colour: str) -> None:
+    """Differences from experts alone at equal seeds, and the parabola."""
+    losses = arms.losses(results)
+    rhos = {arms.arm(result): result["rho"] for result in results}
+    gaps = {name: paired(found, losses.get(alone, {})) for name, found in losses.items()
+            if name != alone}
+    told = {rhos[name]: gap for name, gap in gaps.items() if gap is not None}
+    figures.points(axes, list(told), list(told.values()), colour)
+    if alone in losses:
+        _curve(axes, _parabola(results), float(np.mean(list(losses[alone].values()))), colour)
+
+
+def _curve(axes: Axes, curve: fits.Parabola | None, alone: float, colour: str) -> None:
+    """The parabola less the loss of experts alone, and where it is lowest."""
+    ends = 0.4, 1.0
     if curve is not None:
-        xs = np.linspace(min(places), max(places), 100)
-        axes.plot(xs, curve(xs), color=colour, linewidth=1.3, linestyle="--")
-        if curve.vertex is not None and min(places) <= curve.vertex <= max(places):
-            low, high = max(curve.low, min(places)), min(curve.high, max(places))
-            axes.axvspan(low, high, color=colour, alpha=0.1, linewidth=0)
-            axes.axvline(curve.vertex, color=colour, linewidth=1)
-            figures.label(axes, f"{curve.vertex:.2f}", (curve.vertex, axes.get_ylim()[1]), colour,
-                          (4, -8))
+        xs = np.linspace(*ends, 100)
+        axes.plot(xs, curve(xs) - alone, color=colour, linewidth=1.3, linestyle="--")
+    figures.level(axes, 0, "experts alone")
+    if curve is not None and curve.vertex is not None and ends[0] <= curve.vertex <= ends[1]:
+        axes.axvspan(max(curve.low, ends[0]), min(curve.high, ends[1]), color=colour, alpha=0.1,
+                     linewidth=0)
+        axes.axvline(curve.vertex, color=colour, linewidth=1)
+        axes.annotate(f"{curve.vertex:.2f}", (curve.vertex, 0.02), xytext=(4, 0), weight="bold",
+                      xycoords=("data", "axes fraction"), textcoords="offset points", color=colour)
+    axes.margins(y=0.15)
     axes.set_xlabel("rho, experts' share of the sparse parameters")
-    axes.set_ylabel("validation loss (nats a token)")
+    axes.set_ylabel("loss less experts' alone (nats)")

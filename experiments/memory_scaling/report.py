@@ -18,7 +18,7 @@ LOOKS = {"Engram": (figures.BLUE, "o"), "OverEncoding": (figures.ORANGE, "s")}
 PLACES = {"Engram": 0.03, "OverEncoding": 0.94}  # of their names, up the panel
 PAPER = {"Engram": published.ENGRAM_SLOTS, "OverEncoding": published.OVER_ENCODING_SLOTS}
 
-Points = Sequence[tuple[float, float]]
+Points = Sequence[tuple[float, float, int]]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -27,17 +27,16 @@ def table(results: Sequence[Result]) -> str:
              "less the loss without memory at the same seed, against log10(slots):"]
     for text, found in arms.by_text(results).items():
         for memory in LOOKS:
-            line = fits.line(*_columns(gaps(found, memory)))
-            if line is not None:
+            if (line := _line(gaps(found, memory))) is not None:
                 lines.append(f"{text}, {memory}: {line}")
     return "\n".join(lines)
 
 
 def gaps(results: Sequence[Result], memory: str) -> Points:
-    """(slots, loss less that of no memory with the same seed) of every run of a memory."""
+    """(slots, loss less that of no memory with the same seed, seed) of every run of a memory."""
     bare = arms.losses(results).get(BASELINE, {})
-    return [(result["slots"], result["loss"] - bare[result["seed"]]) for result in results
-            if result["memory"] == memory and result["seed"] in bare]
+    return [(result["slots"], result["loss"] - bare[result["seed"]], result["seed"])
+            for result in results if result["memory"] == memory and result["seed"] in bare]
 
 
 def figure(results: Sequence[Result]) -> Figure:
@@ -62,20 +61,21 @@ def figure(results: Sequence[Result]) -> Figure:
     return drawn
 
 
-def _columns(points: Points) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+def _line(points: Points) -> fits.Line | None:
+    return fits.line([slots for slots, _, _ in points], [gap for _, gap, _ in points],
+                     [seed for _, _, seed in points])
 
 
 def _ours(axes: Axes, memory: str, points: Points) -> None:
     """Means and intervals over seeds, and the line through all runs."""
     colour, marker = LOOKS[memory]
-    sizes = sorted({slots for slots, _ in points})
+    sizes = sorted({slots for slots, _, _ in points})
     if not sizes:
         return
-    found = [interval(gap for slots, gap in points if slots == size) for size in sizes]
+    found = [interval(gap for slots, gap, _ in points if slots == size) for size in sizes]
     figures.points(axes, sizes, found, colour, marker)
     slope = ""
-    if (line := fits.line(*_columns(points))) is not None:
+    if (line := _line(points)) is not None:
         axes.plot(sizes, [float(line(size)) for size in sizes], color=colour, linewidth=1.2)
         margin = (line.high - line.low) / 2
         slope = f" {line.slope:+.4f} ± {margin:.4f} a tenfold".replace("-", "\N{MINUS SIGN}")
@@ -85,8 +85,9 @@ def _ours(axes: Axes, memory: str, points: Points) -> None:
 
 def _paper(axes: Axes, memory: str) -> None:
     colour, marker = LOOKS[memory]
-    points = [(slots, loss - published.NO_MEMORY) for slots, loss in PAPER[memory]]
-    axes.plot(*_columns(points), marker, color=colour, markerfacecolor="white", markersize=5,
-              alpha=0.8)
+    slots = [count for count, _ in PAPER[memory]]
+    gaps = [loss - published.NO_MEMORY for _, loss in PAPER[memory]]
+    axes.plot(slots, gaps, marker, color=colour, markerfacecolor="white", markersize=5, alpha=0.8)
     if memory == "Engram":
-        figures.label(axes, "the paper, 568M active", points[-1], figures.DARK, (-110, -18))
+        figures.label(axes, "the paper, 568M active", (slots[-1], gaps[-1]), figures.DARK,
+                      (-110, -18))

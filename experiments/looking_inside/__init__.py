@@ -1,0 +1,1 @@
+"""Why does it work? LogitLens and CKA of Engram against experts alone."""
