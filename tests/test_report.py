@@ -179,9 +179,10 @@ def sizes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sizes")
     base = plain(micro("text.txt"))
     for place, rows in enumerate((1024, 64, 4096, 256, 0)):
-        engram = dataclasses.replace(base.model.engram, rows_per_head=(rows, rows)) if rows else None
+        engram = dataclasses.replace(base.model.engram, rows_per_head=(rows or 2,) * 2)
+        sized = with_model(base, engram=engram if rows else None)
         for seed in (0, 1):
-            run = dataclasses.replace(with_model(base, engram=engram), name=f"a{place}-seed{seed}")
+            run = dataclasses.replace(sized, name=f"a{place}-seed{seed}")
             run = with_data(with_training(run, seed=seed), seed=seed)
             (folder / run.name).mkdir()
             (folder / run.name / "config.json").write_text(json.dumps(to_dict(run)))

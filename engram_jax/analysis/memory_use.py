@@ -4,6 +4,7 @@ cache of some size would have spared.
 All of it follows from row ids. Shapes: N positions, H rows of a token, R rows of the table.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,15 +89,21 @@ def lru_hit_rates(keys_N: np.ndarray, sizes: Sequence[int]) -> list[float]:
       keys_N: what is accessed, in order.
       sizes: entries of each cache.
     """
-    distances = _stack_distances(np.unique(np.asarray(keys_N), return_inverse=True)[1])
+    numbers_N = np.unique(np.asarray(keys_N), return_inverse=True)[1]
+    distances = _stack_distances(numbers_N.astype(np.int64).tobytes())
     return [float(np.mean(distances < size)) for size in sizes]
 
 
-def _stack_distances(keys_N: np.ndarray) -> np.ndarray:
+@functools.lru_cache(maxsize=8)  # tables of any size are read with the same n-grams
+def _stack_distances(keys: bytes) -> np.ndarray:
     """For each access how many different keys came since the same key's last, or infinity.
 
     A Fenwick tree over positions marks where each key was used last.
+
+    Args:
+      keys: int64 [N].
     """
+    keys_N = np.frombuffer(keys, np.int64)
     count = len(keys_N)
     tree = [0] * (count + 1)
     last: dict[int, int] = {}

@@ -2,6 +2,7 @@
 arXiv 2401.06102)."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.analysis.observing import Opened, Patch
@@ -50,9 +51,10 @@ def _states(opened: Opened, source_T: np.ndarray, room: int) -> list[jax.Array]:
     model = opened.run.model
     padded_T = np.full(max(room, len(source_T)), opened.reader.pad_id, np.int32)
     padded_T[: len(source_T)] = source_T
-    nowhere = Patch(jax.numpy.zeros((model.streams, model.width), model.compute_dtype), -2, 0)
-    return [x_BTMD[0, len(source_T) - 1]
-            for x_BTMD in opened.observe(padded_T[None], patch=nowhere).streams[1:]]
+    nowhere = Patch(jnp.zeros((model.streams, model.width), model.compute_dtype), -2, 0)
+    streams = opened.observe(padded_T[None], patch=nowhere).streams[1:]
+    # By way of the host: an array that is bound to a device would be another program.
+    return [jnp.asarray(np.asarray(x_BTMD[0, len(source_T) - 1])) for x_BTMD in streams]
 
 
 def _place(opened: Opened, prompt_T: np.ndarray, prompt: str, placeholder: str) -> int:
@@ -70,6 +72,6 @@ def _continued(opened: Opened, prompt_T: np.ndarray, patch: Patch, count: int) -
     for place in range(len(prompt_T), len(room_T)):  # one shape, compiled once
         last = opened.observe(room_T[None], patch=patch).streams[-1]
         logits_V = opened.head(last)[0, place - 1, : opened.reader.vocab_size]
-        room_T[place] = int(jax.numpy.argmax(logits_V))
+        room_T[place] = int(jnp.argmax(logits_V))
     text: str = opened.reader.tokenizer.decode(room_T[len(prompt_T):].tolist())
     return text

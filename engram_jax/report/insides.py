@@ -167,10 +167,11 @@ def _compared(found: Mapping[str, Any]) -> str:
 
 
 def _cells(matrix: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """Each cell's number, high up: lines run through the middle; none in a large matrix."""
+    """Each cell's number, in its corner: lines run through its middle. None in a large matrix."""
     if len(matrix) * len(matrix[0]) > CELLS:
         return []
-    return [{"x": x, "y": y + 0.33, "text": f"{value:.2f}", "showarrow": False,
+    return [{"x": x - 0.46, "y": y + 0.34, "xanchor": "left", "text": f"{value:.2f}",
+             "showarrow": False,
              "font": {"size": 12, "color": looks.SURFACE if value > 0.55 else looks.INK}}
             for y, row in enumerate(matrix) for x, value in enumerate(row)]
 
@@ -206,7 +207,7 @@ def _of_group(
     kinds = list(dict.fromkeys(kind for of_kind in with_it.values() for kind in of_kind))
     subjects = [subject for subject in material.subjects if subject.name in with_it]
     blocks: list[Block] = [
-        _dumbbells(f"Loss by {told}: {chosen}", subject, with_it[chosen], kinds)
+        _dumbbells(f"Loss by {told}", subject, with_it[chosen], kinds)
         for subject in subjects if subject.name == chosen]
     if len(subjects) > 1:
         traces = [looks.dots(
@@ -249,7 +250,7 @@ def _dumbbells(
             customdata=[f"{kept['tokens']:,} tokens" for kept in of_kind.values()],
             marker={"line": {"width": 2}} if key == "suppressed" else {}))
     return Plot(title=title, half=True, height=76 + 30 * len(kinds),
-                note="Filled: with memory, ring: without.",
+                note=f"{subject.name}. Filled: with memory, ring: without.",
                 figure=looks.figure(traces, looks.axis("nats a token"),
                                     looks.rows_axis(_kind_names(kinds))))
 

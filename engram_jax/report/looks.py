@@ -32,8 +32,8 @@ ON_BLACK = {
     INK: "#E6E9ED", FAINT: "#A4ACB5", GRID: "#30363D", SURFACE: "#14181D"}
 HUES = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY, YELLOW)
 RAMPS = {  # on white and on black, a small memory's to a large one's: the larger stands out more
-    "Engram": (("#8FC6EA", "#003F6B"), ("#2C5F88", "#A6DBFF")),
-    "OverEncoding": (("#F2B68E", "#8F3B00"), ("#7D4727", "#FFB98A"))}
+    "Engram": (("#8FC6EA", "#003F6B"), ("#3F79A8", "#A6DBFF")),
+    "OverEncoding": (("#F2B68E", "#8F3B00"), ("#97613F", "#FFB98A"))}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,7 +110,8 @@ def _losses(done: Sequence[Subject]) -> Plot:
     return Plot(title="Validation loss by arm", height=70 + looks.ROW * len(done),
                 figure=looks.figure(traces, looks.axis("nats a token", tickformat=".2f"),
                                     looks.rows_axis([subject.name for subject in done])),
-                note="Dots are means, pale dots single seeds, bars 95 % intervals.")
+                note="Dots are means, pale dots single seeds, bars 95 % intervals."
+                if any(len(subject.arm.values("loss")) > 1 for subject in done) else "")
 
 
 def _by_slots(done: Sequence[Subject]) -> Plot | None:
@@ -128,9 +129,10 @@ def _by_slots(done: Sequence[Subject]) -> Plot | None:
         mean = interval(subject.arm.values("loss").values()).mean
         traces.append(looks.curve(
             subject.name, subject.look, [everywhere[0] / 1.6, everywhere[-1] * 1.6], [mean, mean],
-            "%{y:.4f} nats a token", markers=False))
-        traces[-1].line.dash = "dash"
-        _named(traces[-1], "bottom right")
+            "%{y:.4f} nats a token"))
+        # Its unseen points keep the name off the line.
+        traces[-1].update(line_dash="dash", marker_opacity=0, marker_size=12)
+        _named(traces[-1])
     return Plot(
         title="Loss against the size of the memory", height=340,
         figure=looks.figure(
@@ -154,10 +156,10 @@ def _line(kind: str, found: Sequence[Subject]) -> go.Scatter:
     return line
 
 
-def _named(line: go.Scatter, where: str = "top right") -> go.Scatter:
+def _named(line: go.Scatter) -> go.Scatter:
     """The line with its name at its first point."""
     line.update(mode=f"{line.mode}+text", text=[looks.plain(line.name), *[""] * (len(line.x) - 1)],
-                textposition=where, cliponaxis=False,
+                textposition="top right", cliponaxis=False,
                 textfont={"color": line.line.color, "size": 12.5, "weight": 600})
     return line
 
