@@ -172,7 +172,7 @@ def _cells(matrix: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         return []
     return [{"x": x - 0.46, "y": y + 0.34, "xanchor": "left", "text": f"{value:.2f}",
              "showarrow": False,
-             "font": {"size": 12, "color": looks.SURFACE if value > 0.55 else looks.INK}}
+             "font": {"size": 12, "color": looks.SURFACE if value > 0.65 else looks.INK}}
             for y, row in enumerate(matrix) for x, value in enumerate(row)]
 
 
