@@ -91,8 +91,11 @@ def write_text(path: epath.Path, text: str) -> None:
             return
         # Of several processes that write the same, each has a part of its own.
         part = path.parent / f"{path.name}.{secrets.token_hex(4)}.part"
-        part.write_text(text)
-        part.replace(path)
+        try:
+            part.write_text(text)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)  # of a disk that was full
 
 
 def upload(file: pathlib.Path, target: epath.Path) -> None:

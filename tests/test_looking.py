@@ -12,7 +12,7 @@ from micro import micro, with_model, write_text
 
 from engram_jax.analysis import gates, suppression, tasks
 from engram_jax.analysis.logit_lens import divergence, logit_lens
-from engram_jax.analysis.observing import Opened, Patch
+from engram_jax.analysis.observing import Opened, Patch, observe
 from engram_jax.analysis.patchscope import patchscope
 from engram_jax.analysis.token_classes import compression
 from engram_jax.errors import UserError
@@ -74,6 +74,14 @@ def logits(opened, tokens_BT):
 
 
 apply = jax.jit(transformer.apply, static_argnums=4)
+
+
+def test_runs_that_differ_in_their_tables_alone_share_a_program(run, tokens, opened, batch):
+    engram = dataclasses.replace(run.model.engram, rows_per_head=(96, 160), hash_seed=5)
+    other = opened_run(with_model(run, engram=engram), tokens)
+    seen, programs = opened.observe(batch), observe._cache_size()
+    assert not np.array_equal(other.observe(batch).gates[0], seen.gates[0])
+    assert observe._cache_size() == programs
 
 
 def test_block_after_block_is_the_network(opened, batch):

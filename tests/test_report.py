@@ -19,6 +19,7 @@ from engram_jax.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("compilations")
 EVIL = '</script><script>alert("x")</script><b>&amp;</b>'
+SLOWER = "</script><script>slower & <i>slower"  # a run may be called so
 TEXT = f"Kalo Misu met Tera Vipe in Nolo Peka.\n{EVIL}\n记忆 of Radu Sulo, Vimi Kate\n"
 
 
@@ -33,10 +34,11 @@ def runs(tmp_path_factory):
     for run in (memory, bare):
         train(run, folder / "runs" / run.name, lambda line: None)
     seed1 = dataclasses.replace(memory, name="memory-seed1")
-    for run in (with_optimizer(dataclasses.replace(memory, name="slower"), learning_rate=1e-3),
-                with_data(with_training(seed1, seed=1), seed=1)):
-        shutil.copytree(folder / "runs" / "memory", folder / "runs" / run.name)
-        (folder / "runs" / run.name / "config.json").write_text(json.dumps(to_dict(run)))
+    slower = with_optimizer(dataclasses.replace(memory, name=SLOWER), learning_rate=1e-3)
+    for place, run in (("slower", slower),
+                       ("memory-seed1", with_data(with_training(seed1, seed=1), seed=1))):
+        shutil.copytree(folder / "runs" / "memory", folder / "runs" / place)
+        (folder / "runs" / place / "config.json").write_text(json.dumps(to_dict(run)))
     return folder / "runs"
 
 
@@ -97,7 +99,7 @@ def test_the_page_holds_every_section(read):
                   "bare: has no Engram", "bare: has no memory",
                   f"memory-seed1 is not done: step {STEPS} of {STEPS}"):
         assert words in read.said, words
-    for name in ("memory", "slower", "bare"):
+    for name in ("memory", SLOWER, "bare"):
         assert name in read.said
 
 
@@ -116,14 +118,14 @@ def test_every_figure_is_json_with_something_in_it(read):
     figures = [value for value in data if "layout" in value]
     assert len(figures) == read.tags.count("figure") > 15
     assert all(value["data"] for value in figures)
-    gates = next(value for value in data if set(value) == {"memory", "slower"})
+    gates = next(value for value in data if set(value) == {"memory", SLOWER})
     assert set(gates["memory"]) == {"0"}
 
 
 def test_a_text_cannot_break_the_page(read, page):
     programs = [text for kind, text in read.scripts if not kind]
     assert len(programs) == 2, "plotly's and the page's"
-    assert not any(text.lstrip().startswith("alert") for text in programs)
+    assert "i" not in read.tags
     assert page.read_text().count("</script>") == len(read.scripts)
     assert EVIL in read.said.replace("\N{RETURN SYMBOL}", ""), "its tokens are shown as they are"
 

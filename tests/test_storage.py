@@ -163,6 +163,13 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["same.json"]
 
 
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(MachineError, match="could not be written"):
+        storage.write_text(epath.Path(tmp_path) / "taken", "text")
+    assert os.listdir(tmp_path) == ["taken"]
+
+
 def test_a_checkpoint_that_is_not_whole_is_not_gone_on_with(run, whole, store, bucket):
     for path in pathlib.Path(whole.path).rglob("*"):
         if path.is_file():
