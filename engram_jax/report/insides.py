@@ -86,7 +86,7 @@ def _patterns(material: Material, found: Found) -> Plot:
     names = [f"{subject.name}, block {layer}" if several else subject.name
              for subject, layer, _ in rows]
     return Plot(
-        title="Gates and completed patterns", height=76 + looks.ROW * len(rows),
+        title="Gates and completed patterns", height=looks.height(len(rows)),
         figure=looks.figure(traces, looks.axis("correlation", rangemode="tozero", zeroline=True,
                                                zerolinecolor=looks.FAINT), looks.rows_axis(names)),
         note="The correlation of the gate at a token with the probability that the model gave that "
@@ -216,7 +216,7 @@ def _of_group(
             [kinds.index(kind) for kind in of_kind], "%{x:+.3f} nats a token",
             marker={"size": 9}) for subject in subjects for of_kind in [with_it[subject.name]]]
         blocks.append(Plot(
-            title="What the loss rises by, all arms", height=76 + 30 * len(kinds), half=True,
+            title="What the loss rises by, all arms", height=looks.height(len(kinds)), half=True,
             note="Right of 0 memory helps.",
             figure=looks.figure(
                 traces, looks.axis("nats a token", rangemode="tozero", zeroline=True,
@@ -249,7 +249,7 @@ def _dumbbells(
             "%{x:.3f} nats a token<br>%{customdata}",
             customdata=[f"{kept['tokens']:,} tokens" for kept in of_kind.values()],
             marker={"line": {"width": 2}} if key == "suppressed" else {}))
-    return Plot(title=title, half=True, height=76 + 30 * len(kinds),
+    return Plot(title=title, half=True, height=looks.height(len(kinds)),
                 note=f"{subject.name}. Filled: with memory, ring: without.",
                 figure=looks.figure(traces, looks.axis("nats a token"),
                                     looks.rows_axis(_kind_names(kinds))))

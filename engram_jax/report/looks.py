@@ -19,7 +19,7 @@ from engram_jax.sweeps.comparing import Arm
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif'
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
-ROW = 26  # pixels of a line of text in a plot
+ROW = 27  # pixels of a line of text in a plot
 RETURN, TAB = "\N{RETURN SYMBOL}", "\N{RIGHTWARDS ARROW TO BAR}"
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
@@ -159,6 +159,11 @@ def rows_axis(names: Sequence[str]) -> dict[str, Any]:
         tickmode="array", tickvals=list(range(len(names))), showgrid=False,
         ticktext=[f"{shortened(name)}\N{NO-BREAK SPACE}" for name in names],
         range=[len(names) - 0.5, -0.5], ticks="", tickfont={"color": INK, "size": 12})
+
+
+def height(rows: int) -> int:
+    """Pixels of a plot with so many rows: room for its axis below them."""
+    return max(140, 76 + ROW * rows)
 
 
 def log_axis(title: str, **more: Any) -> dict[str, Any]:

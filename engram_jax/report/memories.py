@@ -93,7 +93,7 @@ def _shares(tables: Sequence[Used]) -> Iterator[Plot]:
             [share(order)], [row], f"{of}-grams: %{{x:.1%}}")
             for row, (subject, _, values) in enumerate(tables)
             for number, (of, order) in enumerate(values["orders"].items())]
-        yield Plot(title=title, height=76 + looks.ROW * len(tables), half=True,
+        yield Plot(title=title, height=looks.height(len(tables)), half=True,
                    note=_orders(tables),
                    figure=looks.figure(
                        traces, looks.axis(words, tickformat=".0%", range=[-0.03, 1.03]),

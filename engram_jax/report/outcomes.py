@@ -107,7 +107,7 @@ def _losses(done: Sequence[Subject]) -> Plot:
         traces.append(looks.dots(subject.name, subject.look, [found.mean], [row],
                                  "%{x:.4f} nats a token" + (f"<br>95 % {said}" if said else ""),
                                  found=[found]))
-    return Plot(title="Validation loss by arm", height=70 + looks.ROW * len(done),
+    return Plot(title="Validation loss by arm", height=looks.height(len(done)),
                 figure=looks.figure(traces, looks.axis("nats a token", tickformat=".2f"),
                                     looks.rows_axis([subject.name for subject in done])),
                 note="Dots are means, pale dots single seeds, bars 95 % intervals."
@@ -244,7 +244,7 @@ def _flops(material: Material) -> Plot:
     bars = [go.Bar(x=[count], y=[row], orientation="h", marker={"color": subject.look.light},
                    hovertemplate=f"{looks.plain(subject.name)}<br>%{{x:,}}<extra></extra>")
             for row, (subject, count) in enumerate(zip(material.subjects, counts, strict=True))]
-    return Plot(title="FLOPs a token", height=70 + looks.ROW * len(counts), figure=looks.figure(
+    return Plot(title="FLOPs a token", height=looks.height(len(counts)), figure=looks.figure(
         [*bars, _told(counts)],
         looks.axis("FLOPs", range=[0, max(counts) * 1.02], tickformat="~s"),
         looks.rows_axis([subject.name for subject in material.subjects]), barmode="overlay",
@@ -270,7 +270,7 @@ def _stacked(title: str, arms: Sequence[Arm], which: str) -> Plot:
         customdata=[looks.plain(arm.name) for arm in arms]) for kind in kinds]
     totals = [sum(found.values()) for found in sums]
     keys = [Key(kind, Look(colours[kind], looks.ON_BLACK[colours[kind]])) for kind in kinds]
-    return Plot(title=title, height=70 + looks.ROW * len(arms), keys=keys, figure=looks.figure(
+    return Plot(title=title, height=looks.height(len(arms)), keys=keys, figure=looks.figure(
         [*traces, _told(totals)],
         looks.axis("parameters", range=[0, max(totals) * 1.02], tickformat="~s"),
         looks.rows_axis([arm.name for arm in arms]), barmode="stack", margin=BESIDE))
