@@ -61,7 +61,7 @@ def write_report(
     sections = []
     for make in SECTIONS:
         sections.append(make(found))
-        say(sections[-1].title)
+        say(f"done: {sections[-1].title}")
     words = ["engram-jax", "report", *map(os.fspath, directories), "--out", os.fspath(out),
              *(["--text", os.fspath(file)] if file else [])]
     title = found.arms[0].name if len(found.arms) == 1 else ", ".join(
