@@ -21,7 +21,7 @@ demo: venv
 	@$(BIN)/engram-jax report runs/demo --out runs/demo/report.html
 
 test: venv
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: venv
 	@$(BIN)/python -m pytest -m slow
