@@ -96,7 +96,7 @@ def test_the_page_holds_every_section(read):
     assert len(names) == len(SECTIONS) + 1
     assert [name for name in read.ids if name != "swap"] == names
     for words in ("nats a token: the loss of", "engram-jax report", '"rows_per_head"',
-                  "bare: has no Engram", "bare: has no memory",
+                  "bare: has no Engram", "bare: has no memory", "Both runs began with the same",
                   f"memory-seed1 is not done: step {STEPS} of {STEPS}"):
         assert words in read.said, words
     for name in ("memory", SLOWER, "bare"):

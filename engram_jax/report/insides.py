@@ -120,6 +120,9 @@ def _step(values: Any) -> int:
 def cka(material: Material) -> Section:
     """How alike the layers of the first arm are to its own and to those of the largest memory."""
     first, other = material.subjects[0], material.largest
+    seeds = {subject.opened.run.training.seed for subject in (first, other)}
+    alike = (" Both runs began with the same numbers where their shapes agree, which alone makes "
+             "them alike." if other is not first and len(seeds) == 1 else "")
     blocks, missing = [], []
     for second in (first, other) if other is not first else (first,):
         try:
@@ -132,7 +135,7 @@ def cka(material: Material) -> Section:
         "each block of the other run (to the right): 1 is the same up to rotation and scale. The "
         "line is the soft alignment, the mean of the (up to five) blocks that a block is most "
         "like. Where it lies above the line of the run with itself, the other run is ahead, as if "
-        "it were deeper than it is.")
+        f"it were deeper than it is.{alike}")
 
 
 def _heatmap(found: Mapping[str, Any], first: str, other: str) -> Plot:
