@@ -1,1 +1,1 @@
-"""What came out of runs: fits, tables and figures."""
+"""What came out of runs, in numbers and figures, and what happens inside trained models."""
