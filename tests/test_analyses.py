@@ -11,9 +11,10 @@ from micro import micro, plain, with_model, write_text
 
 from engram_jax import cli
 from engram_jax.analysis.examples import GATED
-from engram_jax.analysis.observing import open_run
-from engram_jax.analysis.texts import Text
+from engram_jax.analysis.observing import Opened, open_run
+from engram_jax.analysis.texts import Text, validation_text
 from engram_jax.arguments import ANALYSES as NAMES
+from engram_jax.training.inputs import open_inputs
 from engram_jax.training.loop import train
 from engram_jax.training.records import RunDirectory
 
@@ -184,3 +185,27 @@ def test_a_half_written_checkpoint(folders, capsys, tmp_path):
     assert line.count("\n") == 1
     (steps[0] / "commit_success.txt").unlink()
     assert "holds no whole checkpoint" in refused(capsys, *words)
+
+
+def test_a_text_that_has_changed_is_not_read_for_the_other(folders, tmp_path, capsys):
+    """Its tokens would be another text's in this run's words."""
+    shutil.copytree(folders / "memory", tmp_path / "moved")
+    config = json.loads((tmp_path / "moved" / "config.json").read_text())
+    config["data"]["path"] = str(folders / "other.txt")
+    (tmp_path / "moved" / "config.json").write_text(json.dumps(config))
+    assert "is not the text that memory was trained on; name one with --text" in refused(
+        capsys, "analyze", "lens", tmp_path / "moved")
+    assert found(capsys, "analyze", "lens", tmp_path / "moved", "--text", folders / "other.txt")
+
+
+def test_documents_stay_apart_in_the_text_that_is_read(tmp_path):
+    (tmp_path / "text.jsonl").write_text("".join(
+        json.dumps({"text": f"kalo misu {number} tera"}) + "\n" for number in range(900)))
+    run = micro(str(tmp_path / "text.jsonl"))
+    inputs = open_inputs(run)
+    text = validation_text(
+        Opened(run=run, reader=inputs, state=None))
+    documents = text.split("\n\n")
+    assert len(documents) > 3
+    assert all(document.startswith("kalo misu") for document in documents[1:])
+    assert inputs.end_id not in inputs.tokenizer.encode(text).ids

@@ -87,3 +87,10 @@ def test_noise_alone_has_no_optimum():
 
 def test_a_parabola_needs_four_places():
     assert parabola((0.4, 0.6, 1.0, 1.0), (3, 2, 2, 2)) is None
+
+
+def test_a_level_a_seed_needs_points_of_its_own():
+    assert line((1, 2, 3), (3, 2, 1), (0, 1, 1)) is None
+    assert line((1, 2, 3, 4), (3, 2, 1, 1), (0, 1, 1, 0)) is not None
+    assert parabola((1, 2, 3, 4), (3, 2, 1, 2), (0, 0, 1, 1)) is None
+    assert parabola((1, 2, 3, 4), (3, 2, 1, 2)) is not None

@@ -115,6 +115,22 @@ def test_gates_of_a_text_are_the_modules_own(opened):
         np.testing.assert_allclose(found.gates[layer], expected[layer][0], rtol=0, atol=1e-5)
 
 
+def test_a_long_text_is_read_in_sequences(opened):
+    """As the model was trained, and no longer."""
+    most = opened.run.data.sequence_length
+    text = TEXT * (2 * most // len(opened.tokens(TEXT)) + 1)
+    short, found = gates.of_texts(opened, [TEXT, text])
+    tokens_T = opened.tokens(text)
+    assert len(found.pieces) == len(tokens_T) > 2 * most
+    assert len(short.pieces) == len(opened.tokens(TEXT))
+    part_T = tokens_T[most : 2 * most]
+    expected = logits(opened, part_T[None])[1].gates
+    for layer in (0, 2):
+        assert found.gates[layer].shape == (len(tokens_T), 2)
+        np.testing.assert_allclose(found.gates[layer][most : 2 * most], expected[layer][0], rtol=0,
+                                   atol=1e-5)
+
+
 def test_pieces_wait_for_whole_characters(opened):
     """Letters that the tokenizer knows only as bytes."""
     found = gates.of_text(opened, LETTERS).pieces
@@ -160,6 +176,10 @@ def test_the_branch_that_follows_patterns_is_found(opened, batch, monkeypatch):
 
 
 def test_what_has_no_memory_has_no_gates(bare, opened, batch):
+    ungated = dataclasses.replace(opened.run.model.engram, gated=False)
+    open_all = dataclasses.replace(opened, run=with_model(opened.run, engram=ungated))
+    with pytest.raises(UserError, match=r"run = 'micro': has an Engram without a gate"):
+        gates.of_text(open_all, TEXT)
     for call in (lambda: gates.of_text(bare, TEXT), lambda: gates.extremes(bare, [batch], 0),
                  lambda: gates.pattern_branch(bare, [batch], 0)):
         with pytest.raises(UserError, match=r"run = 'micro': has no Engram"):
@@ -207,7 +227,7 @@ def test_bands_count_the_ngram_before_the_target():
     assert counts == {(1, 2): 3, (2, 1): 2, (2, 3): 1}
     kind = suppression.frequency_bands(counts, 2, bands=(0, 1, 3))
     names = kind(np.array([[1, 2, 1, 3, 9]]))  # asked before targets 2, 1, 3, 9: -,1 1,2 2,1 1,3
-    assert [int(name.strip(" +")) for name in names[0]] == [0, 3, 1, 0]
+    assert [name.strip(" +") for name in names[0]] == [suppression.START, "3", "1", "0"]
 
 
 def test_a_trigram_is_seen_once_it_stood_in_the_same_sequence():

@@ -44,10 +44,16 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(runs, tmp_path_factory):
-    """The page of all of them, one run without its result."""
+    """The page of all of them, one run without its result, and one that has just begun."""
     folder = tmp_path_factory.mktemp("page")
     shutil.copytree(runs, folder / "runs")
     (folder / "runs" / "memory-seed1" / "result.json").unlink()
+    (folder / "runs" / "begun").mkdir()
+    begun = with_optimizer(findings.RunDirectory(runs / "memory").config(), learning_rate=1e-5)
+    (folder / "runs" / "begun" / "config.json").write_text(
+        json.dumps(to_dict(dataclasses.replace(begun, name="begun"))))
+    for name in ("tokenizer.json", "env.json"):
+        shutil.copy(runs / "memory" / name, folder / "runs" / "begun" / name)
     assert cli.main(["report", str(folder / "runs"), "--out", str(folder / "page.html")]) == 0
     assert sorted(os.listdir(folder)) == ["page.html", "runs"]
     return folder / "page.html"
@@ -96,7 +102,8 @@ def test_the_page_holds_every_section(read):
     assert len(names) == len(SECTIONS) + 1
     assert [name for name in read.ids if name != "swap"] == names
     for words in ("nats a token: the loss of", "engram-jax report", '"rows_per_head"',
-                  "bare: has no Engram", "bare: has no memory", "Both runs began with the same",
+                  "bare: has no Engram", "bare: has no memory", "begun: has no checkpoint yet",
+                  "Both runs began with the same",
                   f"memory-seed1 is not done: step {STEPS} of {STEPS}"):
         assert words in read.said, words
     for name in ("memory", SLOWER, "bare"):
@@ -146,11 +153,13 @@ def test_what_cannot_be_reported(runs, tmp_path, capsys):
     half.mkdir()
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(runs / "memory" / name, half / name)
-    out = tmp_path / "page.html"
+    out, nothing = tmp_path / "page.html", tmp_path / "nothing.txt"
+    nothing.touch()
     for words, said in (
         ((empty,), "holds no run"),
         ((half,), "checkpoint"),
         ((runs / "bare", "--text", tmp_path / "none.txt"), "must be a text file"),
+        ((runs / "bare", "--text", nothing), "is empty"),
         ((runs / "bare", "--out", empty), "is a folder; name a file"),
         ((runs / "bare", "--out", tmp_path / "nowhere" / "page.html"), "its folder is not there"),
     ):
@@ -159,7 +168,7 @@ def test_what_cannot_be_reported(runs, tmp_path, capsys):
         line = capsys.readouterr().err.strip()
         assert said in line
         assert "\n" not in line
-    assert sorted(os.listdir(tmp_path)) == ["empty", "half"]
+    assert sorted(os.listdir(tmp_path)) == ["empty", "half", "nothing.txt"]
 
 
 def test_a_text_that_is_gone_leaves_the_records(runs, tmp_path):

@@ -35,7 +35,8 @@ def of_gates(runs: Sequence[Opened], text: str) -> dict[str, Any]:
 def _gates(opened: Opened, text: str) -> dict[str, Any]:
     gates.require_memory(opened)
     read = Text(opened, text)
-    found, *sentences = gates.of_texts(opened, [_beginning(opened, text), *GATED])
+    known = [sentence for sentence in GATED if opened.tokens(sentence).size]  # of its characters
+    found, *sentences = gates.of_texts(opened, [_beginning(opened, text), *known])
     layers, branches = {}, {}
     for layer, gate_TM in found.gates.items():
         extremes = gates.extremes(opened, read.inputs(), layer)
@@ -43,17 +44,16 @@ def _gates(opened: Opened, text: str) -> dict[str, Any]:
         layers[layer] = {
             "gates": gate_TM.tolist(), "highest": extremes.highest, "lowest": extremes.lowest,
             "pattern_correlation": follows_M.tolist()}
-        # A gate that never changes has no correlation, NaN.
-        branches[layer] = int(np.where(np.isnan(follows_M), -1.0, follows_M).argmax())
+        branches[layer] = int(follows_M.argmax())
     return {"pieces": found.pieces, "layers": layers, "pattern_branch": branches,
             "examples": [
                 {"text": text, "pieces": sentence.pieces,
                  "layers": {layer: gate_TM.tolist() for layer, gate_TM in sentence.gates.items()}}
-                for text, sentence in zip(GATED, sentences, strict=True)]}
+                for text, sentence in zip(known, sentences, strict=True)]}
 
 
 def _beginning(opened: Opened, text: str) -> str:
-    ends = opened.reader.tokenizer.encode(text).offsets[:GATE_TOKENS]
+    ends = opened.encoded(text).offsets[:GATE_TOKENS]
     return text[: ends[-1][1]] if ends else ""
 
 

@@ -43,13 +43,14 @@ class Line:
 
 
 def line(x: Sequence[float], y: Sequence[float], blocks: Sequence[int] = ()) -> Line | None:
-    """The line through the points; None with fewer than three different x.
+    """The line through the points; None with fewer than three different x, or too few points for
+    a level a block and an interval.
 
     Args:
       x, y: the points.
       blocks: the seed of each point; none are points that share nothing.
     """
-    if len(set(x)) < 3:
+    if len(set(x)) < 3 or len(x) <= 1 + max(1, len(set(blocks))):
         return None
     fit = _least_squares([np.log10(np.asarray(x, np.float64))], y, blocks)
     (slope,), (margin,) = fit.found, fit.margins
@@ -128,14 +129,15 @@ class Parabola:
 def parabola(
     x: Sequence[float], y: Sequence[float], blocks: Sequence[int] = (), seed: int = 0
 ) -> Parabola | None:
-    """The parabola through the points; None with fewer than four different x.
+    """The parabola through the points; None with fewer than four different x, or too few points
+    for a level a block and an interval.
 
     Args:
       x, y: the points; several with one x are runs of several seeds.
       blocks: the seed of each point; none are points that share nothing.
       seed: of the resampling.
     """
-    if len(set(x)) < 4:
+    if len(set(x)) < 4 or len(x) <= 2 + max(1, len(set(blocks))):
         return None
     xs = np.asarray(x, np.float64)
     fit = _least_squares([xs, xs**2], y, blocks)

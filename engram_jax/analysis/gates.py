@@ -28,8 +28,11 @@ class TokenGates(NamedTuple):
 
 def require_memory(opened: Opened) -> None:
     """Refuse a run that has no gates (UserError)."""
-    require(opened.run.model.engram is not None, "run", opened.name,
+    engram = opened.run.model.engram
+    require(engram is not None, "run", opened.name,
             "has no Engram, so there is nothing of it to look at")
+    require(engram is not None and engram.gated, "run", opened.name,
+            "has an Engram without a gate, so there is nothing of it to look at")
 
 
 def of_text(opened: Opened, text: str) -> TokenGates:
@@ -44,6 +47,8 @@ def of_text(opened: Opened, text: str) -> TokenGates:
 def of_texts(opened: Opened, texts: Sequence[str]) -> list[TokenGates]:
     """The gates of every token of each text, in one pass.
 
+    A text that is longer than the run's sequences is read in such, each from its own start.
+
     Raises:
       UserError: the run has no Engram, or a text no token.
     """
@@ -51,14 +56,20 @@ def of_texts(opened: Opened, texts: Sequence[str]) -> list[TokenGates]:
     cut = [opened.tokens(text) for text in texts]
     for text, tokens_T in zip(texts, cut, strict=True):
         require(tokens_T.size > 0, "text", text, "has no token")
-    tokens_BT = np.full((len(cut), max(map(len, cut))), opened.reader.pad_id, np.int32)
-    for row, tokens_T in enumerate(cut):
-        tokens_BT[row, : len(tokens_T)] = tokens_T  # what pads comes after, and is not seen
-    seen = opened.observe(tokens_BT)
+    most = opened.run.data.sequence_length
+    parts = [tokens_T[start : start + most]
+             for tokens_T in cut for start in range(0, len(tokens_T), most)]
+    tokens_BT = np.full((len(parts), max(map(len, parts))), opened.reader.pad_id, np.int32)
+    for row, part_T in enumerate(parts):
+        tokens_BT[row, : len(part_T)] = part_T  # what pads comes after, and is not seen
+    ends = np.cumsum([len(tokens_T) for tokens_T in cut])[:-1]
+    layers = {layer: np.split(np.concatenate(
+        [np.asarray(gate_TM[: len(part_T)])
+         for gate_TM, part_T in zip(gate_BTM, parts, strict=True)]), ends)
+        for layer, gate_BTM in opened.observe(tokens_BT).gates.items()}
     return [TokenGates(pieces(opened, tokens_T),
-                       {layer: np.asarray(gate[row, : len(tokens_T)])
-                        for layer, gate in seen.gates.items()})
-            for row, tokens_T in enumerate(cut)]
+                       {layer: split[number] for layer, split in layers.items()})
+            for number, tokens_T in enumerate(cut)]
 
 
 def pieces(opened: Opened, tokens_T: np.ndarray) -> list[str]:
@@ -126,7 +137,8 @@ def pattern_branch(opened: Opened, batches: Iterable[np.ndarray], layer: int) ->
     """How much each branch's gate follows pattern completion: correlations, float64 [M].
 
     A token completes a pattern as far as the model was sure of it before: the correlation is that
-    of the gate at a token with the probability that the model gave this token.
+    of the gate at a token with the probability that the model gave this token; 0 for a gate that
+    never changes.
     """
     require_memory(opened)
     gates, sure = [], []
@@ -137,4 +149,5 @@ def pattern_branch(opened: Opened, batches: Iterable[np.ndarray], layer: int) ->
         sure.append(np.exp(-losses_BT[:, :-1].astype(np.float64)).ravel())
         gates.append(np.asarray(seen.gates[layer])[:, 1:].reshape(-1, seen.gates[layer].shape[-1]))
     columns = np.concatenate(gates).T
-    return np.array([np.corrcoef(column, np.concatenate(sure))[0, 1] for column in columns])
+    return np.array([np.corrcoef(column, np.concatenate(sure))[0, 1] if np.ptp(column) else 0.0
+                     for column in columns])

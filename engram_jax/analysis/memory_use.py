@@ -20,8 +20,8 @@ class Occupancy(NamedTuple):
       reads: in all.
       collided: of the distinct n-grams of one head each, the share that reads a row which another
         n-gram reads, too.
-      heads_collided: the share of n-grams that collide in all heads of their order, so that
-        nothing tells them from others.
+      heads_collided: the share of n-grams that collide in all heads of their order, be it with one
+        other n-gram or with one in each.
     """
 
     rows: int
@@ -33,6 +33,10 @@ class Occupancy(NamedTuple):
     @property
     def share(self) -> float:
         return self.touched / self.rows
+
+
+FREQUENCIES = (1, 2, 5, 10, 100, 1000)  # bands of how often an n-gram comes, from ... on
+READS = (0, *FREQUENCIES)  # and of how often a row is read
 
 
 def access_counts(ids_NH: np.ndarray, rows: int) -> np.ndarray:
@@ -66,7 +70,7 @@ def occupancy(ids_NK: np.ndarray, ngrams_N: np.ndarray, rows: int) -> Occupancy:
 
 
 def collisions_by_frequency(
-    ids_NK: np.ndarray, ngrams_N: np.ndarray, bands: Sequence[int] = (1, 2, 5, 10, 100, 1000)
+    ids_NK: np.ndarray, ngrams_N: np.ndarray, bands: Sequence[int] = FREQUENCIES
 ) -> dict[int, float]:
     """For n-grams that come at least so often (and less than the next band): of the reads of their
     rows, the share that belongs to other n-grams. 0 is a row of one's own."""
@@ -132,7 +136,7 @@ def _stack_distances(keys: bytes) -> np.ndarray:
 
 
 def norms_by_count(
-    table_RC: np.ndarray, counts_R: np.ndarray, bands: Sequence[int] = (0, 1, 2, 5, 10, 100, 1000)
+    table_RC: np.ndarray, counts_R: np.ndarray, bands: Sequence[int] = READS
 ) -> dict[int, float]:
     """The mean length of rows that were read at least so often (and less than the next band)."""
     norm_R = np.sqrt(np.square(np.asarray(table_RC, np.float64)).sum(axis=1))

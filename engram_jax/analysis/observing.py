@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Encoding
 
 from engram_jax.config import ModelConfig, RunConfig
 from engram_jax.memory.sites import engram_site, gather_rows
@@ -118,11 +119,13 @@ class Opened:
     Attributes:
       run, reader: its config, and how it reads text.
       state: its last checkpoint, on this process's first device.
+      fingerprint: of the text that it was trained on; "" if that is not known.
     """
 
     run: RunConfig
     reader: Reader
     state: TrainState
+    fingerprint: str = ""
 
     @property
     def name(self) -> str:
@@ -161,9 +164,13 @@ class Opened:
     def _head_params(self) -> dict[str, Any]:
         return head_params(self.state.params, self.run.model, as_they_are)
 
+    def encoded(self, text: str) -> Encoding:
+        """A text cut into tokens as in training: nothing is put before it or behind it."""
+        return self.reader.tokenizer.encode(text, add_special_tokens=False)
+
     def tokens(self, text: str) -> np.ndarray:
         """Raw ids of a text, int32 [T]."""
-        return np.array(self.reader.tokenizer.encode(text).ids, np.int32)
+        return np.array(self.encoded(text).ids, np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -196,4 +203,5 @@ def open_run(records: RunDirectory) -> Opened:
     with last_checkpoint(records, reader) as found:
         state = found.restore(placed_state(run, single_mesh()),
                               only=("params", "router_bias", "tables"))
-    return Opened(run=run, reader=reader, state=state)
+    return Opened(run=run, reader=reader, state=state,
+                  fingerprint=str(records.env().get("data_fingerprint", "")))

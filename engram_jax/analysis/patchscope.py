@@ -62,7 +62,7 @@ def _place(opened: Opened, prompt_T: np.ndarray, prompt: str, placeholder: str) 
     at = prompt.rfind(placeholder)
     require(bool(placeholder) and at >= 0, "placeholder", placeholder,
             f"must be a part of the prompt {prompt!r}")
-    spans = opened.reader.tokenizer.encode(prompt).offsets
+    spans = opened.encoded(prompt).offsets
     end = at + len(placeholder)
     return next(i for i in reversed(range(len(spans))) if spans[i][0] < end)
 

@@ -12,6 +12,7 @@ import numpy as np
 from engram_jax.analysis.observing import Opened
 
 BANDS = (0, 1, 10, 100, 1000)  # times that an n-gram comes in a text, from ... on
+START = "start of a sequence"  # before which there is no n-gram
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,9 +83,12 @@ def token_losses(opened: Opened, tokens: np.ndarray, scale: float = 1.0) -> np.n
 def token_classes(opened: Opened) -> Kind:
     """Targets by what they are: the beginning of a word, its rest, digits, punctuation, space."""
     vocabulary = range(opened.reader.vocab_size)
-    texts = opened.reader.tokenizer.decode_batch([[i] for i in vocabulary],
-                                                 skip_special_tokens=False)
-    class_V = np.array([_class(text) for text in texts])
+    tokenizer = opened.reader.tokenizer
+    texts = tokenizer.decode_batch([[i] for i in vocabulary], skip_special_tokens=False)
+    # SentencePiece's space, which decoding leaves out at the beginning of a text.
+    spaced = [(tokenizer.id_to_token(i) or "").startswith("\u2581") for i in vocabulary]
+    class_V = np.array([_class(f" {text.lstrip()}" if space else text)
+                        for text, space in zip(texts, spaced, strict=True)])
     return lambda tokens: class_V[tokens[:, 1:]]
 
 
@@ -107,15 +111,18 @@ def frequency_bands(
     Args:
       counts: of n-grams of raw tokens, as `ngram_counts` gives them.
       order: tokens of an n-gram.
-      bands: ascending; each goes up to the next.
+      bands: ascending; each goes up to the next. The first order - 1 targets of a sequence are in
+        none but in `START`.
     """
     def kind(tokens: np.ndarray) -> np.ndarray:
         inputs = np.pad(tokens[:, :-1], ((0, 0), (order - 1, 0)), constant_values=-1)
         windows = np.lib.stride_tricks.sliding_window_view(inputs, order, axis=1)
         times = np.array([[counts.get(tuple(ngram), 0) for ngram in row]
                           for row in windows.tolist()])
-        return np.array([f"{low:>5,}+" for low in bands])[
-            np.searchsorted(bands, times, side="right") - 1]
+        names = np.array([*(f"{low:>5,}+" for low in bands), START])
+        band = np.searchsorted(bands, times, side="right") - 1
+        band[:, : order - 1] = len(bands)
+        return names[band]
 
     return kind
 

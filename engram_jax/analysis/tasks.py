@@ -105,7 +105,7 @@ class _Cut(NamedTuple):
 
 def _tokens(opened: Opened, example: Example) -> _Cut:
     """Prompt and answer cut together, as in a text: a token that ends in the answer is its own."""
-    encoding = opened.reader.tokenizer.encode(example.prompt + example.answer)
+    encoding = opened.encoded(example.prompt + example.answer)
     tokens_T = np.array(encoding.ids, np.int32)
     inner_T = np.array([end > len(example.prompt) for _, end in encoding.offsets], bool)
     where, first = f"tasks line {example.line}", int(inner_T.argmax()) if inner_T.any() else -1

@@ -31,7 +31,7 @@ class Text:
 
     def __init__(self, opened: Opened, text: str):
         data = opened.run.data
-        self._encoding = opened.reader.tokenizer.encode(text)
+        self._encoding = opened.encoded(text)
         self.text, self.tokens_N = text, np.array(self._encoding.ids, np.int32)
         self._length = data.sequence_length + 1
         count = self.tokens_N.size // self._length
@@ -93,10 +93,17 @@ def read_file(file: epath.PathLike, field: str) -> str:
 
 
 def validation_text(opened: Opened) -> str:
-    """The beginning of a run's validation text, twice as much as analyses read."""
-    run, tokenizer = opened.run, opened.reader.tokenizer
-    stream = open_inputs(run).tokens.validation
+    """The beginning of a run's validation text, twice as much as analyses read; a blank line
+    between documents.
+
+    Raises:
+      UserError: the text is not the one that the run was trained on.
+    """
+    run, inputs = opened.run, open_inputs(opened.run)
+    require(opened.fingerprint in ("", inputs.tokens.fingerprint), "data.path", run.data.path,
+            f"is not the text that {opened.name} was trained on; name one with --text FILE")
+    stream = inputs.tokens.validation
     batch = run.data.batch_size * (run.data.sequence_length + 1)
     tokens_N = stream.read(0, min(len(stream), 2 * BATCHES * batch))
-    text: str = tokenizer.decode(tokens_N.tolist())
-    return text
+    documents = np.split(tokens_N, np.flatnonzero(tokens_N == inputs.end_id) + 1)
+    return "\n\n".join(inputs.tokenizer.decode(ids.tolist()) for ids in documents if ids.size)

@@ -9,6 +9,7 @@ from etils import epath
 from engram_jax.analysis import analyses
 from engram_jax.analysis.observing import Opened, open_run
 from engram_jax.analysis.texts import read_file, validation_text
+from engram_jax.config import require
 from engram_jax.errors import UserError
 from engram_jax.report.looks import Look, looks, memory_kind, slots
 from engram_jax.sweeps import comparing
@@ -24,11 +25,12 @@ PROMPT_TOKENS = 24  # of the text whose last token's state PatchScope reads
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """An arm, how it is drawn, and its first finished run (or its first), opened."""
+    """An arm, how it is drawn, and its first finished run (or its first with a checkpoint), opened;
+    None while it has no checkpoint."""
 
     arm: Arm
     look: Look
-    opened: Opened
+    opened: Opened | None
 
     @property
     def name(self) -> str:
@@ -37,7 +39,7 @@ class Subject:
     @property
     def keys(self) -> str:
         """What points at the rows of its memory; "" without one."""
-        model = self.opened.run.model
+        model = self.arm.runs[0].config.model
         memory = model.engram or model.over_encoding
         return memory.keys if memory else ""
 
@@ -81,7 +83,8 @@ class Material:
             try:
                 values[subject.name] = self._of(what, subject)
             except UserError as error:
-                reason = str(error).removeprefix(f"run = {subject.opened.name!r}: ")
+                name = subject.opened.name if subject.opened else ""
+                reason = str(error).removeprefix(f"run = {name!r}: ")
                 reasons.setdefault(reason, []).append(subject.name)
         return Found(values, reasons)
 
@@ -97,10 +100,12 @@ class Material:
           UserError: they have other tokenizers, or there is no text.
         """
         self._require_text()
-        found = analyses.ANALYSES["cka"]([first.opened, other.opened], self.text)
-        return {**found, **found["with"][other.opened.name]}
+        ours, theirs = _require_opened(first), _require_opened(other)
+        found = analyses.ANALYSES["cka"]([ours, theirs], self.text)
+        return {**found, **found["with"][theirs.name]}
 
     def _of(self, what: str, subject: Subject) -> Any:
+        opened = _require_opened(subject)
         if what != "tokenizer":
             self._require_text()
         if what in OF_MEMORY and not subject.keys:
@@ -108,25 +113,31 @@ class Material:
         if what in BY_NGRAM and subject.keys not in ("", "ngrams"):
             raise UserError(f"its rows are chosen by {subject.keys!r} keys, a control, so what a "
                             "token reads says nothing of its n-gram")
-        text = self.prompt(subject) if what == "patchscope" else _beginning(
-            subject.opened, self.text, ENOUGH.get(what, 0))
-        return analyses.ANALYSES[what]([subject.opened], text)[subject.opened.name]
+        text = self.prompt(opened) if what == "patchscope" else _beginning(
+            opened, self.text, ENOUGH.get(what, 0))
+        return analyses.ANALYSES[what]([opened], text)[opened.name]
 
     def _require_text(self) -> None:
         if not self.text:
             raise UserError(self.no_text)
 
-    def prompt(self, subject: Subject) -> str:
+    def prompt(self, opened: Opened) -> str:
         """The text whose last token PatchScope asks about."""
-        ends = subject.opened.reader.tokenizer.encode(self.text[:1000]).offsets[:PROMPT_TOKENS]
-        return self.text[: ends[-1][1]]
+        ends = opened.encoded(self.text[:1000]).offsets[:PROMPT_TOKENS]
+        return self.text[: ends[-1][1]] if ends else ""
+
+
+def _require_opened(subject: Subject) -> Opened:
+    if subject.opened is None:
+        raise UserError("has no checkpoint yet")
+    return subject.opened
 
 
 def _beginning(opened: Opened, text: str, batches: int) -> str:
     """So many batches of a text as a run reads it; 0 is all."""
     data = opened.run.data
     count = batches * data.batch_size * (data.sequence_length + 1)
-    ends = opened.reader.tokenizer.encode(text).offsets if count else []
+    ends = opened.encoded(text).offsets if count else []
     return text[: ends[count - 1][1]] if count and len(ends) > count else text
 
 
@@ -149,11 +160,16 @@ def material(
         arms = _in_order(arms)
     subjects = [Subject(arm=arm, look=look, opened=_opened(arm))
                 for arm, look in zip(arms, looks(arms), strict=True)]
-    first = subjects[0].opened
+    first = next((subject.opened for subject in subjects if subject.opened), None)
+    if first is None:
+        first = open_run(RunDirectory(arms[0].runs[0].path))  # which says why it cannot be opened
     if file is not None:
-        return Material(subjects=subjects, text=read_file(file, "text"))
+        text = read_file(file, "text")
+        require(bool(text), "text", str(file), "is empty")
+        return Material(subjects=subjects, text=text)
     try:
-        return Material(subjects=subjects, text=validation_text(first))
+        text = validation_text(first)
+        return Material(subjects=subjects, text=text, no_text="its validation text is empty")
     except UserError as error:  # the text has moved since; the records are still worth a page
         return Material(subjects=subjects, text="", no_text=f"its text cannot be read ({error}); "
                         "name one with --text FILE")
@@ -166,6 +182,12 @@ def _in_order(arms: Sequence[Arm]) -> list[Arm]:
                                          slots(arm.runs[0].config)))
 
 
-def _opened(arm: Arm) -> Opened:
-    chosen = next((run for run in arm.runs if run.result is not None), arm.runs[0])
-    return open_run(RunDirectory(chosen.path))
+def _opened(arm: Arm) -> Opened | None:
+    """The first finished run, or else the first with a checkpoint."""
+    for run in sorted(arm.runs, key=lambda run: run.result is None):
+        try:
+            return open_run(RunDirectory(run.path))
+        except UserError:
+            if run.result is not None:
+                raise
+    return None

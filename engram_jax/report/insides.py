@@ -120,7 +120,7 @@ def _step(values: Any) -> int:
 def cka(material: Material) -> Section:
     """How alike the layers of the first arm are to its own and to those of the largest memory."""
     first, other = material.subjects[0], material.largest
-    seeds = {subject.opened.run.training.seed for subject in (first, other)}
+    seeds = {subject.opened.run.training.seed for subject in (first, other) if subject.opened}
     alike = (" Both runs began with the same numbers where their shapes agree, which alone makes "
              "them alike." if other is not first and len(seeds) == 1 else "")
     blocks, missing = [], []
@@ -231,7 +231,8 @@ def _of_group(
 def _kind_names(kinds: Sequence[str]) -> list[str]:
     """Kinds as a plot shows them: bands by their ends."""
     lows = [kind.strip().removesuffix("+").replace(",", "") for kind in kinds]
-    return looks.ranges([int(low) for low in lows]) if all(map(str.isdecimal, lows)) else [*kinds]
+    bands = [int(low) for low in lows if low.isdecimal()]
+    return [*(looks.ranges(bands) if bands else []), *(kind for kind, low in zip(kinds, lows, strict=True) if not low.isdecimal())]
 
 
 def _dumbbells(
@@ -266,7 +267,7 @@ def patchscope(material: Material) -> Section:
     head = ["block", *found.values]
     rows = [[str(layer), *(values[layer].replace("\n", looks.RETURN) if layer < len(values) else "-"
                            for values in found.values.values())] for layer in range(depth)]
-    of = material.prompt(first) if material.text else ""
+    of = material.prompt(first.opened) if material.text and first.opened else ""
     table = Table(title="What the state behind the last token says", head=head, rows=rows,
                   code=True, note=f"The text: \N{LEFT DOUBLE QUOTATION MARK}{of}"
                   "\N{RIGHT DOUBLE QUOTATION MARK}")

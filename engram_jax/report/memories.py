@@ -6,6 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from engram_jax.analysis import memory_use
 from engram_jax.report import looks
 from engram_jax.report.blocks import Block, Cell, Numbers, Plot, Section, Table
 from engram_jax.report.findings import Material, Subject
@@ -140,7 +141,7 @@ def _foreign(tables: Sequence[Used]) -> Plot:
     for subject, _, values in tables:
         for number, (order, found) in enumerate(values["orders"].items()):
             bands = found["foreign_reads_by_frequency"]
-            trace = looks.curve(subject.name, subject.look, looks.ranges(list(bands)),
+            trace = looks.curve(subject.name, subject.look, _named(bands, memory_use.FREQUENCIES),
                                 list(bands.values()),
                                 f"{order}-grams that come %{{x}} times: %{{y:.1%}}")
             trace.line.dash = DASHES[number % len(DASHES)]
@@ -148,8 +149,19 @@ def _foreign(tables: Sequence[Used]) -> Plot:
     return Plot(title="Reads of an n-gram's rows that are others'", height=300, half=True,
                 note=_dashes(tables),
                 figure=looks.figure(
-                    traces, looks.axis("times that the n-gram comes", type="category"),
+                    traces, _bands_axis("times that the n-gram comes", memory_use.FREQUENCIES),
                     looks.axis("share of reads", tickformat=".0%", rangemode="tozero")))
+
+
+def _named(found: Mapping[int, float], bands: Sequence[int]) -> list[str]:
+    """The names of the bands that were found."""
+    return [looks.ranges(bands)[list(bands).index(low)] for low in found]
+
+
+def _bands_axis(title: str, bands: Sequence[int]) -> dict[str, Any]:
+    """An axis of bands in their order, whichever curve has which."""
+    return looks.axis(title, type="category", categoryorder="array",
+                      categoryarray=looks.ranges(bands))
 
 
 def _dashes(tables: Sequence[Used]) -> str:
@@ -162,13 +174,13 @@ def _dashes(tables: Sequence[Used]) -> str:
 def _norms(tables: Sequence[Used]) -> Plot:
     """The mean length of rows by how often they are read."""
     traces = [looks.curve(
-        subject.name, subject.look, looks.ranges(list(values["norm_by_reads"])),
+        subject.name, subject.look, _named(values["norm_by_reads"], memory_use.READS),
         list(values["norm_by_reads"].values()),
         f"{looks.plain(site)}, read %{{x}} times: %{{y:.3g}}")
         for subject, site, values in tables]
     return Plot(title="Length of rows by how often they are read", height=300, half=True,
                 figure=looks.figure(
-                    traces, looks.axis("reads in this text", type="category"),
+                    traces, _bands_axis("reads in this text", memory_use.READS),
                     looks.axis("mean norm of a row", rangemode="tozero")))
 
 

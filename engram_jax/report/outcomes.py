@@ -30,6 +30,8 @@ PARTS = {  # of `accounting.parts`: its colour; tables have their own, what is n
     "over-encoding projections": looks.YELLOW, "LM head": looks.GREY}
 TABLES, REST = "memory tables", "norms, routers and the rest"
 BESIDE = {"l": 8, "r": 52, "t": 10, "b": 8}  # pixels: room for numbers at the ends of bars
+# Fields on which depends what a seed's batches hold.
+BATCHES = (comparing.TEXT, "data.tokenizer", "data.sequence_length", "data.batch_size")
 STEP = "step %{x:,}: %{y:.4g}"
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]  # metric -> (step, value)
@@ -115,13 +117,14 @@ def _losses(done: Sequence[Subject]) -> Plot:
 
 
 def _by_slots(done: Sequence[Subject]) -> Plot | None:
-    """Loss against slots, a line a kind of memory; None where arms do not differ in slots."""
+    """Loss against slots, a line a kind of memory; None where arms do not differ in slots, or in
+    more than that."""
     kinds: dict[str, list[Subject]] = collections.defaultdict(list)
     for subject in done:
         kinds[looks.memory_kind(subject.arm.runs[0].config)].append(subject)
     bare = kinds.pop("no memory", [])
     sizes = [{_slots(subject) for subject in found} for found in kinds.values()]
-    if not any(len(each) > 1 for each in sizes):
+    if not any(len(each) > 1 for each in sizes) or not all(map(_only_slots, kinds.values())):
         return None
     traces: list[Any] = [_line(kind, sorted(found, key=_slots)) for kind, found in kinds.items()]
     everywhere = sorted(set().union(*sizes))
@@ -139,6 +142,12 @@ def _by_slots(done: Sequence[Subject]) -> Plot | None:
             traces, looks.axis("slots (rows of one head's table)", type="log",
                                tickvals=everywhere, ticktext=[f"{size:,}" for size in everywhere]),
             looks.axis("nats a token", tickformat=".2f")))
+
+
+def _only_slots(found: Sequence[Subject]) -> bool:
+    """Whether arms differ in nothing else."""
+    names = comparing.differing([subject.arm for subject in found])
+    return all(name.endswith(".rows_per_head") for name in names)
 
 
 def _slots(subject: Subject) -> int:
@@ -211,10 +220,13 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[flo
 
 
 def _gaps(read: Sequence[tuple[Subject, Sequence[tuple[Run, Curves]]]]) -> list[go.Scatter]:
-    """The mean over seeds of each arm's training loss less the first arm's at the same step."""
+    """The mean over seeds of the training loss less the first arm's at the same step, of each arm
+    that read the same batches."""
     bare = {run.seed: dict(found["learning/loss"]) for run, found in read[0][1]}
     traces = []
     for subject, runs in read[1:]:
+        if any(subject.arm.fields[name] != read[0][0].arm.fields[name] for name in BATCHES):
+            continue
         gaps: dict[int, list[float]] = collections.defaultdict(list)
         for run, found in runs:
             for step, loss in found["learning/loss"]:

@@ -28,7 +28,8 @@ def figure(results: Sequence[Result]) -> Figure:
     drawn, axes = figures.panels(2, 4.6)
     seeds = [[losses[name][seed] - losses[BASELINE][seed] for seed in losses[name]
               if seed in losses[BASELINE]] for name in ours]
-    figures.arms(axes[0], [name if name == "4-grams" else name.replace("-", " ") for name in ours], list(ours.values()), seeds,
+    told = [name if name == "4-grams" else name.replace("-", " ") for name in ours]
+    figures.arms(axes[0], told, list(ours.values()), seeds,
                  [figures.DARK if name == "no-memory" else figures.BLUE for name in ours])
     figures.title(axes[0], f"{results[0]['text']}, {len(losses[BASELINE])} seeds")
     axes[0].set_xlabel("loss less the reference's (nats a token);\na dot a seed, a line 95 %")
