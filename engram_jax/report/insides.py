@@ -232,7 +232,8 @@ def _kind_names(kinds: Sequence[str]) -> list[str]:
     """Kinds as a plot shows them: bands by their ends."""
     lows = [kind.strip().removesuffix("+").replace(",", "") for kind in kinds]
     bands = [int(low) for low in lows if low.isdecimal()]
-    return [*(looks.ranges(bands) if bands else []), *(kind for kind, low in zip(kinds, lows, strict=True) if not low.isdecimal())]
+    others = [kind for kind, low in zip(kinds, lows, strict=True) if not low.isdecimal()]
+    return [*(looks.ranges(bands) if bands else []), *others]
 
 
 def _dumbbells(

@@ -1,5 +1,6 @@
 """Loss by the block that the module stands before, less that without memory."""
 
+import itertools
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
@@ -11,16 +12,15 @@ from experiments import published
 
 FIGURE = "loss_by_layer.png"
 BASELINE = "no-memory"
-PAPERS_BEST = "layer-1"
 
 
 def table(results: Sequence[Result]) -> str:
-    """Every arm against no memory, and against the block that the paper found best."""
-    losses = arms.losses(results)
-    gaps = {name: paired(found, losses.get(PAPERS_BEST, {})) for name, found in losses.items()
-            if name not in (PAPERS_BEST, BASELINE)}
-    return "\n".join([arms.table(results, BASELINE), "", f"less the loss of {PAPERS_BEST}:", *(
-        f"{name:<12}{gap.signed():>30}" for name, gap in gaps.items() if gap is not None)])
+    """Every arm against no memory, and all with a memory against each other."""
+    losses = {name: found for name, found in arms.losses(results).items() if name != BASELINE}
+    gaps = {f"{name} less {other}": paired(losses[name], losses[other])
+            for other, name in itertools.combinations(losses, 2)}
+    return "\n".join([arms.table(results, BASELINE), "", *(
+        f"{names:<24}{gap.signed():>28}" for names, gap in gaps.items() if gap is not None)])
 
 
 def figure(results: Sequence[Result]) -> Figure:

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from engram_jax.analysis.analyses import analyze
-from engram_jax.errors import UserError
+from engram_jax.errors import MachineError, UserError
 from engram_jax.sweeps.sweep import to_csv
 
 SEEDS = (0, 1, 2)
@@ -57,7 +57,9 @@ def measured(sweeps: Sequence[epath.PathLike]) -> list[Row]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 1 + len(ARMS):
+        sys.exit("two folders are needed, of layer_sweep on code and of memory_scaling on prose")
     try:
         Path(__file__).with_name("results.csv").write_text(to_csv(measured(sys.argv[1:])))
-    except (UserError, ValueError) as error:
+    except (UserError, MachineError) as error:
         sys.exit(f"{error}")
