@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from micro import STEPS, micro, plain, with_data, with_model, with_optimizer, with_training
 
 from engram_jax import cli
-from engram_jax.report import findings, looks, outcomes
+from engram_jax.report import findings, looks, memories, outcomes
 from engram_jax.report.memories import thinned
 from engram_jax.report.page import SECTIONS, headline
 from engram_jax.settings import to_dict
@@ -222,6 +223,33 @@ def test_arms_are_in_the_order_of_their_memories_and_told_apart(sizes, monkeypat
     assert engram["y"] == pytest.approx([4.105, 4.305, 4.005, 4.205])
     assert bare["y"] == pytest.approx([4.405] * 2)
     assert headline(found)[0] == "\N{MINUS SIGN}0.400"
+
+
+def arm(name, losses, **fields):
+    """A subject with one run of seed 0, and its curves."""
+    fields = {**dict.fromkeys(outcomes.BATCHES, "alike"), **fields}
+    subject = SimpleNamespace(name=name, look=looks.Look("#000000", "#ffffff"),
+                              arm=SimpleNamespace(fields=fields))
+    return subject, [(SimpleNamespace(seed=(0, 0)), {"learning/loss": list(enumerate(losses))})]
+
+
+def test_losses_are_set_off_where_batches_are_the_same():
+    found = outcomes._gaps([arm("a", [3, 2]), arm("b", [2, 2]), arm("c", [1, 1], text="other"),
+                            arm("d", [1, 1], **{"data.batch_size": 3})])
+    assert [(line.meta, list(line.y)) for line in found] == [("b", [-1, 0])]
+
+
+def test_a_line_through_sizes_is_of_arms_that_differ_in_nothing_else():
+    rows, rate = "model.engram.rows_per_head", "optimizer.learning_rate"
+    sizes = [arm("a", [], **{rows: [2], rate: 1})[0], arm("b", [], **{rows: [3], rate: 1})[0]]
+    assert outcomes._only_slots(sizes)
+    assert not outcomes._only_slots([*sizes, arm("c", [], **{rows: [4], rate: 2})[0]])
+
+
+def test_bands_keep_their_names_and_order_whichever_were_found():
+    reads = memories.memory_use.READS
+    assert memories._named({0: 0.1, 100: 0.2}, reads) == ["0", "100\N{EN DASH}999"]
+    assert memories._bands_axis("reads", reads)["categoryarray"] == looks.ranges(reads)
 
 
 def test_words_of_plots():
