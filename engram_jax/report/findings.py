@@ -1,7 +1,7 @@
 """What a page is about: arms of runs, one opened run of each, a text, and findings in them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from etils import epath
@@ -88,10 +88,10 @@ class Material:
                 reasons.setdefault(reason, []).append(subject.name)
         return Found(values, reasons)
 
-    @property
-    def largest(self) -> Subject:
-        """The arm with the largest memory, the first of equals."""
-        return max(self.subjects, key=lambda subject: subject.arm.numbers.engram_params)
+    def largest(self, names: Container[str] | None = None) -> Subject:
+        """The arm with the largest memory, of all or of those named; the first of equals."""
+        chosen = [subject for subject in self.subjects if names is None or subject.name in names]
+        return max(chosen, key=lambda subject: subject.arm.numbers.engram_params)
 
     def pair(self, first: Subject, other: Subject) -> Any:
         """CKA of two arms' runs, the soft alignment, and the positions that were compared.

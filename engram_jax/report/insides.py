@@ -19,8 +19,7 @@ def gates(material: Material) -> Section:
     found = material.of("gates")
     blocks: list[Block] = []
     if found.values:
-        size = {subject.name: subject.arm.numbers.engram_params for subject in material.subjects}
-        chosen = max(found.values, key=size.__getitem__)
+        chosen = material.largest(found.values).name
         others = [name for name in found.values if name != chosen]
         tables = {name: _extremes(name, values) for name, values in found.values.items()}
         blocks = [*_tokens(found, chosen), *tables[chosen], _patterns(material, found)]
@@ -119,7 +118,7 @@ def _step(values: Any) -> int:
 
 def cka(material: Material) -> Section:
     """How alike the layers of the first arm are to its own and to those of the largest memory."""
-    first, other = material.subjects[0], material.largest
+    first, other = material.subjects[0], material.largest()
     seeds = {subject.opened.run.training.seed for subject in (first, other) if subject.opened}
     alike = (" Both runs began with the same numbers where their shapes agree, which alone makes "
              "them alike." if other is not first and len(seeds) == 1 else "")
@@ -184,8 +183,7 @@ def suppression(material: Material) -> Section:
     found = material.of("suppression")
     blocks: list[Block] = []
     if found.values:
-        size = {subject.name: subject.arm.numbers.engram_params for subject in material.subjects}
-        chosen = max(found.values, key=size.__getitem__)
+        chosen = material.largest(found.values).name
         for group in dict.fromkeys(name for groups in found.values.values() for name in groups):
             blocks += _of_group(material, group, chosen, found.values)
     several = [subject for subject in material.subjects if subject.name in found.values]
@@ -262,7 +260,7 @@ def _dumbbells(
 
 def patchscope(material: Material) -> Section:
     """What each model says of its own states."""
-    first, other = material.subjects[0], material.largest
+    first, other = material.subjects[0], material.largest()
     found = material.of("patchscope", [first, other] if other is not first else [first])
     depth = max(map(len, found.values.values()), default=0)
     head = ["block", *found.values]
