@@ -10,6 +10,7 @@ import pytest
 from micro import micro, plain, with_model, write_text
 
 from engram_jax import cli
+from engram_jax.analysis import analyses
 from engram_jax.analysis.examples import GATED
 from engram_jax.analysis.observing import Opened, open_run
 from engram_jax.analysis.texts import Text, validation_text
@@ -196,6 +197,12 @@ def test_a_text_that_has_changed_is_not_read_for_the_other(folders, tmp_path, ca
     assert "is not the text that memory was trained on; name one with --text" in refused(
         capsys, "analyze", "lens", tmp_path / "moved")
     assert found(capsys, "analyze", "lens", tmp_path / "moved", "--text", folders / "other.txt")
+
+
+def test_sentences_that_a_tokenizer_has_no_token_for_are_left_out(folders, capsys, monkeypatch):
+    monkeypatch.setattr(analyses, "GATED", ("", *GATED))
+    values = found(capsys, "analyze", "gates", folders / "memory")["memory"]
+    assert [example["text"] for example in values["examples"]] == list(GATED)
 
 
 def test_documents_stay_apart_in_the_text_that_is_read(tmp_path):

@@ -3,12 +3,14 @@ without memory."""
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from micro import micro, with_model, write_text
+from tokenizers import Tokenizer, decoders, models
 
 from engram_jax.analysis import gates, suppression, tasks
 from engram_jax.analysis.logit_lens import divergence, logit_lens
@@ -173,6 +175,8 @@ def test_the_branch_that_follows_patterns_is_found(opened, batch, monkeypatch):
     found = gates.pattern_branch(opened, [batch], layer=2)
     assert found[1] == pytest.approx(1)
     assert abs(found[0]) < 0.5
+    made[..., 0] = 0.3
+    assert gates.pattern_branch(opened, [batch], layer=2)[0] == 0, "it follows nothing"
 
 
 def test_what_has_no_memory_has_no_gates(bare, opened, batch):
@@ -220,6 +224,15 @@ def test_kinds_of_tokens():
                        ("\n", "space"), ("12", "digits"), (" (", "punctuation"),
                        ("+=", "punctuation"), ("é", "rest of a word")):
         assert suppression._class(text) == kind
+
+
+def test_a_word_may_begin_with_sentencepieces_space():
+    tokenizer = Tokenizer(models.Unigram([("\u2581the", -1.0), ("the", -2.0), ("\u2581", -3.0)]))
+    tokenizer.decoder = decoders.Metaspace()
+    reader = SimpleNamespace(tokenizer=tokenizer, vocab_size=3)
+    kind = suppression.token_classes(SimpleNamespace(reader=reader))
+    assert kind(np.array([[0, 0, 1, 2]])).tolist() == [[
+        "beginning of a word", "rest of a word", "space"]]
 
 
 def test_bands_count_the_ngram_before_the_target():
