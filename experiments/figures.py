@@ -6,7 +6,7 @@
 import importlib
 from pathlib import Path
 
-from engram_jax.analysis.figures import save
+from engram_jax.results.figures import save
 from engram_jax.sweeps.sweep import from_csv
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ import jax
 import micro
 import pytest
 
-from engram_jax.training.loop import train
+from engram_jax.runs.train import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -20,19 +20,18 @@ def curve(run, shape, batches):
     import jax
     import jax.numpy as jnp
 
-    from engram_jax.training import capacity
-    from engram_jax.training import mesh as meshes
-    from engram_jax.training.inputs import open_inputs
+    from engram_jax.runs.reader import open_inputs
+    from engram_jax.training import capacity, placement
     from engram_jax.training.state import init_state
     from engram_jax.training.step import train_step
 
-    mesh = meshes.make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
+    mesh = placement.make_mesh(*shape, devices=jax.devices()[: shape[0] * shape[1]])
     ready = capacity.with_capacity(run, open_inputs(run).addressing, batches, mesh)
     step = jax.jit(train_step(ready, open_inputs(run).addressing, mesh), donate_argnums=0)
-    state = jax.jit(lambda: init_state(ready), out_shardings=meshes.shardings(ready, mesh))()
+    state = jax.jit(lambda: init_state(ready), out_shardings=placement.shardings(ready, mesh))()
     losses = []
     for batch in batches:
-        state, metrics = step(state, meshes.put(batch, mesh))
+        state, metrics = step(state, placement.put(batch, mesh))
         losses.append(float(metrics["learning/loss"]))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float64")}
     return losses
@@ -48,7 +47,7 @@ def main(steps):
     jnp.float32 = jnp.float64
     from engram_jax import recipes
     from engram_jax.data.batches import train_batches
-    from engram_jax.training.inputs import open_inputs
+    from engram_jax.runs.reader import open_inputs
 
     run = recipes.tiny()
     object.__setattr__(run.model, "compute_dtype", "float64")  # which no user may set

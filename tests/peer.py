@@ -15,19 +15,20 @@ import numpy as np
 import object_store
 from jax.sharding import NamedSharding, PartitionSpec
 
-from engram_jax import cli
+from engram_jax import distributed
+from engram_jax.cli import main
 from engram_jax.errors import MachineError
+from engram_jax.runs import train as runs_train
 from engram_jax.settings import from_dict, to_dict
-from engram_jax.training import loop, processes
 
 STEPS = 20
 
 
 def train(run, directory, say, mesh):
     del directory, mesh
-    processes.agree("the config", to_dict(run))
+    distributed.agree("the config", to_dict(run))
     process = jax.process_index()
-    with processes.after_first("the packing"):
+    with distributed.after_first("the packing"):
         print(f"packed by {process} at {time.monotonic()}", flush=True)
     exchange, x = compiled()
     for step in range(STEPS):
@@ -36,7 +37,7 @@ def train(run, directory, say, mesh):
         x = exchange(x)
         x.block_until_ready()
         say(f"exchange {step}")
-    processes.barrier("the last exchange")
+    distributed.barrier("the last exchange")
     assert jax.device_count() == 8
     return {"loss": 0.0, "bits_per_byte": 0.0}
 
@@ -76,7 +77,7 @@ does = {function.__name__: function for function in (die, hang, disk_full, bug)}
 if __name__ == "__main__":
     if text := os.environ.get("PEER_RUN"):
         object_store.use()
-        cli._recipe = lambda options: from_dict(json.loads(text))
+        main._recipe = lambda options: from_dict(json.loads(text))
     else:
-        loop.train = train
-    sys.exit(cli.main(sys.argv[1:]))
+        runs_train.train = train
+    sys.exit(main.main(sys.argv[1:]))

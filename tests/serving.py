@@ -9,17 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from micro import micro
 
+from engram_jax.hashing.addressing import address, sites
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.inference import caches, stages
+from engram_jax.inference.device_rows import DeviceRows
 from engram_jax.inference.engine import Engine, Request
-from engram_jax.inference.rows import DeviceRows, HostRows
-from engram_jax.memory.disk import DiskTable
-from engram_jax.memory.formats import RowFormat
-from engram_jax.memory.host import HostTable
-from engram_jax.memory.sites import address, gather_rows, sites
-from engram_jax.memory.table_file import TableWriter, table_info
 from engram_jax.model import transformer
 from engram_jax.model.documents import documents
+from engram_jax.offload.disk import DiskTable
+from engram_jax.offload.file import TableWriter, table_info
+from engram_jax.offload.formats import RowFormat
+from engram_jax.offload.host import HostTable
+from engram_jax.offload.prefetch import HostRows
+from engram_jax.tables.layout import gather_rows, layout_of
 
 VOCAB, PAD, END = 300, 2, 7
 SLOTS, CHUNK, LENGTH = 3, 4, 32
@@ -53,7 +55,7 @@ def parts(model):
     params = structure.unflatten([
         jnp.asarray(random.standard_normal(leaf.shape) * max(leaf.shape[-2:-1] or (1,)) ** -0.5,
                     jnp.float32) for leaf in leaves])
-    tables = {site.name: jnp.asarray(random.standard_normal(site.layout.shape), jnp.float32)
+    tables = {site.name: jnp.asarray(random.standard_normal(layout_of(site).shape), jnp.float32)
               for site in sites(model)}
     return Parts(params, transformer.init_router_bias(model), tables,
                  address(model, CompressedVocabulary.from_lookup(np.arange(VOCAB) // 2), PAD))
@@ -61,7 +63,7 @@ def parts(model):
 
 def table_array(model, site):
     """A site's rows in order, float32 [R, C]."""
-    layout = site.layout
+    layout = layout_of(site)
     return np.asarray(layout.gather(parts(model).tables[site.name], jnp.arange(layout.rows)))
 
 
@@ -74,7 +76,7 @@ def device_rows(model):
 def host_tables(model, dtype="float32"):
     homes = {}
     for site in sites(model):
-        form = RowFormat(dtype, site.layout.dim)
+        form = RowFormat(dtype, site.dim)
         homes[site.name] = HostTable.from_array(form, form.pack(table_array(model, site)))
     return homes
 

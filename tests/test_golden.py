@@ -20,10 +20,10 @@ import tokenizers
 from engram_jax.config import AttentionConfig, EngramConfig, MoEConfig
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash, reach_from_dead
-from engram_jax.memory.layout import TableLayout
 from engram_jax.model.attention import attention
 from engram_jax.model.engram import fuse, init_engram
 from engram_jax.model.moe import moe
+from engram_jax.tables.layout import TableLayout
 
 HERE = pathlib.Path(__file__).resolve().parent
 GOLDEN = pathlib.Path(os.environ.get("ENGRAM_GOLDEN") or HERE / "golden")

@@ -17,14 +17,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax import recipes
-from engram_jax.analysis.collectives import Collective, collectives
 from engram_jax.config import RunConfig, require
+from engram_jax.costs.collectives import Collective, collectives
 from engram_jax.data.batches import train_batches
-from engram_jax.memory.sites import Addressing, gather_rows, sites
-from engram_jax.training import mesh as meshes
+from engram_jax.hashing.addressing import Addressing, sites
+from engram_jax.runs.reader import open_inputs
+from engram_jax.tables.layout import gather_rows
+from engram_jax.training import placement
 from engram_jax.training.capacity import with_capacity
 from engram_jax.training.fsdp import AXES
-from engram_jax.training.inputs import open_inputs
 from engram_jax.training.optimizers import optimizer
 from engram_jax.training.state import TrainState, init_state
 from engram_jax.training.step import Batch, gradients, row_ids, train_step
@@ -61,7 +62,7 @@ def exchange_benchmark(steps: int = STEPS) -> dict[str, Any]:
     """
     require(len(jax.devices()) >= DEVICES, "devices", len(jax.devices()),
             f"the benchmark needs {DEVICES}")
-    mesh = meshes.make_mesh(1, DEVICES)
+    mesh = placement.make_mesh(1, DEVICES)
     run = _workload()
     inputs = open_inputs(run)
     run = with_capacity(run, inputs.addressing, train_batches(inputs.tokens, run.data), mesh)
@@ -69,7 +70,7 @@ def exchange_benchmark(steps: int = STEPS) -> dict[str, Any]:
     ours, theirs = _exchange(run, inputs.addressing, mesh), _gspmd(run, inputs.addressing, mesh)
     times, seen = [], []
     for _ in range(steps + 1):  # the first compiles
-        batch = jax.block_until_ready(meshes.put(next(batches), mesh))
+        batch = jax.block_until_ready(placement.put(next(batches), mesh))
         seconds, metrics = _timed(ours, batch)
         times.append((seconds, _timed(theirs, batch)[0]))
         seen.append({name: float(value) for name, value in metrics.items()})
@@ -80,7 +81,7 @@ def exchange_benchmark(steps: int = STEPS) -> dict[str, Any]:
         "rounds": mean["exchange/rounds"],
         "unique_share": mean["engram/unique_share"],
         "row_capacity": run.training.row_capacity,
-        "table_rows": sites(run.model)[0].layout.rows,
+        "table_rows": sites(run.model)[0].rows,
         "tokens_per_device": run.data.batch_size * run.data.sequence_length // DEVICES,
         "step_s": ours_s,
         "gspmd_step_s": theirs_s,
@@ -122,14 +123,14 @@ def _exchange(run: RunConfig, addressing: Addressing, mesh: Mesh) -> _Arm:
 
 
 def _state(run: RunConfig, mesh: Mesh) -> TrainState:
-    return jax.jit(lambda: init_state(run), out_shardings=meshes.shardings(run, mesh))()
+    return jax.jit(lambda: init_state(run), out_shardings=placement.shardings(run, mesh))()
 
 
 def _gspmd(run: RunConfig, addressing: Addressing, mesh: Mesh) -> _Arm:
     """The same network by the same shard_map, the table's part by the compiler."""
-    split, transform = meshes.param_split(run, mesh), optax.adam(run.optimizer.learning_rate)
+    split, transform = placement.param_split(run, mesh), optax.adam(run.optimizer.learning_rate)
     backbone = optimizer(run.optimizer, split.by_matrix)
-    specs, spread = meshes.state_specs(run, mesh), PartitionSpec(AXES)
+    specs, spread = placement.state_specs(run, mesh), PartitionSpec(AXES)
 
     def network(state: TrainState, rows: Any, batch: Batch) -> Any:
         (loss, _), (grads, row_grads) = gradients(
@@ -170,7 +171,7 @@ def _bytes(
     run: RunConfig, mesh: Mesh, ours: Any, theirs: Any, mean: dict[str, float]
 ) -> dict[str, float]:
     """Row bytes of both arms, from the collectives of their compiled steps."""
-    dims = {site.layout.dim for site in sites(run.model)}
+    dims = {site.dim for site in sites(run.model)}
     ours_found = collectives(ours)
     first = _wire(one for one in ours_found
                   if one.kind == "all-to-all" and one.exact and _moves_rows(one, dims))
@@ -179,7 +180,7 @@ def _bytes(
     rows = first * (1 + LATER_ROUND * (mean["exchange/rounds"] - 1))
     row_bytes = 4 * np.mean(sorted(dims))
     bound = 2 * (1 - 1 / mesh.size) * row_bytes * mean["exchange/rows_asked"] / mesh.size
-    parameters = {leaf.shape for leaf in jax.tree.leaves(meshes.placed_state(run, mesh).params)}
+    parameters = {leaf.shape for leaf in jax.tree.leaves(placement.placed_state(run, mesh).params)}
     rival = _wire(one for one in collectives(theirs)
                   if "gather_rows" in one.source or (_moves_rows(one, dims)
                   and not parameters & {shape for _, shape in one.shapes}))

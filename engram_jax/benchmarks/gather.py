@@ -19,12 +19,12 @@ import numpy as np
 from engram_jax import recipes
 from engram_jax.config import require
 from engram_jax.data.tokens import TokenStream
-from engram_jax.memory.fetch import Fetch, distinct
-from engram_jax.memory.formats import RowFormat
-from engram_jax.memory.host import HostTable
-from engram_jax.memory.host_hash import HostHash
-from engram_jax.memory.sites import Addressing
-from engram_jax.training.inputs import Inputs, open_inputs
+from engram_jax.hashing.addressing import Addressing
+from engram_jax.hashing.host import HostHash
+from engram_jax.offload.dedup import Fetch, distinct
+from engram_jax.offload.formats import RowFormat
+from engram_jax.offload.host import HostTable
+from engram_jax.runs.reader import Inputs, open_inputs
 
 LAYERS, ORDERS, HEADS, DIM = (1, 14), 3, 8, 256  # V4.1
 TABLE_BYTES = 8 * 2**30  # of all layers; V4.1's own are 203 GB
@@ -63,7 +63,7 @@ def gather_benchmark(*, batches: Sequence[int] = (1, 8), steps: int = 2048, pref
         require(value >= 1, field, value, "must be at least 1")
     inputs = _inputs(table_bytes)
     addressing, started = inputs.addressing, time.perf_counter()
-    tables = {site.name: _table(site.layout.rows) for site in addressing.sites}
+    tables = {site.name: _table(site.rows) for site in addressing.sites}
     fill_s = time.perf_counter() - started
     arms = _Arms(addressing, tables, max(prefill, *batches))
     found: dict[str, Any] = {}

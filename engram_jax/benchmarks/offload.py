@@ -20,20 +20,22 @@ import numpy as np
 
 from engram_jax import recipes
 from engram_jax.config import EngramConfig, ModelConfig, require
+from engram_jax.hashing.addressing import Addressing, Site, address
+from engram_jax.inference.device_rows import DeviceRows, Rows
 from engram_jax.inference.engine import Engine, Request
-from engram_jax.inference.rows import Counters, DeviceRows, HostRows, Rows
 from engram_jax.inference.stages import serving_params
-from engram_jax.memory.disk import DiskTable
-from engram_jax.memory.formats import RowFormat
-from engram_jax.memory.homes import Home
-from engram_jax.memory.host import HostTable
-from engram_jax.memory.sites import Addressing, Site, address
-from engram_jax.memory.table_file import TableWriter, table_info
-from engram_jax.memory.tier_counts import TierCounts
-from engram_jax.memory.tiers import CachedTable
 from engram_jax.model import transformer
 from engram_jax.model.transformer import segments
-from engram_jax.training.inputs import Inputs, open_inputs
+from engram_jax.offload.counters import TierCounts
+from engram_jax.offload.disk import DiskTable
+from engram_jax.offload.file import TableWriter, table_info
+from engram_jax.offload.formats import RowFormat
+from engram_jax.offload.home import Home
+from engram_jax.offload.host import HostTable
+from engram_jax.offload.host_cache import CachedTable
+from engram_jax.offload.prefetch import Counters, HostRows
+from engram_jax.runs.reader import Inputs, open_inputs
+from engram_jax.tables.layout import layout_of
 
 ALONE = 8  # requests that are timed one by one, for the time to the first token
 FILL_TOKENS = 2**20  # of the training text, from behind the prompts, that caches are filled from
@@ -149,7 +151,7 @@ def offload_benchmark(work: Workload | None = None, trace: str = "") -> dict[str
         "prompt_tokens": sum(len(request.prompt) for request in requests),
         "generated_tokens": sum(map(len, texts[0])),
         **{name: getattr(work, name) for name in ("sequences", "slots", "chunk", "dtype")},
-        "table_gib": sum(site.layout.rows * RowFormat(work.dtype, site.layout.dim).row_bytes
+        "table_gib": sum(site.rows * RowFormat(work.dtype, site.dim).row_bytes
                          for site in inputs.addressing.sites) / 2**30,
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -317,16 +319,16 @@ def _rows(
 
 def _table(site: Site) -> jax.Array:
     """A site's table on the device."""
-    return jax.jit(lambda: site.layout.init(jax.random.key(site.layer), 0.02))()
+    return jax.jit(lambda: layout_of(site).init(jax.random.key(site.layer), 0.02))()
 
 
 def _home(
     work: Workload, addressing: Addressing, site: Site, home: str, folder: Path
 ) -> Home:
     """The same table off the device; where that dtype cannot hold the same, any bytes do."""
-    format = RowFormat(work.dtype, site.layout.dim)
+    format = RowFormat(work.dtype, site.dim)
     if home == "host":
-        table = HostTable.allocate(format, site.layout.rows)
+        table = HostTable.allocate(format, site.rows)
         for start, packed_UB in _packed(format, site):
             table.write(start, packed_UB)
         return table
@@ -339,9 +341,10 @@ def _home(
 
 
 def _packed(format: RowFormat, site: Site) -> Iterator[tuple[int, np.ndarray]]:
-    rows = site.layout.rows
+    rows = site.rows
     if format.dtype == "float32":
-        table_RD = np.asarray(site.layout.gather(_table(site), jnp.arange(rows, dtype=jnp.int32)))
+        table_RD = np.asarray(
+            layout_of(site).gather(_table(site), jnp.arange(rows, dtype=jnp.int32)))
         for start in range(0, rows, _TILE_ROWS):
             yield start, format.pack(table_RD[start:start + _TILE_ROWS])
         return

@@ -8,7 +8,7 @@ import jax
 from engram_jax import recipes
 from engram_jax.benchmarks.table import milliseconds, row_wise, with_rows
 from engram_jax.config import TABLE_OPTIMIZERS, RunConfig
-from engram_jax.memory.row_optimizers import row_optimizer, state_bytes
+from engram_jax.tables.row_optimizers import row_optimizer, state_bytes
 
 ROWS = 1_000_000
 STEPS = 9

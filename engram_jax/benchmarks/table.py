@@ -16,8 +16,9 @@ import optax
 
 from engram_jax import recipes
 from engram_jax.config import RunConfig
+from engram_jax.hashing.addressing import Addressing, address
 from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.memory.sites import Addressing, address, gather_rows
+from engram_jax.tables.layout import gather_rows
 from engram_jax.training.state import init_state
 from engram_jax.training.step import Batch, mean_loss, row_ids, train_step
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import ModelConfig
-from engram_jax.memory.sites import sites
+from engram_jax.hashing.addressing import sites
 from engram_jax.model.transformer import segments
 
 

@@ -20,8 +20,9 @@ import numpy as np
 
 from engram_jax.config import ModelConfig, require
 from engram_jax.inference import caches, stages
-from engram_jax.inference.rows import Answer, Chunk, Rows, reach_numpy
+from engram_jax.inference.device_rows import Rows
 from engram_jax.inference.sampling import Sampling
+from engram_jax.offload.prefetch import Answer, Chunk, reach_numpy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

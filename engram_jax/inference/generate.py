@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from engram_jax.config import require
 from engram_jax.inference.engine import Engine, Request
 from engram_jax.inference.serving import Served
-from engram_jax.training.inputs import Reader
+from engram_jax.runs.reader import Reader
 
 CHUNK = 256  # tokens of a prompt that are read at once
 

@@ -7,15 +7,16 @@ from typing import Any
 import jax
 
 from engram_jax.config import ROW_DTYPES, RunConfig, require
-from engram_jax.exporting import SavedTables
-from engram_jax.inference.rows import DeviceRows, HostRows, Rows
-from engram_jax.memory.disk import DiskTable
-from engram_jax.memory.homes import Home
-from engram_jax.memory.sites import Site
-from engram_jax.training.checkpoints import last_checkpoint
-from engram_jax.training.inputs import Reader, open_reader
-from engram_jax.training.mesh import placed_state, single_mesh
-from engram_jax.training.records import RunDirectory
+from engram_jax.hashing.addressing import Site
+from engram_jax.inference.device_rows import DeviceRows, Rows
+from engram_jax.offload.disk import DiskTable
+from engram_jax.offload.home import Home
+from engram_jax.offload.prefetch import HostRows
+from engram_jax.runs.checkpoints import last_checkpoint
+from engram_jax.runs.directory import RunDirectory
+from engram_jax.runs.export import SavedTables
+from engram_jax.runs.reader import Reader, open_reader
+from engram_jax.training.placement import placed_state, single_mesh
 
 HOMES = ("device", "host", "disk")
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import ModelConfig
+from engram_jax.hashing.addressing import INPUT_SITE, engram_site
 from engram_jax.inference.caches import Keys, Place, of_slot, put_slot
 from engram_jax.inference.sampling import Sampling, sample
-from engram_jax.memory.sites import INPUT_SITE, engram_site
 from engram_jax.model import transformer
 from engram_jax.model.attention import cached_attention, latents
 from engram_jax.model.engram import fuse

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from engram_jax.config import EngramConfig, require
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash
-from engram_jax.memory.layout import TableLayout
 from engram_jax.model.layers import Params, matrix, rms_norm
+from engram_jax.tables.layout import TableLayout
 
 GATE_CLAMP = 1e-6
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import ModelConfig
-from engram_jax.memory.sites import INPUT_SITE, engram_site
+from engram_jax.hashing.addressing import INPUT_SITE, engram_site
 from engram_jax.model import hyper_connections, over_encoding
 from engram_jax.model.attention import attention, init_attention
 from engram_jax.model.documents import Documents, documents

@@ -6,15 +6,15 @@ from typing import Any
 
 from etils import epath
 
-from engram_jax.analysis import analyses
-from engram_jax.analysis.observing import Opened, open_run
-from engram_jax.analysis.texts import read_file, validation_text
 from engram_jax.config import require
 from engram_jax.errors import UserError
+from engram_jax.insides import analyses
+from engram_jax.insides.observing import Opened, open_run
+from engram_jax.insides.texts import read_file, validation_text
 from engram_jax.report.looks import Look, looks, memory_kind, slots
-from engram_jax.sweeps import comparing
-from engram_jax.sweeps.comparing import Arm
-from engram_jax.training.records import RunDirectory
+from engram_jax.results import comparing
+from engram_jax.results.comparing import Arm
+from engram_jax.runs.directory import RunDirectory
 
 # Of the text, batches that an analysis is given where fewer than `analyses.BATCHES` show the same.
 ENOUGH = {"lens": 2, "gates": 4, "suppression": 4}

@@ -13,9 +13,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from engram_jax.analysis.statistics import Interval
 from engram_jax.config import RunConfig
-from engram_jax.sweeps.comparing import Arm
+from engram_jax.results.comparing import Arm
+from engram_jax.results.statistics import Interval
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Noto Sans", sans-serif'
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")

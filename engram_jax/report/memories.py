@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from engram_jax.analysis import memory_use
+from engram_jax.insides import memory_use
 from engram_jax.report import looks
 from engram_jax.report.blocks import Block, Cell, Numbers, Plot, Section, Table
 from engram_jax.report.findings import Material, Subject

@@ -6,15 +6,15 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from engram_jax.accounting import short
-from engram_jax.analysis.statistics import Interval, interval
+from engram_jax.costs.accounting import short
 from engram_jax.report import looks
 from engram_jax.report.blocks import Cell, Plot, Section, Table
 from engram_jax.report.findings import Material, Subject
 from engram_jax.report.looks import Key, Look, signed
-from engram_jax.sweeps import comparing
-from engram_jax.sweeps.comparing import Arm, Run
-from engram_jax.training.records import RunDirectory
+from engram_jax.results import comparing
+from engram_jax.results.comparing import Arm, Run
+from engram_jax.results.statistics import Interval, interval
+from engram_jax.runs.directory import RunDirectory
 
 METRICS = (  # of metrics.jsonl: name, title, unit
     ("learning/loss", "Training loss", "nats a token"),

@@ -16,15 +16,15 @@ from etils import epath
 from plotly.offline import get_plotlyjs
 
 from engram_jax import __version__
-from engram_jax.accounting import short
 from engram_jax.config import require
+from engram_jax.costs.accounting import short
 from engram_jax.report import insides, looks, memories, outcomes
 from engram_jax.report.blocks import Folded, Section
 from engram_jax.report.findings import Material, material
 from engram_jax.report.looks import signed
+from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import to_dict
 from engram_jax.storage import is_local, write_text
-from engram_jax.training.records import RunDirectory
 
 SECTIONS: tuple[Callable[[Material], Section], ...] = (
     outcomes.outcomes, outcomes.curves, outcomes.costs, insides.gates, insides.lens, insides.cka,

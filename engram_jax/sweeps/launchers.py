@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
+from engram_jax.runs.train import train
 from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
-from engram_jax.training.loop import train
-from engram_jax.training.mesh import chosen_mesh
+from engram_jax.training.placement import chosen_mesh
 
 Launcher = Callable[
     [Sequence[RunConfig], epath.Path, Callable[[str], None], Mesh | None], list[dict[str, Any]]]

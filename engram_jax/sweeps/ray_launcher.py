@@ -21,10 +21,10 @@ from jax.sharding import Mesh
 from engram_jax import __version__
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import MachineError, UserError
+from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import to_dict
 from engram_jax.storage import first_line
 from engram_jax.sweeps.ray_tasks import Desk, train_here, train_on_slice, wants_slice
-from engram_jax.training.records import RunDirectory
 
 RETRIES = 20  # of one run; machines that may be taken away any time need some
 SECONDS_BETWEEN_LOOKS = 1.0

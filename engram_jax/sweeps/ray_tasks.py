@@ -13,14 +13,13 @@ from typing import Any
 
 from etils import epath
 
-from engram_jax import __version__
+from engram_jax import __version__, distributed
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import MachineError, UserError
+from engram_jax.runs.train import train
 from engram_jax.settings import from_dict
 from engram_jax.storage import first_line
-from engram_jax.training import processes
-from engram_jax.training.loop import train
-from engram_jax.training.mesh import chosen_mesh
+from engram_jax.training.placement import chosen_mesh
 
 WAIT_S = 600  # for hosts of a slice that is being made again
 WORKER_ID = "ray.io/tpu-worker-id"  # a label of a slice's nodes
@@ -81,7 +80,7 @@ def train_here(
         ray.get(desk.put.remote(named))
 
     made = chosen_mesh(mesh)
-    return train(run, epath.Path(folder) / run.name, processes.first_only(say), made)
+    return train(run, epath.Path(folder) / run.name, distributed.first_only(say), made)
 
 
 def train_on_slice(
@@ -147,13 +146,13 @@ def _member(coordinator: str, count: int, number: int, run: Sequence[Any]) -> di
     """One process of a run; it tells the desk why it failed and takes the others with it."""
     import ray
 
-    processes.start(coordinator, count, number)
+    distributed.start(coordinator, count, number)
     try:
         result = train_here(*run)
-        processes.stop()
+        distributed.stop()
         return result
     except Exception as error:
-        lost = processes.lost(error)
+        lost = distributed.lost(error)
         if isinstance(error, UserError):
             kind, line = USER, str(error)
         elif lost or isinstance(error, MachineError | OSError):
@@ -161,4 +160,4 @@ def _member(coordinator: str, count: int, number: int, run: Sequence[Any]) -> di
         else:
             kind, line = BUG, first_line(error)
         ray.get(run[-1].fail.remote(run[0]["name"], kind, line))
-        processes.leave(kind, line)
+        distributed.leave(kind, line)

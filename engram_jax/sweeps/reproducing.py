@@ -14,11 +14,11 @@ from etils import epath
 
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
+from engram_jax.runs.directory import RunDirectory
+from engram_jax.runs.reader import open_inputs
+from engram_jax.runs.train import train
 from engram_jax.settings import with_settings
-from engram_jax.training.inputs import open_inputs
-from engram_jax.training.loop import train
-from engram_jax.training.mesh import chosen_mesh
-from engram_jax.training.records import RunDirectory
+from engram_jax.training.placement import chosen_mesh
 
 TIMINGS = "perf/"  # what their names begin with
 FOLDER = "reproduction"

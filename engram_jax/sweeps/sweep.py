@@ -20,16 +20,16 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from engram_jax.analysis.arms import Result
-from engram_jax.analysis.figures import save
+from engram_jax import distributed
 from engram_jax.config import RunConfig, require
+from engram_jax.costs import forecast
 from engram_jax.errors import UserError
+from engram_jax.results.arms import Result
+from engram_jax.results.figures import save
+from engram_jax.runs.directory import git_revision
 from engram_jax.settings import first_difference, with_settings
 from engram_jax.storage import refusals, write_text
-from engram_jax.sweeps import forecast
 from engram_jax.sweeps.launchers import Launcher, local, share
-from engram_jax.training import processes
-from engram_jax.training.records import git_revision
 
 SEEDS = (0, 1, 2)
 
@@ -131,10 +131,10 @@ def run_sweep(
     runs = share(runs, *only)
     if launcher is local:  # another one has other devices
         forecast.check([forecast.forecast(run, mesh) for run in runs])
-    if processes.is_first():
+    if distributed.is_first():
         _claim(sweep, place)
     results = launcher(runs, place, say, mesh)
-    if processes.is_first() and only == (0, 1):
+    if distributed.is_first() and only == (0, 1):
         report(sweep.experiment, results, place, say)
     return results
 

@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from engram_jax.config import RunConfig
-from engram_jax.memory.sites import Addressing
-from engram_jax.training import mesh as meshes
+from engram_jax.hashing.addressing import Addressing
+from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES
 from engram_jax.training.step import row_ids
 
@@ -33,7 +33,7 @@ def with_capacity(
     """
     if run.training.row_capacity or mesh.size == 1 or not addressing.hashes:
         return run
-    tables = meshes.exchanges(run, mesh)
+    tables = placement.exchanges(run, mesh)
 
     def local(batch: dict[str, jax.Array]) -> jax.Array:
         shares = [jnp.max(tables[name].demand(ids)) * (mesh.size / ids.size)
@@ -42,7 +42,7 @@ def with_capacity(
 
     probe = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(AXES),
                                   out_specs=PartitionSpec(), check_vma=False))
-    most = max(float(probe(meshes.put(batch, mesh)))
+    most = max(float(probe(placement.put(batch, mesh)))
                for batch in itertools.islice(batches, BATCHES))
     share = math.ceil(100 * MARGIN * most) / 100
     return dataclasses.replace(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from engram_jax import torus
+from engram_jax.tables import collectives
 from engram_jax.training.optimizers import labels, on_matrices
 
 DATA, FSDP = "data", "fsdp"
@@ -34,7 +34,7 @@ class Split:
         so it also holds for one block's slice of a leaf that is stacked over blocks.
       devices: along the axis `fsdp`.
       dtype: in which matrices are gathered.
-      near: of them, how many lie together (`torus.neighbours`).
+      near: of them, how many lie together (`collectives.neighbours`).
     """
 
     axes: Any
@@ -82,10 +82,10 @@ class Split:
             count = matrices.shape[0]
             padded = jnp.pad(matrices, ((0, -count % self.devices), (0, 0), (0, 0)))
             shares = padded.reshape(self.devices, -1, *padded.shape[1:])
-            whole = _joined(torus.all_to_all(_packed(shares), FSDP, self.near), axis,
+            whole = _joined(collectives.all_to_all(_packed(shares), FSDP, self.near), axis,
                             shares.shape[1:])
             parts = _cut(step(whole), axis, self.devices)
-            return torus.all_to_all(parts, FSDP, self.near).reshape(padded.shape)[:count]
+            return collectives.all_to_all(parts, FSDP, self.near).reshape(padded.shape)[:count]
 
         return spread
 
@@ -116,7 +116,7 @@ def _spec(ndim: int, axis: int) -> PartitionSpec:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gathered(part: jax.Array, axis: int, dtype: str, near: int) -> jax.Array:
     """The whole matrix in `dtype`; the gradient is summed over the axis `fsdp` in float32."""
-    parts = torus.all_gather(_packed(part.astype(dtype)), FSDP, near)
+    parts = collectives.all_gather(_packed(part.astype(dtype)), FSDP, near)
     return _joined(parts, axis, part.shape)
 
 
@@ -126,7 +126,7 @@ def _gathered_backward(
     del dtype
     devices = jax.lax.axis_size(FSDP)
     parts = _cut(grad.astype(jnp.float32), axis, devices)
-    part = torus.reduce_scatter(parts, FSDP, near)
+    part = collectives.reduce_scatter(parts, FSDP, near)
     shape = list(grad.shape)
     shape[axis] //= devices
     return (part.reshape(shape),)
@@ -136,13 +136,13 @@ gathered.defvjp(
     lambda part, axis, dtype, near: (gathered(part, axis, dtype, near), None), _gathered_backward)
 
 
-# Parts travel as `torus.packed` says, so that a TPU's buffers have no gaps; and libtpu made
+# Parts travel as `collectives.packed` says, so that a TPU's buffers have no gaps; and libtpu made
 # all-reduces of reduce-scatters whose parts were [55, 10, 1536].
 
 
 def _packed(parts: jax.Array) -> jax.Array:
     """Parts [..., in, out], packed."""
-    return parts.reshape(*parts.shape[:-2], *torus.packed(*parts.shape[-2:]))
+    return parts.reshape(*parts.shape[:-2], *collectives.packed(*parts.shape[-2:]))
 
 
 def _joined(parts: jax.Array, axis: int, shape: tuple[int, ...]) -> jax.Array:
@@ -157,7 +157,7 @@ def _cut(whole: jax.Array, axis: int, devices: int) -> jax.Array:
     """The inverse of `_joined`: packed parts [P, ...]."""
     *lead, rows, columns = whole.shape
     if axis == -2:
-        parts = whole.reshape(*lead, devices, *torus.packed(rows // devices, columns))
+        parts = whole.reshape(*lead, devices, *collectives.packed(rows // devices, columns))
         return jnp.moveaxis(parts, len(lead), 0)
     parts = whole.reshape(*lead, rows, devices, columns // devices)
     return _packed(jnp.moveaxis(parts, -2, 0))

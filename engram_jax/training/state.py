@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import RunConfig
-from engram_jax.memory import row_optimizers
-from engram_jax.memory.row_optimizers import RowOptimizer
-from engram_jax.memory.sites import sites
+from engram_jax.hashing.addressing import sites
 from engram_jax.model import transformer
+from engram_jax.tables import row_optimizers
+from engram_jax.tables.layout import layout_of
+from engram_jax.tables.row_optimizers import RowOptimizer
 from engram_jax.training.optimizers import optimizer
 
 
@@ -54,11 +55,11 @@ def init_state(run: RunConfig, seed: jax.Array | None = None) -> TrainState:
         params=params,
         router_bias=transformer.init_router_bias(run.model),
         opt_state=optimizer(run.optimizer).init(params),
-        tables={site.name: site.layout.init(
+        tables={site.name: layout_of(site).init(
             jax.random.fold_in(tables_key, site.layer), site.hash_config.table_std,
             site.hash_config.table_dtype)
             for site in sites(run.model)},
-        table_state={site.name: rows.init(site.layout) for site in sites(run.model)},
+        table_state={site.name: rows.init(layout_of(site)) for site in sites(run.model)},
     )
 
 

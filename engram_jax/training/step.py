@@ -16,14 +16,14 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from engram_jax.config import RunConfig
-from engram_jax.memory import codec, exchange
-from engram_jax.memory.exchange import Exchange, Found, Returned, Route, UniqueRows
-from engram_jax.memory.sites import Addressing
+from engram_jax.hashing.addressing import Addressing
 from engram_jax.model import documents, moe, transformer
 from engram_jax.model.layers import Whole, as_they_are
 from engram_jax.model.loss import token_losses
 from engram_jax.model.transformer import Observed
-from engram_jax.training import mesh as meshes
+from engram_jax.tables import exchange, rounding
+from engram_jax.tables.exchange import Exchange, Found, Returned, Route, UniqueRows
+from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES
 from engram_jax.training.optimizers import optimizer, schedule
 from engram_jax.training.state import TrainState, row_optimizer
@@ -48,9 +48,9 @@ def train_step(
     Raises:
       UserError: the mesh does not divide the batch or a table.
     """
-    mesh = mesh or meshes.single_mesh()
-    meshes.check(run, mesh)
-    split, tables = meshes.param_split(run, mesh), meshes.exchanges(run, mesh)
+    mesh = mesh or placement.single_mesh()
+    placement.check(run, mesh)
+    split, tables = placement.param_split(run, mesh), placement.exchanges(run, mesh)
     transform = optimizer(run.optimizer, split.by_matrix)
     rate = schedule(run.optimizer, run.training.steps)
 
@@ -59,7 +59,7 @@ def train_step(
         asked = {name: tables[name].route(ids[name]) for name in ids}
         found = {name: tables[name].lookup(state.tables[name], ids[name], asked[name])
                  for name in ids}
-        rows = {name: codec.decode(each.rows) for name, each in found.items()}
+        rows = {name: rounding.decode(each.rows) for name, each in found.items()}
         (loss, seen), (grads, row_grads) = gradients(
             run, state, rows, batch, split.whole, mesh.size)
         grads = split.summed(grads)
@@ -94,7 +94,7 @@ def train_step(
         }
         return new, metrics
 
-    specs = meshes.state_specs(run, mesh)
+    specs = placement.state_specs(run, mesh)
     return jax.shard_map(step, mesh=mesh, in_specs=(specs, PartitionSpec(AXES)),
                          out_specs=(specs, PartitionSpec()), check_vma=False)
 
@@ -194,19 +194,19 @@ def evaluation_step(
 
     The batch also has weights_BT, float32.
     """
-    mesh = mesh or meshes.single_mesh()
-    meshes.check(run, mesh)
-    split, tables = meshes.param_split(run, mesh), meshes.exchanges(run, mesh)
+    mesh = mesh or placement.single_mesh()
+    placement.check(run, mesh)
+    split, tables = placement.param_split(run, mesh), placement.exchanges(run, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         found = {name: tables[name].lookup(state.tables[name], ids, tables[name].route(ids))
                  for name, ids in row_ids(run, addressing, batch).items()}
-        rows = {name: codec.decode(each.rows) for name, each in found.items()}
+        rows = {name: rounding.decode(each.rows) for name, each in found.items()}
         loss_BT, _ = losses(state.params, rows, state.router_bias, batch, run, split.whole)
         return (_everywhere(jnp.sum(loss_BT * batch["weights_BT"])),
                 _everywhere(jnp.sum(batch["weights_BT"])))
 
-    specs = meshes.state_specs(run, mesh)
+    specs = placement.state_specs(run, mesh)
     return jax.shard_map(step, mesh=mesh, in_specs=(specs, PartitionSpec(AXES)),
                          out_specs=PartitionSpec(), check_vma=False)
 

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from engram_jax.accounting import account
-from engram_jax.allocation import with_flops
 from engram_jax.config import EngramConfig, RunConfig
+from engram_jax.costs.accounting import account
+from engram_jax.costs.allocation import with_flops
 from engram_jax.recipes import engram_3b, small, tiny, without_memory
 from engram_jax.sweeps.sweep import seeded
 

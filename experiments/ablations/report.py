@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from engram_jax.analysis import arms, figures
-from engram_jax.analysis.arms import Result
-from engram_jax.analysis.statistics import paired
+from engram_jax.results import arms, figures
+from engram_jax.results.arms import Result
+from engram_jax.results.statistics import paired
 from experiments import published
 
 FIGURE = "loss_by_ablation.png"

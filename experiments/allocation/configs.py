@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from engram_jax.accounting import account
-from engram_jax.allocation import Allocation, allocate
 from engram_jax.config import EngramConfig, MoEConfig, RunConfig
+from engram_jax.costs.accounting import account
+from engram_jax.costs.allocation import Allocation, allocate
 from engram_jax.recipes import moe_6b, moe_10b, small, tiny, without_memory
 from engram_jax.sweeps.sweep import seeded
 

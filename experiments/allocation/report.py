@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engram_jax.analysis import arms, figures, fits
-from engram_jax.analysis.arms import Result
-from engram_jax.analysis.statistics import Interval, paired
+from engram_jax.results import arms, figures, fits
+from engram_jax.results.arms import Result
+from engram_jax.results.statistics import Interval, paired
 from experiments import published
 
 FIGURE = "loss_against_rho.png"

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from engram_jax.allocation import matched_baseline
 from engram_jax.config import KEYS, RunConfig
+from engram_jax.costs.allocation import matched_baseline
 from engram_jax.recipes import engram_3b, small, tiny
 from engram_jax.sweeps.sweep import seeded
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from engram_jax.analysis import arms, figures
-from engram_jax.analysis.arms import Result
-from engram_jax.analysis.statistics import paired
 from engram_jax.config import KEYS
+from engram_jax.results import arms, figures
+from engram_jax.results.arms import Result
+from engram_jax.results.statistics import paired
 
 FIGURE = "loss_by_keys.png"
 BASELINE = "no-memory"

@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from engram_jax.analysis.analyses import analyze
 from engram_jax.errors import MachineError, UserError
+from engram_jax.insides.analyses import analyze
 from engram_jax.sweeps.sweep import to_csv
 
 SEEDS = (0, 1, 2)

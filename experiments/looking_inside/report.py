@@ -6,8 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engram_jax.analysis import figures
-from engram_jax.analysis.statistics import Interval, interval, paired
+from engram_jax.results import figures
+from engram_jax.results.statistics import Interval, interval, paired
 from experiments import published
 
 FIGURE = "lens_and_alignment.png"

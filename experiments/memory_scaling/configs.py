@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from engram_jax.accounting import account
-from engram_jax.allocation import matched_baseline, with_flops
 from engram_jax.config import RunConfig
+from engram_jax.costs.accounting import account
+from engram_jax.costs.allocation import matched_baseline, with_flops
 from engram_jax.recipes import engram_3b, small, tiny, with_over_encoding
 from engram_jax.sweeps.sweep import seeded
 

@@ -6,10 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from engram_jax.accounting import short
-from engram_jax.analysis import arms, figures, fits
-from engram_jax.analysis.arms import Result
-from engram_jax.analysis.statistics import interval
+from engram_jax.costs.accounting import short
+from engram_jax.results import arms, figures, fits
+from engram_jax.results.arms import Result
+from engram_jax.results.statistics import interval
 from experiments import published
 
 FIGURE = "loss_against_slots.png"

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from engram_jax.analysis import arms as grouping
-from engram_jax.analysis import figures
-from engram_jax.analysis.arms import Result
-from engram_jax.analysis.statistics import paired
 from engram_jax.config import RunConfig
-from engram_jax.memory.row_optimizers import row_optimizer, state_bytes
+from engram_jax.results import arms as grouping
+from engram_jax.results import figures
+from engram_jax.results.arms import Result
+from engram_jax.results.statistics import paired
+from engram_jax.tables.row_optimizers import row_optimizer, state_bytes
 from experiments.row_optimizers.configs import MULTIPLIERS, SCALES, arms
 
 FIGURE = "loss_by_optimizer.png"

@@ -1,1 +1,0 @@
-"""What came out of runs, in numbers and figures, and what happens inside trained models."""

@@ -1,0 +1,1 @@
+"""What a run costs, counted and compiled: parameters, FLOPs, memory, collectives."""

@@ -1,0 +1,121 @@
+"""What the devices of a compiled program say to each other: kinds, sizes, how often."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from engram_jax.costs.hlo import Computation, Instruction, Program, Shape, bytes_of, parse
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+         "collective-permute", "collective-broadcast")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      kind: one of `KINDS`.
+      shapes: (dtype, dimensions) of what a device puts in.
+      bytes: of `shapes`, each time.
+      times: how often it runs in one call; a loop whose trip count depends on data counts once.
+      exact: false in such a loop.
+      group: how many devices take part together; 0 means all.
+      source: the operation of the model that it came from, if the compiler kept that.
+    """
+
+    kind: str
+    shapes: tuple[Shape, ...]
+    bytes: int
+    times: int
+    exact: bool
+    group: int
+    source: str
+
+
+def collectives(program: Any) -> list[Collective]:
+    """Every collective of a program, in the order of the text.
+
+    Args:
+      program: a compiled program (`.as_text()`), its text, or a parsed `Program`.
+    """
+    if not isinstance(program, Program):
+        program = parse(program if isinstance(program, str) else program.as_text())
+    found: list[Collective] = []
+    counted: set[str] = set()  # computations that are the inside of a collective
+    for site in program.walk():
+        instruction, computation = site.instruction, site.computation
+        kind = _kind(program, instruction)
+        if kind is None or computation.name in counted:
+            continue
+        counted.update(instruction.called)
+        sent = _sent(computation, instruction)
+        found.append(Collective(
+            kind=kind, shapes=sent, bytes=sum(map(bytes_of, sent)), times=site.times,
+            exact=site.exact, group=_group(program, instruction),
+            source=instruction.attribute(r'op_name="([^"]*)"') or ""))
+    return found
+
+
+def by_kind(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
+    """For each kind that occurs: `count` and `bytes` (per device, over all the times that they
+    run) and `largest_bytes` (of one)."""
+    totals: dict[str, collections.Counter[str]] = {}
+    for one in found:
+        total = totals.setdefault(one.kind, collections.Counter())
+        total["count"] += one.times
+        total["bytes"] += one.times * one.bytes
+        total["largest_bytes"] = max(total["largest_bytes"], one.bytes)
+    return {kind: dict(totals[kind]) for kind in KINDS if kind in totals}
+
+
+def _kind(program: Program, instruction: Instruction) -> str | None:
+    """The kind of a collective; an asynchronous one counts where it starts.
+
+    A generic `async-start` is no collective: the one that it wraps is found in its computation.
+    """
+    name = instruction.opcode.removesuffix("-start")
+    if name in KINDS:
+        return name
+    return "reduce-scatter" if _reduced_in_fusion(program, instruction) else None
+
+
+def _reduced_in_fusion(program: Program, instruction: Instruction) -> Instruction | None:
+    """The all-reduce in a TPU fusion of which each device keeps a slice."""
+    if instruction.opcode != "fusion" or "kind=kCustom" not in instruction.attributes:
+        return None
+    for name in instruction.called:
+        parts = {part.opcode: part for part in program.computations[name].instructions.values()}
+        if "dynamic-slice" in parts and "all-reduce" in parts:
+            return parts["all-reduce"]
+    return None
+
+
+def _sent(computation: Computation, instruction: Instruction) -> tuple[Shape, ...]:
+    """The arrays that a device puts in.
+
+    Operands by their names; where the text has not defined them, what the result tells: an
+    asynchronous start's tuple begins with its operand.
+    """
+    if known := computation.operand_shapes(instruction):
+        return known
+    if instruction.operands and instruction.opcode.endswith("-start"):
+        return instruction.shapes[:1]
+    return instruction.shapes
+
+
+def _group(program: Program, instruction: Instruction) -> int:
+    """Devices of the first replica group: `{{0,1},{2,3}}`; `[2,4]<=[8]`, 2 groups of 4; or
+    `mesh['data'=2,'fsdp'=4] {'fsdp'}`, the groups along an axis."""
+    instruction = _reduced_in_fusion(program, instruction) or instruction
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.attributes):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=", instruction.attributes):
+        return math.prod(map(int, iota[1].split(",")[1:]))
+    if named := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", instruction.attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    return 0

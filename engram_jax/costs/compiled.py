@@ -1,0 +1,113 @@
+"""FLOPs and the compiler's own estimate of time of a compiled TPU program, loops multiplied out."""
+
+import math
+import re
+from collections.abc import Callable
+
+from engram_jax.costs.hlo import Program, Shape, Site
+
+KERNEL = "tpu_custom_call"
+UNKNOWN_CYCLES = 10**12  # a number like 2**63 stands where libtpu could not tell
+
+
+def flops(program: Program) -> int:
+    """Floating-point operations of a device in one call: matrix products, two for each term.
+
+    Counts `dot`, `convolution` (which is what TPUs make of a dot) and the kernels of ragged_dot;
+    other kernels and elementwise work are left out.
+    """
+    return sum(_flops(site) * site.times for site in program.walk())
+
+
+def seconds(program: Program, clock: float, peak_flops: float) -> float:
+    """The time of one call on a device as libtpu estimates it, without collectives.
+
+    The sum of the `estimated_cycles` that the compiler writes beside each operation, over the
+    clock. It writes none beside kernels, which count at `peak_flops`, and none beside collectives
+    and copies, which it means to hide behind the rest. (`cost_analysis()['optimal_seconds']` is of
+    no use here: it counts a loop once, and -1 s for each kernel.)
+
+    Args:
+      program: compiled for TPUs.
+      clock: cycles a second.
+      peak_flops: FLOPs a second.
+    """
+    fused = {name for site in program.walk() if site.instruction.opcode == "fusion"
+             for name in site.instruction.called}
+    total = 0.0
+    for site in program.walk():
+        if site.computation.name in fused:
+            continue
+        cycles = site.instruction.attribute(r'"estimated_cycles":"(\d+)"')
+        if cycles and int(cycles) < UNKNOWN_CYCLES:
+            total += int(cycles) / clock * site.times
+        elif site.instruction.opcode == "custom-call":
+            total += _flops(site) / peak_flops * site.times
+    return total
+
+
+def _flops(site: Site) -> int:
+    count = _COUNTS.get(site.instruction.opcode)
+    return count(site) if count else 0
+
+
+def _dot(site: Site) -> int:
+    left = site.computation.operand_shapes(site.instruction)[0][1]
+    axes = site.instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+    summed = math.prod(left[int(axis)] for axis in axes.split(",") if axis)
+    return 2 * summed * math.prod(site.instruction.shapes[0][1])
+
+
+def _convolution(site: Site) -> int:
+    """Only taps that meet an element count: a batch axis is a dilated window here."""
+    left, right = (shape[1] for shape in site.computation.operand_shapes(site.instruction))
+    labels = site.instruction.attribute(r"dim_labels=(\w+->\w+)") or ""
+    left_labels, right_labels, out_labels = re.split(r"_|->", labels)
+    out = site.instruction.shapes[0][1]
+    groups = int(site.instruction.attribute(r"batch_group_count=(\d+)") or 1)
+    terms = (left[left_labels.index("b")] // groups * right[right_labels.index("i")]
+             * right[right_labels.index("o")])
+    spatial = sorted(label for label in out_labels if label.isdigit())
+    window = _window(site.instruction.attribute(r"window=\{([^}]*)\}") or "", len(spatial))
+    for label, settings in zip(spatial, window, strict=True):
+        terms *= _taps(left[left_labels.index(label)], out[out_labels.index(label)], *settings)
+    return 2 * terms
+
+
+def _window(text: str, rank: int) -> list[tuple[int, int, int, int, int]]:
+    """size, stride, low padding, lhs_dilate, rhs_dilate of each spatial axis."""
+    found = dict(re.findall(r"(\w+)=(\S+)", text))
+
+    def of(name: str, default: int) -> list[int]:
+        return [int(part.split("_")[0]) for part in found[name].split("x")
+                ] if name in found else [default] * rank
+
+    return list(zip(of("size", 1), of("stride", 1), of("pad", 0), of("lhs_dilate", 1),
+                    of("rhs_dilate", 1), strict=True))
+
+
+def _taps(
+    size: int, out: int, window: int, stride: int, low: int, dilation: int, spread: int
+) -> int:
+    """Pairs of an output and a tap of the window that meet an element of the input."""
+    if window == 1 and stride == 1 and dilation == 1 and low == 0:
+        return out
+    last = (size - 1) * dilation
+    return sum(1 for at in range(out) for tap in range(window)
+               if 0 <= (place := at * stride + tap * spread - low) <= last
+               and place % dilation == 0)
+
+
+def _ragged(site: Site) -> int:
+    """Every slot times one expert's matrix, whichever of the three arrays is the experts'."""
+    if KERNEL not in site.instruction.attributes or "ragged-dot" not in site.instruction.name:
+        return 0
+    arrays: list[Shape] = [*site.computation.operand_shapes(site.instruction),
+                           *site.instruction.shapes]
+    experts = [dims for _, dims in arrays if len(dims) == 3]
+    slots = [dims for _, dims in arrays if len(dims) == 2]
+    return 2 * max(dims[0] for dims in slots) * math.prod(experts[0][1:]) if experts else 0
+
+
+_COUNTS: dict[str, Callable[[Site], int]] = {
+    "dot": _dot, "convolution": _convolution, "custom-call": _ragged}

@@ -1,0 +1,109 @@
+"""Texts that analyses read: from a file or a run's validation data, in batches of the run's shape.
+
+Shapes: B batch, T time, N tokens of the text, P positions, S spans.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from engram_jax.config import require
+from engram_jax.errors import UserError
+from engram_jax.insides.observing import Opened
+from engram_jax.runs.reader import open_inputs
+from engram_jax.storage import refusals
+
+BATCHES = 8  # of the text that an analysis reads
+
+
+class Text:
+    """A text as a run reads it, in batches of the run's shape.
+
+    Attributes:
+      text: itself.
+      tokens_N: its tokens, int32 [N].
+
+    Raises:
+      UserError: it is shorter than one sequence.
+    """
+
+    def __init__(self, opened: Opened, text: str):
+        data = opened.run.data
+        self._encoding = opened.encoded(text)
+        self.text, self.tokens_N = text, np.array(self._encoding.ids, np.int32)
+        self._length = data.sequence_length + 1
+        count = self.tokens_N.size // self._length
+        require(count >= 1, "text", f"{self.tokens_N.size} tokens",
+                f"must have at least {self._length}, one sequence of {opened.name}")
+        self._size = min(data.batch_size, count)
+        self._whole = count // self._size
+
+    @property
+    def offsets_N2(self) -> np.ndarray:
+        """Where each token starts and ends in the text, characters, int64 [N, 2]."""
+        return np.array(self._encoding.offsets, np.int64).reshape(-1, 2)
+
+    def batches(self, count: int = BATCHES) -> Iterator[np.ndarray]:
+        """Tokens [B, T + 1], whole batches from the start of the text."""
+        return (self._batch(self.tokens_N, number) for number in range(min(count, self._whole)))
+
+    def inputs(self) -> Iterator[np.ndarray]:
+        """The same without the last token of each sequence."""
+        return (tokens[:, :-1] for tokens in self.batches())
+
+    def ends(self, tokens_S2: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Every batch of inputs in which spans end, [B, T], and where, int64 [P] of its B * T.
+
+        Args:
+          tokens_S2: first and last token of each span; one that a sequence's border cuts is left
+            out.
+          most: how many positions there are at most in all batches together.
+        """
+        same_S = np.equal(*(tokens_S2 // self._length).T)
+        ends_N = np.zeros(self.tokens_N.size, bool)
+        ends_N[tokens_S2[same_S, 1]] = True
+        for number in range(self._whole):
+            places_P = np.flatnonzero(self._batch(ends_N, number)[:, :-1])[:most]
+            most -= places_P.size
+            if places_P.size:
+                yield self._batch(self.tokens_N, number)[:, :-1], places_P
+
+    def _batch(self, each_N: np.ndarray, number: int) -> np.ndarray:
+        tokens = self._length * self._size
+        return each_N[number * tokens : (number + 1) * tokens].reshape(self._size, self._length)
+
+
+def read_file(file: epath.PathLike, field: str) -> str:
+    """A file that the user named in `field`.
+
+    Raises:
+      UserError: it is not there, or not UTF-8.
+      MachineError: it cannot be read.
+    """
+    place = epath.Path(file)
+    require(place.is_file(), field, os.fspath(file), "must be a text file")
+    with refusals(place, "read"):
+        try:
+            return place.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{field} = {os.fspath(file)!r}: is not UTF-8 ({error.reason} at byte "
+                            f"{error.start})") from error
+
+
+def validation_text(opened: Opened) -> str:
+    """The beginning of a run's validation text, twice as much as analyses read; a blank line
+    between documents.
+
+    Raises:
+      UserError: the text is not the one that the run was trained on.
+    """
+    run, inputs = opened.run, open_inputs(opened.run)
+    require(opened.fingerprint in ("", inputs.tokens.fingerprint), "data.path", run.data.path,
+            f"is not the text that {opened.name} was trained on; name one with --text FILE")
+    stream = inputs.tokens.validation
+    batch = run.data.batch_size * (run.data.sequence_length + 1)
+    tokens_N = stream.read(0, min(len(stream), 2 * BATCHES * batch))
+    documents = np.split(tokens_N, np.flatnonzero(tokens_N == inputs.end_id) + 1)
+    return "\n\n".join(inputs.tokenizer.decode(ids.tolist()) for ids in documents if ids.size)

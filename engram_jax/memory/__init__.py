@@ -1,1 +1,0 @@
-"""Where tables live, how rows are read and how they are updated."""

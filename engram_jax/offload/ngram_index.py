@@ -1,0 +1,99 @@
+"""Which n-grams a cache holds, and where: a set-associative index on the host.
+
+The K heads of an n-gram are always asked for together, so they hit and miss together and share one
+entry. Each n-gram has one set of `WAYS` entries that it may be in; the one that was used least
+recently makes room.
+
+Shapes: G n-grams asked for, M of them that were missing, K heads, S sets, W ways, C = S * W
+entries.
+"""
+
+import numpy as np
+
+from engram_jax.config import require
+from engram_jax.offload.dedup import group_keys
+
+WAYS = 8
+_NOBODY = -1
+
+
+class NgramIndex:
+    """The index of a cache; not for several threads at once.
+
+    Args:
+      group: K, how many ids, one after another, are one n-gram's.
+      entry_bytes, capacity_bytes: of one entry and of the whole cache.
+
+    Raises:
+      UserError: no group, or a cache too small for one set.
+    """
+
+    def __init__(self, group: int, entry_bytes: int, capacity_bytes: int):
+        require(group >= 1, "group", group, "must be at least 1")
+        least = WAYS * entry_bytes
+        require(capacity_bytes >= least, "capacity_bytes", capacity_bytes,
+                f"must be at least {least}, {WAYS} n-grams of {group} rows")
+        self.group, self._sets = group, capacity_bytes // least
+        self.entries = self._sets * WAYS
+        self._lookups = 0
+        self._ids_CK = np.full((self.entries, group), _NOBODY, np.int64)
+        self._keys_SW = np.zeros((self._sets, WAYS), np.uint64)
+        self._used_SW = np.zeros((self._sets, WAYS), np.int64)  # the lookup that used it last
+
+    def clear(self) -> None:
+        """Forget all n-grams."""
+        self._ids_CK.fill(_NOBODY)
+        self._keys_SW.fill(0)
+        self._used_SW.fill(self._lookups - WAYS)
+
+    def fill(self, ids_GK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Hold these different n-grams instead, of each set the first ones; the first stay longest.
+
+        Returns:
+          As `admit`.
+
+        Raises:
+          UserError: they have another number of ids.
+        """
+        require(ids_GK.ndim == 2 and ids_GK.shape[1] == self.group, "n-grams", ids_GK.shape,
+                f"must be [G, {self.group}]")
+        self.clear()
+        kept, entry_M = self.admit(ids_GK)
+        self._used_SW.reshape(-1)[entry_M] -= entry_M % WAYS
+        return kept, entry_M
+
+    def probe(self, ids_GK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Look n-grams up: the entry of each, intp [G], and whether it is there, bool [G]."""
+        keys_G = group_keys(ids_GK)
+        sets_G = self._set(keys_G)
+        match_GW = self._keys_SW[sets_G] == keys_G[:, None]
+        entry_G = sets_G * WAYS + match_GW.argmax(axis=1)
+        # Different n-grams may have the same key: only the ids prove it.
+        hit_G = (self._ids_CK[entry_G] == ids_GK).all(axis=1)
+        self._lookups += 1
+        self._used_SW.reshape(-1)[entry_G[hit_G]] = self._lookups
+        return entry_G, hit_G
+
+    def admit(self, ids_MK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Enter n-grams that are not there; of those of one set, as many as it has ways.
+
+        Returns:
+          Which of them were entered, as places in `ids_MK`, and the entry of each, both intp.
+        """
+        keys_M = group_keys(ids_MK)
+        sets_M = self._set(keys_M)
+        order = np.argsort(sets_M, kind="stable")
+        in_order = sets_M[order]
+        rank = np.arange(len(order)) - np.searchsorted(in_order, in_order)
+        kept = order[rank < WAYS]
+        oldest_MW = np.argsort(self._used_SW[sets_M[kept]], axis=1, kind="stable")
+        way_M = oldest_MW[np.arange(len(kept)), rank[rank < WAYS]]
+        entry_M = sets_M[kept] * WAYS + way_M
+        self._ids_CK[entry_M] = ids_MK[kept]
+        self._keys_SW.reshape(-1)[entry_M] = keys_M[kept]
+        self._used_SW.reshape(-1)[entry_M] = self._lookups
+        return kept, entry_M
+
+    def _set(self, keys_G: np.ndarray) -> np.ndarray:
+        # The lowest bits of a key are those of a sum of ids, however alike the ids are.
+        return ((keys_G >> np.uint64(32)) % np.uint64(self._sets)).astype(np.intp)

@@ -1,0 +1,1 @@
+"""What finished runs say together: intervals, fits, tables, figures, comparisons."""

@@ -1,0 +1,267 @@
+"""Orbax checkpoints of the state and the data iterator, together and asynchronous.
+
+Each checkpoint also carries the fingerprints of the tokenizer and of each memory's hash: embedding
+and rows are worth nothing to a model that reads or hashes otherwise.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint.experimental.v1 as ocp
+from etils import epath
+
+from engram_jax.errors import MachineError, UserError
+from engram_jax.storage import first_line
+from engram_jax import distributed
+from engram_jax.runs.reader import Reader
+from engram_jax.runs.directory import RunDirectory
+from engram_jax.training.state import TrainState
+
+CHUNK = 64 * 2**20  # bytes of a table that are read, and so must be in memory, together
+
+
+class SavedState(NamedTuple):
+    """A whole checkpoint.
+
+    Attributes:
+      step, saved_ns: its step, and when it was saved, in ns since 1970: together they tell it from
+        one of the same step of a run that was trained anew.
+      place: where its arrays are.
+    """
+
+    step: int
+    saved_ns: int
+    place: epath.Path
+
+
+class Checkpoints:
+    """The checkpoints of one run; use as a context manager.
+
+    Args:
+      directory: where they are kept; made if it is not there.
+      keep: how many of the latest are kept.
+      fingerprints: what the state is worth nothing without (`Reader.fingerprints`).
+    """
+
+    def __init__(self, directory: epath.Path, keep: int, fingerprints: Mapping[str, str]):
+        self._directory = directory
+        self._fingerprints = dict(fingerprints)
+        self._saving: tuple[int, Any] | None = None
+        self._checkpointer = ocp.training.Checkpointer(
+            directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            context=ocp.Context(array_options=ocp.options.ArrayOptions(
+                saving=ocp.options.ArrayOptions.Saving(scoped_storage_options_creator=_storage))))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self._checkpointer.close()
+        except Exception:  # of the write that was under way; `error` says more
+            if error is None:
+                raise
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last whole checkpoint."""
+        return max(filter(self._is_whole, self._steps()), default=None)
+
+    def discard_unfinished(self) -> None:
+        """Remove what a kill left half-written; for the run that writes here, at its start."""
+        if distributed.is_first():
+            # Not `_steps`: in object storage orbax leaves such folders out.
+            there = self._directory.iterdir() if self._directory.exists() else ()
+            for place in list(there):
+                if place.name.isdecimal() and not self._is_whole(int(place.name)):
+                    place.rmtree()
+        distributed.barrier("the removal of unfinished checkpoints")
+        self._checkpointer.reload()
+
+    def save(self, step: int, state: TrainState, batches: Any) -> None:
+        """Copy state and iterator off the device now, write them in the background.
+
+        Raises:
+          MachineError: this checkpoint or the one before could not be written.
+        """
+        self.wait()
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                step, {"state": state, "batches": batches.get_state()},
+                custom_metadata={"fingerprints": self._fingerprints})
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(step, error) from error
+        self._saving = (step, response)
+
+    def wait(self) -> None:
+        """Until what is being written is whole.
+
+        Raises:
+          MachineError: it could not be written; earlier checkpoints are as they were.
+        """
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            if response is not None:
+                response.result()
+        except Exception as error:  # tensorstore's errors have no common base
+            raise self._failed(step, error) from error
+
+    def restore(
+        self, abstract: TrainState, batches: Any | None = None, step: int | None = None,
+        only: Sequence[str] = (),
+    ) -> TrainState:
+        """The state of a checkpoint (the latest by default); `batches` is wound to its place.
+
+        Args:
+          abstract: shapes and dtypes, and where each array shall lie (`mesh.placed_state`): any
+            mesh, whatever the mesh was that wrote it.
+          batches: the iterator; in any number of processes.
+          step: of the checkpoint.
+          only: fields of the state to read; what the others hold then is of no use. () reads all.
+
+        Raises:
+          UserError: no checkpoint, another hash or tokenizer, or other shapes.
+          MachineError: the checkpoint cannot be read.
+        """
+        step = self._latest() if step is None else step
+        self._check(step, abstract)
+        left_out = [name for name in vars(abstract) if only and name not in only]
+        wanted: dict[str, Any] = {"state": dataclasses.replace(abstract, **{
+            name: jax.tree.map(lambda _: ocp.PLACEHOLDER, getattr(abstract, name))
+            for name in left_out})}
+        if batches is not None:
+            wanted["batches"] = batches.get_state()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of a private orbax API
+                found = self._checkpointer.load_checkpointables(step, wanted)
+        except Exception as error:  # as in `wait`
+            raise MachineError(f"{self._directory / str(step)}: cannot be read: "
+                               f"{first_line(error)}") from error
+        if batches is not None:
+            batches.set_state(jax.tree.map(int, found["batches"]))
+        return found["state"]
+
+    def last_state(self) -> SavedState:
+        """The last checkpoint.
+
+        Raises:
+          UserError: no checkpoint, or one of another hash or tokenizer.
+          MachineError: it cannot be read.
+        """
+        step = self._latest()
+        metadata = self._metadata(step)
+        self._check_fingerprints(step, metadata)
+        place = self._directory / str(step) / "state"
+        return SavedState(step, metadata.init_timestamp_nsecs, place)
+
+    def _latest(self) -> int:
+        if (step := self.latest) is None:
+            raise UserError(f"{self._directory}: holds no whole checkpoint")
+        return step
+
+    def _steps(self) -> list[int]:
+        return [found.step for found in self._checkpointer.checkpoints]
+
+    def _is_whole(self, step: int) -> bool:
+        # Written last; where renaming a folder is not atomic, the name alone proves nothing.
+        return (self._directory / str(step) / "commit_success.txt").exists()
+
+    def _metadata(self, step: int) -> Any:
+        """What orbax knows of a checkpoint, that of its arrays included."""
+        try:
+            metadata = self._checkpointer.checkpointables_metadata(step)
+            if metadata.metadata["state"] is None:
+                raise ValueError("the description of its arrays is damaged or missing")
+        except Exception as error:
+            raise MachineError(f"{self._directory / str(step)}: cannot be read: "
+                               f"{first_line(error)}") from error
+        return metadata
+
+    def _check_fingerprints(self, step: int, metadata: Any) -> None:
+        """Refuse a checkpoint whose rows mean something else."""
+        carried = (metadata.custom_metadata or {}).get("fingerprints", {})
+        if carried == self._fingerprints:
+            return
+        name = min(set(carried.items()) ^ set(self._fingerprints.items()))[0]
+        what = "" if name == "tokenizer" else f"the memory {name!r} of "
+        raise UserError(
+            f"{self._directory / str(step)}: {what}this model was trained with another tokenizer "
+            f"or hash (digest {_ends(carried.get(name))}, here "
+            f"{_ends(self._fingerprints.get(name))}); use the data and hash settings that it was "
+            "trained with")
+
+    def _check(self, step: int, abstract: TrainState) -> None:
+        """Refuse a checkpoint whose rows or shapes mean something else."""
+        place, metadata = self._directory / str(step), self._metadata(step)
+        self._check_fingerprints(step, metadata)
+        saved = metadata.metadata["state"]
+        expected, found = _shapes(abstract), _shapes(saved)
+        for path in sorted(expected.keys() | found.keys()):
+            if expected.get(path) != found.get(path):
+                raise UserError(f"{place}: {path} has shape {found.get(path, 'none')}, "
+                                f"the model wants {expected.get(path, 'none')}")
+
+    def _failed(self, step: int, error: Exception) -> MachineError:
+        kept = self.latest
+        last = "there is no earlier one" if kept is None else f"the last good one is of step {kept}"
+        return MachineError(f"{self._directory}: the checkpoint of step {step} could not be "
+                            f"written ({first_line(error)}); {last}")
+
+
+def last_checkpoint(records: RunDirectory, reader: Reader) -> Checkpoints:
+    """The checkpoints of a run that has some.
+
+    Raises:
+      UserError: it has none.
+    """
+    if not records.checkpoints.exists():
+        raise UserError(f"{records.path}: has no checkpoint yet; train it first")
+    return Checkpoints(records.checkpoints, records.config().training.keep_checkpoints,
+                       reader.fingerprints())
+
+
+def _storage(path: Sequence[Any], array: Any) -> Any:
+    """Orbax's storage options of an array: tables in chunks of at most `CHUNK`, if that can be.
+
+    A table [S, R, D] that lies on one device is cut into stretches of all shards, in which ids
+    follow one another. Chunks have to divide what a device holds, so where R has no fitting divisor
+    and on several devices a chunk is one shard, whose rows are cut only if CHUNK is passed.
+    """
+    if getattr(path[0], "name", "") != "tables":
+        return None
+    shards, rows, dim = array.sharding.shard_shape(array.shape)
+    row_bytes, options = dim * array.dtype.itemsize, ocp.options.ArrayOptions.Saving.StorageOptions
+    if shards * rows * row_bytes <= CHUNK:
+        return None
+    stretch = _largest_divisor(rows, CHUNK // (shards * row_bytes))
+    if shards == array.shape[0] and 16 * stretch * shards * row_bytes >= CHUNK:
+        return options(chunk_byte_size=stretch * shards * row_bytes)
+    part = _largest_divisor(rows, CHUNK // row_bytes)
+    part = part if 16 * part * row_bytes >= CHUNK else rows
+    return options(chunk_byte_size=part * row_bytes, shard_axes=(0,))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """Of `number`, not above `most`; 0 if there is none."""
+    return next((found for found in range(min(number, most), 0, -1) if number % found == 0), 0)
+
+
+def _ends(digest: str | None) -> str:
+    if digest is None:
+        return "none"
+    return ":".join(part[:8] for part in digest.split(":"))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of each array by its path; a path's parts are the same for any container."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+                     for key in path): tuple(leaf.shape) for path, leaf in leaves}

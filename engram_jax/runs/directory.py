@@ -1,0 +1,217 @@
+"""A run directory: what was run, on what, and what came out.
+
+    config.json     the run, whole
+    tokenizer.json  its tokenizer, in the format of HF `tokenizers`
+    env.json        git revision, versions, devices, fingerprints of text and tokenizer
+    metrics.jsonl   one object for each logged step; in object storage in parts (`metrics.py`)
+    checkpoints/    Orbax
+    result.json     written last: its presence means that the run is done
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+from tokenizers import Tokenizer
+
+from engram_jax import __version__
+from engram_jax.config import RunConfig
+from engram_jax.errors import UserError
+from engram_jax.settings import first_difference, from_dict, to_dict
+from engram_jax.storage import check_readable, is_local, refusals, scheme, write_text
+from engram_jax.runs.metrics import Metrics
+from engram_jax.distributed import is_first
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
+
+
+class RunDirectory:
+    """Reads and writes the records of one run; `path` may be on a disk or gs://.
+
+    Of several processes the first one writes; what the others write is dropped.
+
+    Raises:
+      UserError: object storage that cannot hold a run.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        check_readable(path, "out")
+        if scheme(path) not in ("", "gs"):
+            raise UserError(f"out = {os.fspath(path)!r}: Orbax keeps checkpoints on disks and "
+                            "gs:// only; choose one of these, a mounted file system for example")
+        place = epath.Path(path).expanduser()
+        self.path = place.absolute() if is_local(place) else place  # orbax wants it whole
+        self._metrics = Metrics(self.path)
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer_path(self) -> epath.Path:
+        return self.path / "tokenizer.json"
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json, or None while the run is not done."""
+        place = self.path / "result.json"
+        with refusals(place, "read"):
+            return json.loads(place.read_text()) if place.exists() else None
+
+    def config(self) -> RunConfig:
+        """config.json.
+
+        Raises:
+          UserError: the folder does not hold a run.
+        """
+        place = self.path / "config.json"
+        with refusals(place, "read"):
+            if not place.exists():
+                raise UserError(f"{self.path}: holds no run (there is no config.json)")
+            text = place.read_text()
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{place}: is not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{place}: is not the config of a run")
+        config: RunConfig = from_dict(values)
+        return config
+
+    def env(self) -> dict[str, Any]:
+        """env.json; empty where there is none."""
+        place = self.path / "env.json"
+        with refusals(place, "read"):
+            return json.loads(place.read_text()) if place.exists() else {}
+
+    def start(self, run: RunConfig, env: Mapping[str, Any]) -> None:
+        """Record what is about to run, or check that it is what was recorded before.
+
+        Raises:
+          UserError: the folder holds another run or one of another text, or is no folder.
+          MachineError: the folder cannot be written.
+        """
+        with refusals(self.path, "written"):
+            try:
+                if is_first():
+                    self.path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise UserError(f"out = {str(self.path)!r}: is not a folder") from error
+            claimed = (self.path / "config.json").exists()
+        if claimed:
+            self.check(run)
+        else:
+            self._write("config.json", to_dict(run))
+        self._check_text(run, env)
+        self._write("env.json", env)
+
+    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Write tokenizer.json, so that the run can be read wherever it is taken."""
+        if is_first():
+            write_text(self.tokenizer_path, tokenizer.to_str())
+
+    def tokenizer(self) -> Tokenizer:
+        """tokenizer.json.
+
+        Raises:
+          UserError: it is not there or no tokenizer.
+        """
+        try:
+            return Tokenizer.from_str(self.tokenizer_path.read_text())
+        except Exception as error:  # of `tokenizers`: a bare Exception
+            raise UserError(f"{self.tokenizer_path}: is missing or no tokenizer "
+                            f"({error})") from error
+
+    def check(self, run: RunConfig) -> None:
+        """Refuse a folder that holds another run (UserError)."""
+        if difference := first_difference(to_dict(self.config()), to_dict(run)):
+            field, before, now = difference
+            raise UserError(f"{field} = {now!r}: {self.path} holds a run with {before!r}; "
+                            "choose another folder or delete this one")
+
+    def _check_text(self, run: RunConfig, env: Mapping[str, Any]) -> None:
+        before = self.env() or env
+        if before.get("data_fingerprint") != env.get("data_fingerprint"):
+            raise UserError(f"data.path = {run.data.path!r}: is no longer the text that the run in "
+                            f"{self.path} began with; choose another folder or delete this one")
+
+    def truncate_metrics(self, last_step: int) -> None:
+        """Forget what was logged after `last_step`, and any half-written line."""
+        if is_first():
+            self._metrics.truncate(last_step)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Add one row to metrics.jsonl."""
+        if is_first():
+            self._metrics.log(row)
+
+    def flush(self) -> None:
+        """Until all logged rows would survive a kill: call it before a checkpoint is saved."""
+        self._metrics.flush()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a line that was cut off is left out."""
+        return self._metrics.rows()
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json: the run is done."""
+        self.flush()
+        self._write("result.json", result)
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        if is_first():
+            write_text(self.path / name, json.dumps(values, indent=1, sort_keys=True) + "\n")
+
+
+def environment(**known: Any) -> dict[str, Any]:
+    """Where a run happens: code, versions, devices, and what else is `known`.
+
+    `cpus` that this process may use: on CPU devices the order of sums, and so the last bits of a
+    loss, depend on it.
+    """
+    return {
+        "engram_jax": __version__,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "cpus": _cpus(),
+        "command": sys.argv,
+        **known,
+    }
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def git_revision() -> str:
+    """The checkout's commit, with "+changes" if it is not clean; "" outside a checkout."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists():
+        return ""
+    try:
+        head = _git(here, "rev-parse", "HEAD")
+        return head + ("+changes" if _git(here, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(where: Path, *words: str) -> str:
+    done = subprocess.run(["git", "-C", str(where), *words], check=True, capture_output=True)
+    return done.stdout.decode().strip()
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Nats a token to bits a byte of text."""
+    return loss / math.log(2) / bytes_per_token

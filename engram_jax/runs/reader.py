@@ -1,0 +1,72 @@
+"""What a run reads: its tokenizer with the addressing that it gives the memories, and its text."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+
+from tokenizers import Tokenizer
+
+from engram_jax.config import RunConfig, require
+from engram_jax.data.tokenizer import find_end_id, find_pad_id
+from engram_jax.data.tokens import TokenData, open_tokens
+from engram_jax.hashing.compression import CompressedVocabulary
+from engram_jax.hashing.addressing import Addressing, address
+from engram_jax import distributed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+    """All that it takes to read any text as the run does.
+
+    Attributes:
+      tokenizer: of the run.
+      vocab_size: its ids are below it; the model may have room for more.
+      end_id, pad_id: the token after each document, and the one that fills up.
+      addressing: tokens to row ids.
+    """
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    end_id: int
+    pad_id: int
+    addressing: Addressing
+
+    def fingerprints(self) -> dict[str, str]:
+        """What a checkpoint must carry: digests of the tokenizer and of each memory's hash."""
+        words = sorted(self.tokenizer.get_vocab().items())
+        digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+        return {"tokenizer": digest, **self.addressing.fingerprints()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs(Reader):
+    """A reader with the run's packed text."""
+
+    tokens: TokenData
+
+
+def open_reader(run: RunConfig, tokenizer: Tokenizer) -> Reader:
+    """The reader of a run, for its tokenizer.
+
+    Raises:
+      UserError: the model's vocabulary is too small for the tokenizer.
+    """
+    size, pad_id = max(tokenizer.get_vocab().values()) + 1, find_pad_id(tokenizer)
+    require(size <= run.model.vocab_size, "model.vocab_size", run.model.vocab_size,
+            f"is too small for the tokenizer {run.data.tokenizer!r}, which has {size} tokens")
+    vocabulary = CompressedVocabulary.from_tokenizer(tokenizer)
+    return Reader(tokenizer=tokenizer, vocab_size=size, end_id=find_end_id(tokenizer),
+                  pad_id=pad_id, addressing=address(run.model, vocabulary, pad_id))
+
+
+def open_inputs(run: RunConfig, progress: Callable[[str], None] | None = None) -> Inputs:
+    """The run's text, packed if need be, and its reader; process 0 packs first.
+
+    Raises:
+      UserError: bad data settings, or as `open_reader`.
+    """
+    with distributed.after_first("the packing of the text"):
+        tokens = open_tokens(run.data, progress)
+    reader = open_reader(run, tokens.tokenizer)
+    return Inputs(tokens=tokens, **vars(reader))

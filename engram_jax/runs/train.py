@@ -1,0 +1,228 @@
+"""Train a run to its end, from wherever it stopped."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from engram_jax import __version__
+from engram_jax.costs.accounting import account
+from engram_jax.config import RunConfig
+from engram_jax.data.batches import train_batches
+from engram_jax.settings import to_dict
+from engram_jax.training import placement
+from engram_jax import distributed
+from engram_jax.training.capacity import with_capacity
+from engram_jax.runs.checkpoints import Checkpoints
+from engram_jax.runs.evaluate import Evaluation, evaluator
+from engram_jax.runs.reader import Inputs, open_inputs
+from engram_jax.runs.progress import Progress
+from engram_jax.runs.directory import RunDirectory, environment
+from engram_jax.training.state import TrainState, init_state
+from engram_jax.training.step import train_step
+from engram_jax.runs.tensorboard import TensorBoard
+
+
+def train(
+    run: RunConfig, directory: epath.PathLike, say: Callable[[str], None] = print,
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """Train `run` in `directory` and return what result.json holds.
+
+    A finished run is not run again; an interrupted one goes on from its last checkpoint, with the
+    same bits on the same mesh. With several processes each calls this alike.
+
+    Args:
+      run: the run.
+      directory: its folder, on a disk or in object storage that all processes reach.
+      say: gets lines for people.
+      mesh: of all devices (`mesh.make_mesh`); None takes `mesh.chosen_mesh`.
+
+    Raises:
+      UserError: bad data settings, or a directory that holds another run.
+      MachineError: something could not be read or written.
+    """
+    mesh = mesh or placement.chosen_mesh()
+    distributed.agree("the config", {
+        "engram_jax": __version__, **to_dict(run), "mesh": placement.shape_of(mesh)})
+    records = RunDirectory(directory)
+    if (result := records.result()) is not None:
+        records.check(run)
+        say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
+        return result
+    inputs = open_inputs(run, say)
+    distributed.agree("the text", {"data_fingerprint": inputs.tokens.fingerprint,
+                                 "tokenizer_digest": inputs.tokens.tokenizer_digest})
+    # Refuses bad settings before the folder is claimed.
+    loop = _Loop(run, inputs, records, say, mesh)
+    records.start(run, environment(
+        data_fingerprint=inputs.tokens.fingerprint,
+        tokenizer_digest=inputs.tokens.tokenizer_digest,
+        mesh=placement.shape_of(loop.mesh),
+        row_capacity=loop.run.training.row_capacity))
+    records.keep_tokenizer(inputs.tokenizer)
+    return loop.run_to_end()
+
+
+class _Loop:
+    """The state of the loop itself: iterator, compiled step, clock, logs."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        inputs: Inputs,
+        records: RunDirectory,
+        say: Callable[[str], None],
+        mesh: Mesh,
+    ):
+        placement.check(run, mesh)
+        self.inputs, self.records, self.say, self.mesh = inputs, records, say, mesh
+        self.batches = _batches(run, inputs)
+        self.run = with_capacity(run, inputs.addressing, _batches(run, inputs), mesh)
+        self.step = jax.jit(train_step(self.run, inputs.addressing, mesh), donate_argnums=0)
+        self.evaluate = evaluator(self.run, inputs, mesh)
+        self.batch_tokens = run.data.batch_size * run.data.sequence_length
+        self.clock = _Clock()
+
+    def run_to_end(self) -> dict[str, Any]:
+        training = self.run.training
+        fingerprints = self.inputs.fingerprints()
+        with Checkpoints(
+            self.records.checkpoints, training.keep_checkpoints, fingerprints
+        ) as checkpoints:
+            state, start = self._begin(checkpoints)
+            with (Progress(self.run.name, start, training.steps, self.say) as self.progress,
+                  TensorBoard(self.records.path, training.tensorboard) as self.board):
+                state = self._steps(state, start, checkpoints)
+                evaluation = self.evaluate(state)
+                if start < training.steps:  # else it was recorded before the last checkpoint
+                    self._record(training.steps, evaluation)
+                    self.records.flush()
+                    checkpoints.save(training.steps, state, self.batches)
+                    checkpoints.wait()
+        result = self._result(evaluation)
+        self.records.finish(result)
+        return result
+
+    def _begin(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
+        checkpoints.discard_unfinished()
+        start = checkpoints.latest or 0
+        self.records.truncate_metrics(start)
+        if start == 0:
+            placed = placement.shardings(self.run, self.mesh)
+            init = jax.jit(lambda seed: init_state(self.run, seed), out_shardings=placed)
+            return init(np.int32(self.run.training.seed)), 0
+        self.say(f"{self.run.name}: going on from step {start}")
+        return checkpoints.restore(
+            placement.placed_state(self.run, self.mesh), self.batches), start
+
+    def _steps(self, state: TrainState, start: int, checkpoints: Checkpoints) -> TrainState:
+        training, pending = self.run.training, None
+        for number in range(start + 1, training.steps + 1):
+            state, metrics = self.step(state, placement.put(next(self.batches), self.mesh))
+            if pending:  # log step n - 1 while step n runs
+                self._log(*pending)
+            pending = number, metrics
+            evaluates = due(number, training.evaluate_every) and number < training.steps
+            saves = due(number, training.checkpoint_every) and number < training.steps
+            if evaluates or saves or number == training.steps:
+                # What is in a checkpoint is in the records: whoever goes on from it repeats nothing
+                # and misses nothing.
+                self._log(*pending)
+                pending = None
+            if evaluates:
+                self._record(number, self.evaluate(state))
+            if saves:
+                self.records.flush()
+                checkpoints.save(number, state, self.batches)
+        return state
+
+    def _log(self, number: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: float(value) for name, value in metrics.items()}  # waits for the step
+        seconds = self.clock.tick()
+        values["perf/step_time_seconds"] = seconds
+        values["perf/per_device_tokens_per_sec"] = (
+            self.batch_tokens / seconds / self.mesh.size if seconds else 0.0)
+        self.progress.step(number, values)
+        if lost := values.get("engram/ids_out_of_range"):
+            self.say(f"{self.run.name}: step {number}: {lost:,.0f} row ids are of no row; "
+                     "they read zeros and teach nothing")
+        training = self.run.training
+        if number == training.steps or due(number, training.log_every):
+            self.records.log({"step": number, **values})
+            self.board.log(number, values)
+
+    def _record(self, number: int, evaluation: Evaluation) -> None:
+        values = {"evaluation/loss": evaluation.loss,
+                  "evaluation/bits_per_byte": evaluation.bits_per_byte}
+        self.records.log({"step": number, **values})
+        self.board.log(number, values)
+        self.clock.skip()
+
+    def _result(self, evaluation: Evaluation) -> dict[str, Any]:
+        numbers, run = account(self.run), self.run
+        seconds = [row["perf/step_time_seconds"] for row in self.records.metrics()
+                   if row.get("perf/step_time_seconds")]
+        memory = run.model.engram or run.model.over_encoding
+        return {
+            "name": run.name,
+            "memory": _memory_kind(run),
+            "slots": memory.rows_per_head[0] if memory else 0,
+            "memory_params": numbers.engram_params,
+            "total_params": numbers.total_params,
+            "active_params": numbers.active_params,
+            "experts": run.model.moe.experts if run.model.moe else 0,
+            "rho": numbers.rho,
+            "flops_per_token": numbers.flops_per_token,
+            "loss": evaluation.loss,
+            "bits_per_byte": evaluation.bits_per_byte,
+            "validation_tokens": evaluation.tokens,
+            "tokens_per_s": self.batch_tokens / statistics.median(seconds) if seconds else 0.0,
+            "text": epath.Path(run.data.path).name,
+            "seed": run.training.seed,
+            "steps": run.training.steps,
+            "tokens": run.training.steps * self.batch_tokens,
+        }
+
+
+def _batches(run: RunConfig, inputs: Inputs) -> grain.DatasetIterator:
+    """This process's rows of the training batches."""
+    return train_batches(inputs.tokens, run.data, process_index=jax.process_index(),
+                         process_count=jax.process_count())
+
+
+def due(number: int, every: int) -> bool:
+    """Does something that happens every so many steps (0: never) happen at this one?"""
+    return every > 0 and number % every == 0
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Time between steps; the first step after a start or a pause (it compiles) does not count."""
+
+    last: float | None = None
+
+    def tick(self) -> float:
+        """Seconds since the last tick; 0 where there is none to count from."""
+        now = time.perf_counter()
+        seconds = 0.0 if self.last is None else now - self.last
+        self.last = now
+        return seconds
+
+    def skip(self) -> None:
+        self.last = None
+
+
+def _memory_kind(run: RunConfig) -> str:
+    if run.model.engram and run.model.over_encoding:
+        return "Engram and OverEncoding"
+    if run.model.engram:
+        return "Engram"
+    return "OverEncoding" if run.model.over_encoding else "no memory"

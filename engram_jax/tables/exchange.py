@@ -1,0 +1,348 @@
+"""Row ids to rows, and gradients of rows to gradients of the distinct rows behind them.
+
+A table `[S, R, D]` lies spread over P devices along its shards. Each device sorts the ids that it
+needs and keeps one of each; the distinct ids travel to their owners and the rows come back
+(all_to_all both times). Gradients go the same way: summed over the repeats where they arose, sent
+to the owner, summed there over the devices. Every sum is in float32 and in a fixed order.
+
+Shapes are static: a device asks each peer for at most C rows in a round. When somebody needs more,
+all devices do another round. A round ends at a row that all agree on, so that every gradient of a
+row reaches its owner in the same round, and an optimizer meets each row once a step.
+
+Everything here runs inside `jax.shard_map` over the axes of `Exchange.axes`, on what one device
+holds; `on_mesh` wraps the look-up for callers outside. One device needs no axes and no shard_map.
+
+Shapes: N ids asked for (with repeats), U slots for distinct rows, P devices, C rows asked of each
+peer in a round, D columns, S shards, R rows of a shard.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from engram_jax.tables import collectives
+from engram_jax.tables.layout import TableLayout
+
+UNUSED = jnp.iinfo(jnp.int32).max
+Carry = TypeVar("Carry")
+
+
+class UniqueRows(NamedTuple):
+    """Distinct row ids with what belongs to each.
+
+    Attributes:
+      ids_U: int32, ascending, in the table (or the device's part of it) that is to be updated;
+        unused slots hold an id that no table has.
+      grads_UD: float32, the sum over every occurrence of the id; 0 in unused slots.
+      used: int32 scalar, how many slots are used.
+      global_U: int32, the same rows by their ids in the whole table, whatever the mesh.
+    """
+
+    ids_U: jax.Array
+    grads_UD: jax.Array
+    used: jax.Array
+    global_U: jax.Array
+
+
+class Window(NamedTuple):
+    """What a device asks for in one round: of each peer the slots begin_P..end_P-1.
+
+    keys_PC are the rows in those slots (UNUSED behind them); `more` is true, on all devices alike,
+    when somebody needs rows behind this round.
+    """
+
+    begin_P: jax.Array
+    end_P: jax.Array
+    keys_PC: jax.Array
+    more: jax.Array
+
+
+class Route(NamedTuple):
+    """Where the rows of one set of ids come from.
+
+    A row's key is its place in the table, counted shard after shard. So keys are ordered by owner,
+    and what is left of one after the places of the owners before is the id in the owner's part.
+
+    Attributes:
+      order_N: int32, the stable order that sorts the ids by key.
+      slot_N: int32, the slot of each id in that order.
+      keys_U: int32, the distinct keys in their slots, ascending; UNUSED behind them.
+      first: the first round.
+      asked_PC: int32, the keys that each peer asks of this device in the first round.
+      outside: int32 scalar, how many of the ids are in no row of the table.
+    """
+
+    order_N: jax.Array
+    slot_N: jax.Array
+    keys_U: jax.Array
+    first: Window
+    asked_PC: jax.Array
+    outside: jax.Array
+
+
+class Found(NamedTuple):
+    """rows, ids.shape + (D,), and what it took: int32 scalars of this device.
+
+    `unique` distinct rows were asked for, `overflow` of them after the first of `rounds` rounds.
+    """
+
+    rows: jax.Array
+    unique: jax.Array
+    overflow: jax.Array
+    rounds: jax.Array
+
+
+class Returned(NamedTuple):
+    """Gradients on their way to the rows' owners.
+
+    Attributes:
+      route: the way that they take.
+      grads_UD: float32, this device's sum for each of the slots of `route`.
+      first: the first round's rows at their owner.
+      square: float32 scalar, the squares of the complete gradients of all rows that this device
+        owns, summed.
+      touched: int32 scalar, how many rows of this device's part have a gradient.
+    """
+
+    route: Route
+    grads_UD: jax.Array
+    first: UniqueRows
+    square: jax.Array
+    touched: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """The exchange of one table.
+
+    Attributes:
+      layout: of the whole table.
+      axes: mesh axes over which the shards are spread; none for one device.
+      devices: how many devices they span; divides `layout.shards`.
+      near: of them, how many lie together (`collectives.neighbours`).
+      capacity: rows asked of each peer in a round.
+    """
+
+    layout: TableLayout
+    axes: tuple[str, ...] = ()
+    devices: int = 1
+    near: int = 0
+    capacity: int = 1
+
+    @property
+    def part(self) -> TableLayout:
+        """The layout of one device's part, a table of its own."""
+        return self.layout.part(self.devices)
+
+    def demand(self, ids: jax.Array) -> jax.Array:
+        """How many distinct rows this device needs of each peer, int32 [P]."""
+        _, keys_U = distinct(jnp.sort(self._keys(ids.reshape(-1))))
+        begin_P = jnp.searchsorted(keys_U, self._first_keys())
+        last_P = self._first_keys() + (self.part.rows - 1)
+        return (jnp.searchsorted(keys_U, last_P, side="right") - begin_P).astype(jnp.int32)
+
+    def route(self, ids: jax.Array) -> Route:
+        """Sort, keep one of each, and tell the owners what is asked of them first.
+
+        Args:
+          ids: int32, any shape; ids of no row are counted and lead nowhere.
+        """
+        key_N = self._keys(ids.reshape(-1))
+        size = key_N.size
+        sorted_N, order_N = jax.lax.sort_key_val(key_N, jnp.arange(size, dtype=jnp.int32))
+        slot_N, keys_U = distinct(sorted_N)
+        begin_P = jnp.searchsorted(keys_U, self._first_keys()).astype(jnp.int32)
+        first = self._window(keys_U, begin_P)
+        outside = jnp.sum(key_N == UNUSED, dtype=jnp.int32)
+        return Route(order_N, slot_N, keys_U, first, self._swap(first.keys_PC), outside)
+
+    def lookup(self, table_SRD: jax.Array, ids: jax.Array, route: Route) -> Found:
+        """Rows for `ids` in the table's dtype; zeros for ids of no row.
+
+        Args:
+          table_SRD: this device's part.
+          ids: what `route` was made of.
+        """
+        unique = jnp.sum(route.keys_U != UNUSED, dtype=jnp.int32)
+        one = jnp.int32(1)
+        if self.devices == 1:
+            return Found(self.layout.gather(table_SRD, ids), unique, one * 0, one)
+        asking_N = jnp.zeros_like(route.slot_N).at[route.order_N].set(
+            route.slot_N, unique_indices=True)
+
+        def fetch(window: Window, asked_PC: jax.Array) -> tuple[jax.Array, jax.Array]:
+            sent_PCD = self.part.gather(table_SRD, self._local(asked_PC))
+            got_PCD = self._swap(sent_PCD)
+            place_N = self._place(route.keys_U, asking_N, window)
+            flat = got_PCD.reshape(-1, *got_PCD.shape[2:])
+            return place_N, flat.at[place_N].get(mode="fill", fill_value=0)
+
+        def again(carry: tuple) -> tuple:
+            window, rows_ND, rounds = carry
+            window = self._window(route.keys_U, window.end_P)
+            place_N, got_ND = fetch(window, self._swap(window.keys_PC))
+            here_N1 = (place_N < self.devices * self.capacity)[:, None]
+            return window, jnp.where(here_N1, got_ND, rows_ND), rounds + 1
+
+        _, rows_ND = fetch(route.first, route.asked_PC)
+        _, rows_ND, rounds = jax.lax.while_loop(
+            lambda carry: carry[0].more, again, (route.first, rows_ND, one))
+        served = jnp.sum(route.first.end_P - route.first.begin_P, dtype=jnp.int32)
+        rows = rows_ND.reshape(*ids.shape, *rows_ND.shape[1:])
+        return Found(rows, unique, unique - served, rounds)
+
+    def combine(self, route: Route, grads_ND: jax.Array) -> Returned:
+        """Sum the gradients of equal ids here, then at their owners, who learn the norm."""
+        grads_UD = jax.ops.segment_sum(
+            grads_ND[route.order_N].astype(jnp.float32), route.slot_N,
+            num_segments=route.slot_N.size, indices_are_sorted=True)
+        used_U = route.keys_U != UNUSED
+        grads_UD = jnp.where(used_U[:, None], grads_UD, 0)
+        first = self._arrived(route.asked_PC, grads_UD, route.first)
+
+        def again(carry: tuple) -> tuple:
+            window, square, touched = carry
+            window = self._window(route.keys_U, window.end_P)
+            rows = self._arrived(self._swap(window.keys_PC), grads_UD, window)
+            return window, square + jnp.sum(rows.grads_UD**2), touched + rows.used
+
+        sums = route.first, jnp.sum(first.grads_UD**2), first.used
+        if self.devices > 1:
+            sums = jax.lax.while_loop(lambda carry: carry[0].more, again, sums)
+        return Returned(route, grads_UD, first, sums[1], sums[2])
+
+    def update(
+        self, returned: Returned, carry: Carry, step: Callable[[Carry, UniqueRows], Carry]
+    ) -> Carry:
+        """`step` for each round's rows in turn: (carry, rows) -> carry. No row comes twice.
+
+        The carry (a table and its optimizer's state) is updated in place where it is donated.
+        """
+        carry = step(carry, returned.first)
+        if self.devices == 1:
+            return carry
+        route = returned.route
+
+        def again(state: tuple[Window, Carry]) -> tuple[Window, Carry]:
+            window = self._window(route.keys_U, state[0].end_P)
+            asked_PC = self._swap(window.keys_PC)
+            return window, step(state[1], self._arrived(asked_PC, returned.grads_UD, window))
+
+        return jax.lax.while_loop(lambda state: state[0].more, again, (route.first, carry))[1]
+
+    def _keys(self, ids_N: jax.Array) -> jax.Array:
+        """The places of rows; UNUSED for ids of no row."""
+        return jnp.where(self.layout.holds(ids_N), self.layout.place(ids_N), UNUSED)
+
+    def _first_keys(self) -> jax.Array:
+        return jnp.arange(self.devices, dtype=jnp.int32) * self.part.rows
+
+    def _local(self, keys: jax.Array) -> jax.Array:
+        """Ids within this device's part of keys that it owns; UNUSED stays so."""
+        return jnp.where(keys == UNUSED, UNUSED, keys - self._me() * self.part.rows)
+
+    def _me(self) -> jax.Array:
+        return jax.lax.axis_index(self.axes) if self.devices > 1 else jnp.int32(0)
+
+    def _global(self, local_U: jax.Array) -> jax.Array:
+        """Ids in the whole table of ids in this device's part."""
+        ids_U = self.layout.id_at(local_U + self._me() * self.part.rows)
+        return jnp.where(local_U == UNUSED, UNUSED, ids_U)
+
+    def _window(self, keys_U: jax.Array, begin_P: jax.Array) -> Window:
+        """The round that begins at these slots."""
+        if self.devices == 1:
+            end_P = jnp.sum(keys_U != UNUSED, dtype=jnp.int32)[None]
+            return Window(begin_P, end_P, keys_U[None], jnp.bool_(False))
+        # The last part's end would pass int32 for a table of nearly 2**31 rows.
+        last_P = self._first_keys() + (self.part.rows - 1)
+        next_P = keys_U.at[begin_P + self.capacity].get(mode="fill", fill_value=UNUSED)
+        # All of a peer's keys up to and with `until` fit into everybody's round.
+        until_P = jax.lax.pmin(jnp.minimum(next_P - 1, last_P), self.axes)
+        end_P = jnp.searchsorted(keys_U, until_P, side="right").astype(jnp.int32)
+        slot_PC = begin_P[:, None] + jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        keys_PC = keys_U.at[slot_PC].get(mode="fill", fill_value=UNUSED)
+        keys_PC = jnp.where(slot_PC < end_P[:, None], keys_PC, UNUSED)
+        return Window(begin_P, end_P, keys_PC, jnp.any(until_P < last_P))
+
+    def _place(self, keys_U: jax.Array, asking_N: jax.Array, window: Window) -> jax.Array:
+        """For each id, where its row lies among the P * C of this round; P * C if nowhere."""
+        owner_U = jnp.minimum(keys_U // self.part.rows, self.devices - 1)
+        owner_N = owner_U[asking_N]
+        here_N = (asking_N >= window.begin_P[owner_N]) & (asking_N < window.end_P[owner_N])
+        place_N = owner_N * self.capacity + asking_N - window.begin_P[owner_N]
+        return jnp.where(here_N, place_N, self.devices * self.capacity)
+
+    def _arrived(
+        self, asked_PC: jax.Array, grads_UD: jax.Array, window: Window
+    ) -> UniqueRows:
+        """One round's gradients at their owner, added up over the devices in their order."""
+        if self.devices == 1:
+            keys_U = asked_PC[0]
+            return UniqueRows(keys_U, grads_UD, window.end_P[0], self._global(keys_U))
+        slot_PC = window.begin_P[:, None] + jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        slot_PC = jnp.where(window.keys_PC == UNUSED, grads_UD.shape[0], slot_PC)
+        sent_PCD = grads_UD.at[slot_PC].get(mode="fill", fill_value=0)
+        got_PCD = self._swap(sent_PCD)
+        rows = combine(self._local(asked_PC).reshape(-1), got_PCD.reshape(-1, got_PCD.shape[-1]))
+        return rows._replace(global_U=self._global(rows.ids_U))
+
+    def _swap(self, send: jax.Array) -> jax.Array:
+        """What each peer holds for this device, in the peers' order; the leading axis is P."""
+        if self.devices == 1:
+            return send
+        return collectives.all_to_all(send, self.axes, self.near)
+
+
+def distinct(sorted_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The slot of each of the sorted keys, and the distinct keys in their slots (UNUSED behind)."""
+    first_N = jnp.concatenate([jnp.ones(1, bool), sorted_N[1:] != sorted_N[:-1]])
+    slot_N = jnp.cumsum(first_N, dtype=jnp.int32) - 1
+    keys_U = jnp.full(sorted_N.size, UNUSED, jnp.int32)
+    return slot_N, keys_U.at[slot_N].set(sorted_N, indices_are_sorted=True)
+
+
+def combine(ids_N: jax.Array, grads_ND: jax.Array) -> UniqueRows:
+    """Sum the gradients of equal ids, in float32 and always in the same order.
+
+    The ids are sorted (stably), so a distinct id owns one run of occurrences, and a run is summed
+    from its first to its last. UNUSED among the ids is not counted as used.
+    """
+    sorted_N, order_N = jax.lax.sort_key_val(ids_N, jnp.arange(ids_N.size, dtype=jnp.int32))
+    slot_N, ids_U = distinct(sorted_N)
+    sums_UD = jax.ops.segment_sum(grads_ND[order_N].astype(jnp.float32), slot_N,
+                                  num_segments=ids_N.size, indices_are_sorted=True)
+    return UniqueRows(ids_U, sums_UD, jnp.sum(ids_U != UNUSED, dtype=jnp.int32), ids_U)
+
+
+def on_mesh(
+    mesh: Mesh, axes: tuple[str, ...], layout: TableLayout, table: jax.Array, ids: jax.Array,
+    capacity: int,
+) -> jax.Array:
+    """Rows for `ids` [B, ...] of a table spread over `axes` of `mesh`: [B, ..., D].
+
+    Args:
+      mesh: with Auto or Explicit axes.
+      axes: the table's shards and the ids' first axis are spread over these.
+      layout: of the whole table.
+      table: [S, R, D].
+      ids: int32; the number of devices divides B.
+      capacity: rows that a device asks of each peer in a round.
+    """
+    devices = 1
+    for axis in axes:
+        devices *= mesh.shape[axis]
+    exchange = Exchange(layout=layout, axes=axes, devices=devices, capacity=capacity)
+    spec = PartitionSpec(axes)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec), out_specs=spec,
+                       axis_names=set(axes), check_vma=False)
+    def local(table_SRD: jax.Array, ids: jax.Array) -> jax.Array:
+        return exchange.lookup(table_SRD, ids, exchange.route(ids)).rows
+
+    return local(table, ids)

@@ -1,0 +1,124 @@
+"""The shape of a table: `[shards, rows, dim]`, row r at (r mod shards, r div shards).
+
+Shapes: S shards, R rows of a shard, D columns, N row ids.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from engram_jax.config import EngramConfig, ModelConfig
+from engram_jax.hashing.addressing import Site, sites
+from engram_jax.tables import rounding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableLayout:
+    """One table of `rows` rows and `dim` columns, spread over `shards` virtual shards.
+
+    Neighbouring rows lie on different shards, so the rows of one head, and with them the hot
+    n-grams, spread evenly over however many devices hold the shards. The last rows of some shards
+    are padding that no id points at.
+
+    Attributes:
+      rows, dim, shards: the sizes.
+      ordered: ids count the places shard after shard, padding included, and come ascending, as in
+        a device's part: then they are sorted by place, and writing them takes no sort.
+    """
+
+    rows: int
+    dim: int
+    shards: int
+    ordered: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(S, R, D)."""
+        return (self.shards, -(-self.rows // self.shards), self.dim)
+
+    def place(self, ids: jax.Array) -> jax.Array:
+        """For ids of rows, their places counted shard after shard: ids of a part of the whole."""
+        return ids % self.shards * self.shape[1] + ids // self.shards
+
+    def id_at(self, places: jax.Array) -> jax.Array:
+        """The inverse of `place`."""
+        return places % self.shape[1] * self.shards + places // self.shape[1]
+
+    def part(self, devices: int) -> "TableLayout":
+        """The layout of what one of `devices` devices holds: an ordered table of its own."""
+        assert self.shards % devices == 0
+        shards = self.shards // devices
+        return TableLayout(
+            rows=shards * self.shape[1], dim=self.dim, shards=shards, ordered=True)
+
+    def holds(self, ids: jax.Array) -> jax.Array:
+        """Which ids are those of rows, bool."""
+        return (ids >= 0) & (ids < self.rows)
+
+    def locate(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Shard and row within it of each id; ids that are not below `rows` land out of range."""
+        shard, row = ids % self.shards, ids // self.shards
+        if self.ordered:
+            shard, row = ids // self.shape[1], ids % self.shape[1]
+        return jnp.where(self.holds(ids), shard, self.shards), row
+
+    def places(self, axes: tuple[str, ...] = ()) -> jax.Array:
+        """The row id of each place, uint32 [S, R]; padding has ids from the number of rows on.
+
+        In a device's part of a table, whose shards `axes` of the mesh divide (inside
+        `jax.shard_map`), the ids are those of the whole table.
+        """
+        shard_S = jnp.arange(self.shards, dtype=jnp.uint32)
+        row_R = jnp.arange(self.shape[1], dtype=jnp.uint32) * jnp.uint32(self.shards)
+        if axes:
+            shard_S += jnp.uint32(jax.lax.axis_index(axes) * self.shards)
+            row_R *= jnp.uint32(jax.lax.axis_size(axes))
+        return shard_S[:, None] + row_R[None, :]
+
+    def init(self, key: jax.Array, std: float, dtype: str = "float32") -> jax.Array:
+        """A table with normal entries of standard deviation `std` (0 gives zeros).
+
+        Args:
+          dtype: "float32" or "bfloat16", the latter stored as `codec` says.
+        """
+        stored = rounding.storage(dtype)
+        if std == 0:
+            return jnp.zeros(self.shape, stored)
+        return rounding.nearest(std * jax.random.normal(key, self.shape, jnp.float32), stored)
+
+    def gather(self, table: jax.Array, ids: jax.Array) -> jax.Array:
+        """Rows of `table` [S, R, ...] at `ids` (any shape): ids.shape + table.shape[2:].
+
+        An id out of range gives zeros.
+        """
+        shard, row = self.locate(ids)
+        return table.at[shard, row].get(mode="fill", fill_value=0)
+
+    def put(self, table: jax.Array, ids_N: jax.Array, rows_ND: jax.Array) -> jax.Array:
+        """`table` with its rows at distinct `ids_N` replaced; ids out of range are dropped.
+
+        In place when `table` is donated and not read afterwards.
+        """
+        shard, row = self.locate(ids_N)
+        return table.at[shard, row].set(
+            rows_ND, mode="drop", unique_indices=True, indices_are_sorted=self.ordered)
+
+    def add(self, table: jax.Array, ids_N: jax.Array, rows_ND: jax.Array) -> jax.Array:
+        """`table` with `rows_ND` added to its rows at distinct `ids_N`; otherwise as `put`."""
+        shard, row = self.locate(ids_N)
+        return table.at[shard, row].add(
+            rows_ND, mode="drop", unique_indices=True, indices_are_sorted=self.ordered)
+
+
+def layout_of(site: Site) -> TableLayout:
+    """The layout of a site's table."""
+    return TableLayout(rows=site.rows, dim=site.dim, shards=site.hash_config.shards)
+
+
+def gather_rows(
+    config: ModelConfig | EngramConfig, tables: dict[str, jax.Array], ids: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """For each site its rows float32 [B, T, H, C], from tables that lie whole on one device."""
+    return {site.name: rounding.decode(layout_of(site).gather(tables[site.name], ids[site.name]))
+            for site in sites(config)}

@@ -1,0 +1,170 @@
+"""The mesh of a run: its axes, and where each part of the state lies.
+
+Axes `data` and `fsdp`; either may be 1. A batch is split over both, parameters over `fsdp`, tables
+over both. Nothing that is saved depends on the mesh.
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from engram_jax.config import RunConfig, require
+from engram_jax.errors import UserError
+from engram_jax.hashing.addressing import sites
+from engram_jax.tables import collectives
+from engram_jax.tables.exchange import Exchange
+from engram_jax.tables.layout import layout_of
+from engram_jax.training.fsdp import AXES, DATA, FSDP, Split, split
+from engram_jax.training.state import TrainState, abstract_state, row_optimizer
+
+
+def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh `data` x `fsdp` of the given devices, or of the first of all that there are.
+
+    Raises:
+      UserError: there are fewer devices, or some would be left over on a cluster.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape, wanted = f"{data}x{fsdp}", data * fsdp
+    require(data >= 1 and fsdp >= 1, "mesh", shape, "both sizes must be at least 1")
+    require(wanted <= len(devices), "mesh", shape,
+            f"needs {wanted} devices, and there are {len(devices)}")
+    require(wanted == len(devices) or jax.process_count() == 1, "mesh", shape,
+            f"must use all {len(devices)} devices of the {jax.process_count()} processes")
+    try:
+        return jax.make_mesh(
+            (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+    except NotImplementedError as error:  # of a TPU slice
+        raise UserError(f"mesh = {shape!r}: both sizes must be products of the slice's own axes, "
+                        "as 4x16 is on a slice of 4x4x4 chips") from error
+
+
+def chosen_mesh(shape: str | None = None) -> Mesh:
+    """The mesh of `shape`, "DATAxFSDP"; or else of $ENGRAM_MESH; or else all devices along fsdp.
+
+    Raises:
+      UserError: as `make_mesh`, or the shape is not two numbers.
+    """
+    shape = shape or os.environ.get("ENGRAM_MESH")
+    if not shape:
+        return make_mesh(1, len(jax.devices()))
+    found = re.fullmatch(r"(\d+)x(\d+)", shape)
+    if found is None:
+        raise UserError(f"mesh = {shape!r}: write it as DATAxFSDP, for example 1x8")
+    return make_mesh(int(found[1]), int(found[2]))
+
+
+def single_mesh() -> Mesh:
+    """A mesh of this process's first device."""
+    return jax.make_mesh(
+        (1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1])
+
+
+def shape_of(mesh: Mesh) -> str:
+    """ "data x fsdp", as the command line takes it."""
+    return f"{mesh.shape[DATA]}x{mesh.shape[FSDP]}"
+
+
+def check(run: RunConfig, mesh: Mesh) -> None:
+    """Refuse a run that the mesh does not divide (UserError)."""
+    devices, accumulate = mesh.size, run.training.accumulate
+    batch = run.data.batch_size
+    require(batch % devices == 0, "data.batch_size", batch,
+            f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}")
+    require(batch // devices % accumulate == 0, "training.accumulate", accumulate,
+            f"does not divide the {batch // devices} sequences that each of {devices} devices has")
+    for site in sites(run.model):
+        layout = layout_of(site)
+        require(site.hash_config.keys != "shuffled" or batch > devices, "data.batch_size", batch,
+                f"leaves each of {devices} devices one sequence, and with shuffled keys each needs "
+                "a neighbour: set at least two for a device")
+        require(layout.shards % devices == 0, f"{site.name}.shards", layout.shards,
+                f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}; "
+                f"set the memory's shards to a multiple of {devices}")
+        places = math.prod(layout.shape[:2])
+        require(places < 2**31, f"{site.name}.shards", layout.shards,
+                f"pads the table's {site.rows} rows to {places}, and a table must have less "
+                "than 2**31: set fewer shards, or fewer rows")
+
+
+def param_split(run: RunConfig, mesh: Mesh) -> Split:
+    """How the run's parameters are split."""
+    return split(abstract_state(run).params, mesh.shape[FSDP], run.model.compute_dtype,
+                 collectives.neighbours(list(mesh.devices[0])))
+
+
+def exchanges(run: RunConfig, mesh: Mesh) -> dict[str, Exchange]:
+    """For each memory site, the exchange of its table over the mesh.
+
+    The capacity is `training.row_capacity` of the even share of a device's ids (1 where it is not
+    set). Optimizers that move the whole table at once need every gradient in one round.
+    """
+    out = {}
+    for site in sites(run.model):
+        tokens = run.data.batch_size // mesh.size * run.data.sequence_length
+        ids, part = tokens * site.hash_config.total_heads, layout_of(site).part(mesh.size)
+        most = min(ids, part.rows)
+        share = math.ceil((run.training.row_capacity or 1.0) * ids / mesh.size)
+        at_once = row_optimizer(run).at_once
+        out[site.name] = Exchange(layout=layout_of(site), axes=AXES, devices=mesh.size,
+                                  near=collectives.neighbours(list(mesh.devices.flat)),
+                                  capacity=most if at_once else max(1, min(share, most)))
+    return out
+
+
+def state_specs(run: RunConfig, mesh: Mesh) -> TrainState:
+    """The PartitionSpec of every leaf of the state."""
+    abstract = abstract_state(run)
+    params = param_split(run, mesh).specs(abstract.params)
+    everywhere: Any = PartitionSpec()
+
+    def of_table(leaf: Any) -> PartitionSpec:
+        return PartitionSpec(AXES) if leaf.ndim else everywhere
+
+    return TrainState(
+        step=everywhere,
+        params=params,
+        router_bias=jax.tree.map(lambda _: everywhere, abstract.router_bias),
+        opt_state=_like_params(abstract.opt_state, params),
+        tables=jax.tree.map(of_table, abstract.tables),
+        table_state=jax.tree.map(of_table, abstract.table_state),
+    )
+
+
+def _like_params(opt_state: Any, params: Any) -> Any:
+    """Specs of an optimizer's state: a leaf at the end of whose path a parameter's path stands lies
+    as that parameter does, everything else is everywhere."""
+    of_param = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def spec(path: tuple, leaf: Any) -> PartitionSpec:
+        del leaf
+        ends = (path[start:] for start in range(len(path)))
+        return next((of_param[end] for end in ends if end in of_param), PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(spec, opt_state)
+
+
+def shardings(run: RunConfig, mesh: Mesh) -> TrainState:
+    """The NamedSharding of every leaf of the state."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(run, mesh),
+                        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def placed_state(run: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the run's state."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract_state(run), shardings(run, mesh))
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays, split over the whole mesh."""
+    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    return {name: jax.make_array_from_process_local_data(sharding, rows)
+            for name, rows in batch.items()}

@@ -1,0 +1,72 @@
+"""FLOPs and estimated time, read from the text of compiled programs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.costs import compiled
+from engram_jax.costs.hlo import parse
+
+
+def program_of(function, *shapes):
+    arrays = [np.ones(shape, np.float32) for shape in shapes]
+    return parse(jax.jit(function).lower(*arrays).compile().as_text())
+
+
+def test_a_scan_of_products():
+    program = program_of(
+        lambda x, weights: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0],
+        (8, 16), (5, 16, 16))
+    assert compiled.flops(program) == 5 * 2 * 8 * 16 * 16
+
+
+def test_a_batched_product():
+    program = program_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (3, 4, 5), (3, 5, 6))
+    assert compiled.flops(program) == 2 * 3 * 4 * 5 * 6
+
+
+def test_a_convolution_counts_what_meets_an_element():
+    program = program_of(lambda x, w: jax.lax.conv_general_dilated(
+        x, w, (1,), [(1, 1)], dimension_numbers=("NWC", "WIO", "NWC")), (2, 7, 4), (3, 4, 6))
+    assert compiled.flops(program) == 2 * (2 * 4 * 6) * (3 * 7 - 2)
+
+
+TPU = """HloModule jit_step
+
+%fused (a: bf16[55,640,2560], b: bf16[55,640,1536]) -> bf16[55,2560,1536] {
+  %a = bf16[55,640,2560]{2,1,0} parameter(0)
+  %b = bf16[55,640,1536]{2,1,0} parameter(1)
+  ROOT %batched = bf16[55,2560,1536]{2,1,0:T(8,128)(2,1)} convolution(%a, %b), \
+window={size=55 stride=54 lhs_dilate=55}, dim_labels=0fb_0io->0bf, \
+backend_config={"window_config":{"estimated_cycles":"7777"}}
+}
+
+ENTRY %main (x: bf16[4096,2560], w: bf16[2560,3072], size: s32[55]) -> bf16[4096,3072] {
+  %x = bf16[4096,2560]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[2560,3072]{1,0:T(8,128)(2,1)} parameter(1)
+  %size = s32[55]{0} parameter(2)
+  %e = bf16[55,2560,1536]{2,1,0} broadcast(%w), \
+backend_config={"estimated_cycles":"9223372036854775807"}
+  %ragged-dot-none.1 = bf16[4096,1536]{1,0} custom-call(%size, %x, %e), \
+custom_call_target="tpu_custom_call"
+  %p = bf16[55,640,2560]{2,1,0} broadcast(%w), backend_config={"estimated_cycles":"1000"}
+  %q = bf16[55,640,1536]{2,1,0} broadcast(%w)
+  %outer = bf16[55,2560,1536]{2,1,0} fusion(%p, %q), kind=kOutput, calls=%fused, \
+backend_config={"window_config":{"estimated_cycles":"2000"}}
+  ROOT %dot = bf16[4096,3072]{1,0:T(8,128)(2,1)} convolution(%x, %w), dim_labels=bf_io->bf
+}
+"""
+DOT, BATCHED, RAGGED = (2 * 4096 * 2560 * 3072, 2 * 55 * 640 * 2560 * 1536,
+                        2 * 4096 * 2560 * 1536)
+
+
+def test_the_forms_of_tpus():
+    """A product as a convolution, a batched one as a dilated window, a kernel of ragged_dot."""
+    assert compiled.flops(parse(TPU)) == DOT + BATCHED + RAGGED
+
+
+def test_estimated_time():
+    """Cycles of what is not inside a fusion, kernels at the peak, and nothing that is absurd."""
+    assert compiled.seconds(parse(TPU), clock=1e9, peak_flops=1e14) == pytest.approx(
+        3000 / 1e9 + RAGGED / 1e14)

@@ -1,0 +1,108 @@
+"""The plan of a run on TPUs: what it says, and what it refuses in one line."""
+
+import importlib.util
+import json
+
+import pytest
+
+from engram_jax.cli import main
+from engram_jax.costs import plan
+from engram_jax.costs.plan import GIB, Plan, asked_for, described
+from engram_jax.errors import UserError
+
+LIBTPU = importlib.util.find_spec("libtpu") is not None
+needs_libtpu = pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed (extra aot)")
+
+
+@pytest.mark.parametrize(("message", "size"), [
+    ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+     "Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.", 17.5 * GIB),
+    ("Used 17.25G of 15.75G hbm.\nTotal hbm usage >= 17.50G:", 17.5 * GIB),
+    ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+     "(896.00G) exceeds available HBM (15.75G).", 896 * GIB),
+    ("RESOURCE_EXHAUSTED: something else", None),
+])
+def test_what_the_compiler_asked_for(message, size):
+    assert asked_for(message) == size
+
+
+COMMON = {"name": "tiny", "topology": "v5e:2x2", "mesh": "1x4", "devices": 4,
+          "hbm_bytes": 16 * GIB, "argument_bytes": 2**20, "compile_s": 3.0}
+
+
+def test_described():
+    text = described(Plan(
+        **COMMON, temporary_bytes=GIB, peak_bytes=2 * GIB, fits=True, flops=12345678,
+        estimated_s=0.25,
+        collectives={"all-to-all": {"count": 1234, "bytes": GIB, "largest_bytes": 2**20}}))
+    for part in ("1x4", "1 MiB", "2.00 GiB", "yes", "1.235e+07", "0.25 s", "1,234 of 1.00 GiB"):
+        assert part in text
+    refused = described(Plan(**COMMON, reason="Ran out of memory"))
+    assert "no: Ran out of memory" in refused
+    assert "FLOPs" not in refused
+
+
+def refused(capsys, topology, *words):
+    assert main.main(["plan", "tiny", "--topology", topology, *words]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize("topology", [
+    "v9:2x2", "v5e", "v5e:", "v5e:2x", "v5e:axb", "v5e:4x4x4", "v5p:4x4", "v5e:0x2", "v5e:32x32"])
+def test_slices_that_there_are_not(capsys, topology):
+    assert f"topology = '{topology}'" in refused(capsys, topology)
+
+
+def test_without_libtpu(capsys, monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'engram_jax[aot]'" in refused(capsys, "v5e:2x2")
+
+
+@needs_libtpu
+def test_a_layout_that_libtpu_refuses(capsys):
+    assert "no such slice" in refused(capsys, "v5e:3x5")
+
+
+@needs_libtpu
+def test_a_mesh_that_does_not_divide(capsys):
+    assert "fsdp = 3" in refused(capsys, "v5e:2x2", "--fsdp", "3")
+    assert "data.batch_size = 6" in refused(capsys, "v5e:2x2", "--set", "data.batch_size=6")
+
+
+SMALL = [word for setting in (
+    "model.depth=2", "model.moe=none", "model.width=64", "training.steps=10")
+    for word in ("--set", setting)]
+
+
+@needs_libtpu
+def test_a_tiny_run(capsys):
+    words = ["plan", "tiny", "--topology", "v5e:2x2", "--fsdp", "2", *SMALL]
+    assert main.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["devices"], found["mesh"], found["fits"]) == (4, "2x2", True)
+    assert found["argument_bytes"] < found["peak_bytes"] < found["hbm_bytes"]
+    assert found["flops"] > 0
+    assert 0 < found["estimated_s"] < 1
+    for kind in ("all-gather", "all-to-all"):
+        total = found["collectives"][kind]
+        assert total["count"] > 0
+        assert 0 < total["largest_bytes"] <= total["bytes"]
+
+
+@needs_libtpu
+def test_a_run_that_does_not_fit(capsys):
+    """Logits are never whole, so it takes activations: one enormous sequence for each device."""
+    words = ["plan", "tiny", "--topology", "v5e:2x2", "--json", *SMALL,
+             "--set", "model.ffn=2097152", "--set", "data.sequence_length=1024"]
+    assert main.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"]
+    assert found["reason"]
+    assert found["peak_bytes"] > found["hbm_bytes"]
+
+
+def test_unknown_recipe():
+    with pytest.raises(UserError, match="no such recipe"):
+        main._recipe(main.parser().parse_args(["plan", "huge", "--topology", "v5e:2x2"]))

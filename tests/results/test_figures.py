@@ -1,0 +1,76 @@
+"""Every committed table gives its figure and its text again."""
+
+import pytest
+
+from engram_jax.results import arms
+from engram_jax.sweeps.sweep import from_csv, to_csv
+from experiments import figures
+from experiments.looking_inside import measure
+from experiments.looking_inside import report as looking_inside
+
+COMMITTED = [path.parent.name for path in figures.HERE.glob("*/results.csv")]
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_a_figure_is_rebuilt_from_its_table(name, tmp_path, monkeypatch):
+    (tmp_path / name).mkdir()
+    table = (figures.HERE / name / "results.csv").read_text()
+    (tmp_path / name / "results.csv").write_text(table)
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    text = figures.rebuild(name)
+    image, = (tmp_path / name).glob("*.png")
+    assert image.read_bytes().startswith(b"\x89PNG")
+    for result in from_csv(table):
+        arm = result.get("arm") or arms.arm(result).split("-x")[0].removesuffix("-bf16")
+        assert arm in text
+
+
+def test_an_experiment_without_results_has_no_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    assert figures.rebuild("controls") is None
+
+
+def made(name, seed, loss, text="code"):
+    return {"name": f"{name}-seed{seed}", "seed": seed, "loss": loss, "text": text,
+            "total_params": 10, "active_params": 5, "memory_params": 2, "flops_per_token": 7,
+            "tokens_per_s": 100.0 * seed}
+
+
+def test_the_table_pairs_arms_by_seed_within_a_text():
+    results = [made("a", 1, 3.0), made("b", 1, 2.9), made("a", 2, 3.2), made("b", 2, 3.0),
+               made("a", 1, 9.0, "prose"), made("b", 1, 9.5, "prose")]
+    code, prose = arms.table(results, "a").split("\n\n")
+    first, second = code.splitlines()[2:]
+    assert first.split()[:2] == ["a", "3.1000"]
+    assert "-0.1500 (-0.7853 to +0.4853)" in second  # the mean of -0.1 and -0.2, t(0.975, 1) 12.71
+    assert second.split()[-1] == "150"
+    assert "+0.5000" in prose.splitlines()[-1]
+    assert prose.startswith("prose")
+
+
+# --- Looking inside ---
+
+
+def test_lens_and_cka_of_another_seed_become_a_table(monkeypatch):
+    asked = []
+
+    def analyze(what, directories):
+        first, *others = [str(directory) for directory in directories]
+        asked.append((what, first, *others))
+        if what == "lens":
+            return {first: [2.0 + int(first[-1]), 0.0]}
+        return {"of": first, "with": {others[0]: {"cka": [[0.9, 0.5], [0.4, 0.8]],
+                                                  "soft_alignment": [0.3, 0.6]}}}
+
+    monkeypatch.setattr(measure, "analyze", analyze)
+    rows = measure.measured(["a", "b"])
+    pairs = [words[1:] for words in asked if words[0] == "cka" and words[1].startswith("b/")]
+    assert pairs == [(f"b/no-memory-seed{other}", f"b/{arm}-seed{seed}")
+                     for arm in ("no-memory", "engram-65536")
+                     for seed, other in ((0, 1), (1, 2), (2, 0))]
+    assert {"text": "code", "measure": "cka", "arm": "layer-1", "seed": 2, "layer": 1, "of": 0,
+            "value": 0.5} in rows
+    found = looking_inside.table(from_csv(to_csv(rows))).splitlines()
+    assert found[0] == "code, kl"
+    assert found[1].split()[:4] == ["no-memory", "block", "0", "3.0000"]
+    assert "+0.0000 (+0.0000 to +0.0000)" in found[3]

@@ -1,0 +1,297 @@
+"""Launchers of sweeps: a Ray cluster gives what this process gives, whatever is killed."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import psutil
+import pytest
+from micro import STEPS, micro, plain, with_data, with_training, write_text
+
+from engram_jax import __version__
+from engram_jax.cli import main
+from engram_jax.errors import MachineError, UserError
+from engram_jax.runs.directory import RunDirectory
+from engram_jax.settings import to_dict
+from engram_jax.sweeps import launchers, ray_launcher, ray_tasks, sweep
+from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
+
+pytestmark = [
+    pytest.mark.usefixtures("compilations"),
+    # Ray starts its cluster by fork and exec, which JAX cannot tell from fork alone.
+    pytest.mark.filterwarnings("ignore:os.fork.. was called:RuntimeWarning"),
+]
+
+
+def silent(line):
+    del line
+
+
+class Results(list):
+    """The results of runs, and where they lie."""
+
+    place: pathlib.Path
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
+    base = plain(micro(text, checkpoint_every=2))
+    return [dataclasses.replace(with_training(base, seed=seed), name=f"seed-{seed}")
+            for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(two_runs, tmp_path_factory):
+    """The results of the local launcher."""
+    place = tmp_path_factory.mktemp("local")
+    results = Results(launchers.local(two_runs, place, silent))
+    results.place = place
+    return results
+
+
+@pytest.fixture(scope="module")
+def cluster(compilations):
+    """A cluster of two CPUs, whose workers compile as this process does."""
+    ray = pytest.importorskip("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilations))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield ray
+        ray.shutdown()
+
+
+def losses(results):
+    return [(result["name"], result["loss"]) for result in results]
+
+
+def logged(place, runs):
+    """The losses of every step of every run."""
+    return [[row["learning/loss"] for row in RunDirectory(place / run.name).metrics()
+             if "learning/loss" in row] for run in runs]
+
+
+@pytest.mark.slow
+def test_a_cluster_trains_what_this_process_trains(cluster, two_runs, alone, tmp_path):
+    said = []
+    launch = RayLauncher(resources={"CPU": 1})
+    found = launch(two_runs, tmp_path, said.append)
+    assert losses(found) == losses(alone)
+    assert said[0] == "ray: 2 runs, CPU=1 each, on 1 nodes"
+    for run in two_runs:
+        assert f"{run.name}: steps 1 to {STEPS} (the first one compiles)" in said
+        assert RunDirectory(tmp_path / run.name).result() in found
+
+
+def killed(run, place, step):
+    """Kill the worker that trains `run` once the checkpoint of `step` is there; a thread."""
+    def wait_and_kill():
+        while not (place / run.name / "config.json").exists():
+            time.sleep(0.01)
+        [worker] = [child for child in psutil.Process().children(recursive=True)
+                    if f"ray::{run.name}" in " ".join(child.cmdline())]
+        while not (place / run.name / "checkpoints" / str(step)).exists():
+            time.sleep(0.002)
+        worker.send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=wait_and_kill)
+    thread.start()
+    return thread
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_nothing(cluster, two_runs, alone, tmp_path):
+    said = []
+    thread = killed(two_runs[0], tmp_path, 2)
+    found = RayLauncher(resources={"CPU": 1})(two_runs, tmp_path, said.append)
+    thread.join()
+    assert any(line.startswith("seed-0: going on from step") for line in said)
+    assert losses(found) == losses(alone)
+    assert logged(tmp_path, two_runs) == logged(alone.place, two_runs)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_lost_too_often_ends_the_sweep(cluster, two_runs, tmp_path):
+    thread = killed(two_runs[0], tmp_path, 2)
+    with pytest.raises(MachineError, match=r"seed-0: lost its worker too often .*goes on from"):
+        RayLauncher(resources={"CPU": 2}, retries=0)(two_runs[:1], tmp_path, silent)
+    thread.join()
+
+
+def test_what_the_user_can_mend_ends_the_sweep_with_its_line(cluster, two_runs, tmp_path):
+    bad = with_data(two_runs[0], path="/nowhere/at/all")
+    with pytest.raises(UserError, match=r"^data.path = '/nowhere/at/all': does not exist;"):
+        RayLauncher()([bad], tmp_path, silent)
+
+
+def test_finished_runs_need_no_cluster(two_runs, alone, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = []
+    assert RayLauncher()(two_runs, alone.place, said.append) == list(alone)
+    assert [line.split(":")[0] for line in said] == ["seed-0", "seed-1"]
+    longer = with_training(two_runs[0], steps=STEPS + 1)
+    with pytest.raises(UserError, match=f"training.steps = {STEPS + 1}: .* holds a run with"):
+        RayLauncher()([longer], alone.place, silent)
+
+
+def test_ray_may_be_missing(two_runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"launcher = 'ray': needs Ray; pip install 'engram_jax\["):
+        RayLauncher()(two_runs, tmp_path, silent)
+
+
+@pytest.mark.parametrize(("address", "line"), [
+    ("127.0.0.1:1", "ray-address = '127.0.0.1:1': nobody listens there"),
+    ("ray://127.0.0.1:10001", "is of the Ray Client"),
+])
+def test_a_cluster_that_is_not_there(address, line, two_runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("ray"), "is_initialized", lambda: False)
+    with pytest.raises(UserError, match=line):
+        RayLauncher(address=address)(two_runs, tmp_path, silent)
+
+
+def test_a_task_checks_its_node():
+    with pytest.raises(UserError, match=r"engram_jax = .*, but 0\.0 started the sweep"):
+        ray_tasks.train_here({}, "/", None, "0.0", None)
+    with pytest.raises(UserError, match=r"out = '/nowhere': is not there on .* all nodes see"):
+        ray_tasks.train_here({}, "/nowhere", None, __version__, None)
+
+
+@pytest.mark.parametrize(("nodes", "needs"), [
+    ([{"CPU": 8.0}, {"CPU": 4.0}, {"memory": 1e9}], {"CPU": 4.0}),
+    ([{"CPU": 64.0}, {"CPU": 8.0, "GPU": 8.0}], {"CPU": 1, "GPU": 1}),
+    ([{"CPU": 64.0}, {"CPU": 200.0, "TPU": 4.0, "TPU-v6e-8-head": 1.0}], {"CPU": 1, "TPU": 4.0}),
+    ([], {"CPU": 1}),
+])
+def test_what_a_run_takes_of_a_node(nodes, needs):
+    assert ray_launcher._share_of_node(nodes) == needs
+
+
+def test_resources_as_words():
+    assert parsed_resources("") == {}
+    assert parsed_resources("CPU=4, GPU=0.5,TPU-v6e-8-head=1") == {
+        "CPU": 4, "GPU": 0.5, "TPU-v6e-8-head": 1}
+    for text in ("GPU", "GPU=", "=1", "GPU=x", "GPU=0", "GPU=1.5", "GPU=inf", "CPU=1,,GPU=1"):
+        with pytest.raises(UserError, match=re.escape(f"resources = {text!r}: must be NAME=")):
+            parsed_resources(text)
+
+
+# --- Jobs that share a sweep ---
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_shares_together_are_every_run_once(count):
+    runs = ["a", "b", "c", "d", "e"]
+    shares = [launchers.share(runs, index, count) for index in range(count)]
+    assert sorted(run for share in shares for run in share) == runs
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_shares_as_words():
+    assert launchers.parsed_share("3/12") == (3, 12)
+    for text in ("", "3", "3/", "a/2", "-1/2", "1/2/3"):
+        with pytest.raises(UserError, match=re.escape(f"only = {text!r}: must be INDEX/COUNT")):
+            launchers.parsed_share(text)
+    for index, count in ((2, 2), (0, 0)):
+        with pytest.raises(UserError, match=f"only = '{index}/{count}': .* from 0 to COUNT - 1"):
+            launchers.share(["a"], index, count)
+
+
+def test_launchers_by_name():
+    launch, mesh = launchers.chosen("local", "2x4")
+    assert (launch, mesh.size) == (launchers.local, 8)
+    assert launchers.chosen("ray", "2x4", "host:1", "GPU=1") == (
+        RayLauncher(address="host:1", resources={"GPU": 1.0}, mesh="2x4"), None)
+    with pytest.raises(UserError, match="launcher = 'slurm': must be one of local, ray"):
+        launchers.chosen("slurm")
+    with pytest.raises(UserError, match="resources = 'GPU=1': is for launcher = 'ray' only"):
+        launchers.chosen("local", resources="GPU=1")
+
+
+@pytest.fixture
+def finished(two_runs, alone, monkeypatch, tmp_path):
+    """A folder in which all runs of the experiment "two" are done; no table yet."""
+    experiment = types.SimpleNamespace(
+        SCALES=("tiny",), runs=lambda scale, seeds: two_runs, FIGURE="figure.png",
+        table=lambda results: f"{len(results)} runs", figure=lambda results: None)
+    monkeypatch.setattr(sweep, "experiments", lambda: ["two"])
+    monkeypatch.setattr(sweep, "_module", lambda name, part: experiment)
+    monkeypatch.setattr(sweep, "save", lambda figure, path: None)
+    shutil.copytree(alone.place, tmp_path / "sweep")
+    return tmp_path / "sweep"
+
+
+def test_shares_make_no_table_until_all_are_done(alone, finished):
+    def swept(**words):
+        return sweep.run_sweep(
+            sweep.Sweep(experiment="two"), finished, silent, allow_dirty=True, **words)
+
+    assert [swept(only=(index, 2)) for index in (0, 1)] == [[alone[0]], [alone[1]]]
+    assert not (finished / "table.txt").exists()
+    assert swept() == list(alone)
+    assert (finished / "table.txt").read_text() == "2 runs\n"
+
+
+def test_the_command_line_chooses_launcher_and_share(finished, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    words = ["sweep", "two", "--out", str(finished), "--allow-dirty"]
+    assert main.main([*words, "--only", "1/2"]) == 0
+    out = capsys.readouterr().out
+    assert "run 1 of 1: seed-1" in out
+    assert "1 runs of this share are done; the same command without --only" in out
+    assert main.main([*words, "--launcher", "ray", "--resources", "CPU=1"]) == 0
+    out = capsys.readouterr().out
+    assert "run 1 of" not in out
+    assert "2 runs" in out
+    shutil.rmtree(finished / "seed-1")
+    assert main.main([*words, "--launcher", "ray"]) == 2
+    assert capsys.readouterr().err.startswith("engram-jax: launcher = 'ray': needs Ray; pip ")
+    assert main.main([*words, "--launcher", "ray", "--distributed"]) == 2
+    assert "leave --distributed out" in capsys.readouterr().err
+    assert main.main([*words, "--resources", "CPU=1"]) == 2
+    assert "is for launcher = 'ray' only" in capsys.readouterr().err
+
+
+# --- Killed anywhere ---
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_anywhere_gives_the_same_results(
+    two_runs, alone, tmp_path, compilations
+):
+    program = (
+        "import sys, json; from etils import epath; from engram_jax.sweeps import launchers; "
+        "from engram_jax.settings import from_dict; "
+        "launchers.local([from_dict(run) for run in json.load(open(sys.argv[1]))], "
+        "epath.Path(sys.argv[2]), print)")
+    (tmp_path / "runs").write_text(json.dumps([to_dict(run) for run in two_runs]))
+    place = tmp_path / "sweep"
+    command = [sys.executable, "-c", program, str(tmp_path / "runs"), str(place)]
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compilations),
+           "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "PYTHONPATH": str(pathlib.Path.cwd())}
+    chosen = random.Random(0)
+    for run, step in ((two_runs[0], 2), (two_runs[0], 4), (two_runs[1], 4)):
+        with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as process:
+            while not (place / run.name / "checkpoints" / str(step)).exists():
+                assert process.poll() is None, "ended before it could be killed"
+                time.sleep(0.002)
+            time.sleep(chosen.uniform(0, 0.03))
+            process.send_signal(signal.SIGKILL)
+        assert not (place / run.name / "result.json").exists()
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    assert "seed-0: done before" in done.stdout
+    assert "seed-1: going on from step" in done.stdout
+    assert losses([RunDirectory(place / run.name).result() for run in two_runs]) == losses(alone)
+    assert logged(place, two_runs) == logged(alone.place, two_runs)
