@@ -297,7 +297,7 @@ class OptimizerConfig:
     `decay_at[i]` of the steps on.
 
     Attributes:
-      table_optimizer: one of `TABLE_OPTIMIZERS`, as `memory.row_optimizers` has them.
+      table_optimizer: one of `TABLE_OPTIMIZERS`, as `tables.row_optimizers` has them.
       table_multiplier: learning rate of the tables over that of the backbone.
       table_b1, table_b2, table_eps: of Adam; RMSProp reads the last two, Adagrad the last.
       table_momentum: of balanced momentum.

@@ -86,8 +86,8 @@ class Plan:
       peak_bytes: what is alive at once, the program included; where it does not fit, what the
         compiler asked for, None if it did not say.
       flops: matrix products, recomputation included; None where it does not fit, as all below.
-      collectives: kind -> count, bytes, largest_bytes (`analysis.collectives.by_kind`).
-      estimated_s: libtpu's own estimate without collectives (`analysis.costs.seconds`).
+      collectives: kind -> count, bytes, largest_bytes (`costs.collectives.by_kind`).
+      estimated_s: libtpu's own estimate without collectives (`costs.compiled.seconds`).
       reason: why it does not fit, in the compiler's words.
     """
 

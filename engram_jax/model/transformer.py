@@ -283,7 +283,7 @@ def apply(
     Args:
       params: as `init` makes them.
       tokens_BT: int32 ids below the vocabulary's size.
-      rows: for each site of `memory.sites`, its rows [B, T, H, C].
+      rows: for each site of `hashing.addressing`, its rows [B, T, H, C].
       router_bias: as `init_router_bias` makes them.
       config: the model.
       starts_BT: bool, true on the first token of a document; read only when the model isolates

@@ -140,7 +140,7 @@ def _chunks(table: _Saved, format: RowFormat) -> Iterator[tuple[int, int, np.nda
 
 
 def _packed(stored_UD: np.ndarray, format: RowFormat) -> np.ndarray:
-    """Packed rows of rows as a table stores them: float32, or the bits of bfloat16 (`codec`)."""
+    """Packed rows of rows as a table stores them: float32, or the bits of bfloat16."""
     if stored_UD.dtype == np.uint16:
         stored_UD = RowFormat("bfloat16", format.dim).unpack_numpy(
             np.ascontiguousarray(stored_UD).view(np.uint8))

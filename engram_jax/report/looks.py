@@ -1,7 +1,7 @@
 """How plots look: colours that everybody can tell in light and dark, axes, and the figures.
 
 A figure names its colours as they are on white; `swap` says what each is on black, and
-the page's script puts those in. The base is Okabe and Ito's palette, as in `analysis.figures`.
+the page's script puts those in. The base is Okabe and Ito's palette, as in `results.figures`.
 """
 
 import dataclasses

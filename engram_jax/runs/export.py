@@ -88,7 +88,7 @@ class SavedTables:
 
         Args:
           site, dtype: of the table.
-          scratch: the folder for what `saved.packed_rows` may have to sort on disk; the system's
+          scratch: the folder for what `checkpointed.packed_rows` may have to sort on disk; the system's
             for temporary files by default.
         """
         start = 0

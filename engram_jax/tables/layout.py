@@ -80,7 +80,7 @@ class TableLayout:
         """A table with normal entries of standard deviation `std` (0 gives zeros).
 
         Args:
-          dtype: "float32" or "bfloat16", the latter stored as `codec` says.
+          dtype: "float32" or "bfloat16", the latter stored as `rounding` says.
         """
         stored = rounding.storage(dtype)
         if std == 0:

@@ -2,7 +2,7 @@
 
 Row Adam, RMSProp and Adagrad change those rows only; dense Adam and balanced momentum pass over the
 whole table, but none makes a gradient of its size. A table is float32 or, as uint16 bits,
-bfloat16 with stochastic rounding (`codec`); all arithmetic and all moments are float32.
+bfloat16 with stochastic rounding (`rounding`); all arithmetic and all moments are float32.
 
 Inside `jax.shard_map`, a device gives its part of the table and state, and the rows that lie in it.
 

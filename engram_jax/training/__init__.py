@@ -1,1 +1,1 @@
-"""A run: optimizers, state, step, loop, checkpoints and records."""
+"""One training step: state, optimizers, and where everything lies; nothing here touches a disk."""

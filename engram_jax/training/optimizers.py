@@ -1,4 +1,4 @@
-"""Muon for matrices, Adam for the rest (SPEC section 3); tables have `memory.row_optimizers`."""
+"""Muon for matrices, Adam for the rest (SPEC section 3); tables have `tables.row_optimizers`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

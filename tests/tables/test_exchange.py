@@ -1,7 +1,7 @@
 """The exchange on meshes of CPU devices against unsharded gathers and plain loops.
 
 One program for each mesh and capacity does all that an exchange can do (`Outcome`); the tests feed
-it ids of many kinds. Shapes as in `memory.exchange`; K parts of ids.
+it ids of many kinds. Shapes as in `tables.exchange`; K parts of ids.
 """
 
 import functools

@@ -1,0 +1,76 @@
+"""Arrows between the rooms point one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "engram_jax"
+# A room may import itself and what stands in a row above it, never a room beside it.
+LEVELS = (
+    ("errors",),
+    ("config",),
+    ("settings", "storage"),
+    ("recipes", "distributed"),
+    ("hashing",),
+    ("tables", "offload", "data"),
+    ("model",),
+    ("training",),
+    ("costs",),
+    ("runs",),
+    ("inference", "insides", "results"),
+    ("sweeps",),
+    ("report", "benchmarks"),
+    ("cli",),
+)
+LEVEL = {room: number for number, level in enumerate(LEVELS) for room in level}
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "engram_jax":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("engram_jax."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names
+                        if alias.name.startswith("engram_jax."))
+
+
+def test_every_arrow_points_one_way():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        here = room_of(path)
+        if here == "__init__":
+            continue  # the front door names what lies behind it
+        for there in set(imported_rooms(path)) - {here, "__version__"}:
+            if LEVEL[there] >= LEVEL[here]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {there}")
+    assert not wrong, wrong
+
+
+def test_every_room_has_its_place():
+    rooms = {room_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert rooms == set(LEVEL)
+
+
+@pytest.mark.parametrize(("room", "strangers"), [
+    ("hashing", ["tables", "offload", "model", "training", "runs"]),
+    ("tables", ["offload", "model", "training", "runs"]),
+    ("offload", ["tables", "model", "training", "runs"]),
+])
+def test_a_guest_of_one_room_walks_through_no_other(room, strangers):
+    """All of the room, with all that it imports in turn, in a process of its own."""
+    modules = sorted(path.stem for path in (PACKAGE / room).glob("*.py"))
+    program = "import importlib, sys\n" + "".join(
+        f"importlib.import_module('engram_jax.{room}.{name}')\n" for name in modules
+    ) + "print(*sorted({m.split('.')[1] for m in sys.modules if m.startswith('engram_jax.')}))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True,
+                          text=True, cwd=PACKAGE.parent)
+    assert not set(done.stdout.split()) & set(strangers), done.stdout
