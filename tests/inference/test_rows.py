@@ -15,8 +15,8 @@ from engram_jax.hashing.addressing import sites
 from engram_jax.hashing.host import HostHash
 from engram_jax.hashing.ngrams import reach_from_dead
 from engram_jax.inference import caches, stages
-from engram_jax.offload import prefetch
 from engram_jax.model.documents import documents
+from engram_jax.offload import prefetch
 from engram_jax.offload.formats import RowFormat
 from engram_jax.offload.host import HostTable
 from engram_jax.offload.host_cache import CachedTable
