@@ -157,8 +157,52 @@ class OverEncodingConfig(HashConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """Rotary positions beyond the length that a model was trained at (YaRN, arXiv 2309.00071).
+
+    Frequencies whose wavelengths fit `beta_fast` times and more into the original length stay,
+    those that fit `beta_slow` times and less are divided by the factor, and those between are
+    blended; scores are multiplied by (0.1 mscale ln factor + 1) ** 2, as in DeepSeek-V2.
+
+    Attributes:
+      factor: how many times the original length the model is to read.
+      original_length: tokens of a sequence in the training before the extension.
+      beta_fast, beta_slow: wavelengths that fit into the original length (the paper's beta and
+        alpha).
+      mscale: of the scores' temperature; 0 leaves them as they are.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.707
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "YarnConfig", "factor", "original_length")
+        require_at_least(self, 0, "YarnConfig", "mscale")
+        require(math.isfinite(self.beta_fast) and 0 < self.beta_slow < self.beta_fast,
+                "YarnConfig.beta_slow", self.beta_slow,
+                f"must be between 0 and beta_fast = {self.beta_fast}")
+
+    @property
+    def score_scale(self) -> float:
+        """What scores are multiplied by, beside 1 / sqrt(the width of a head)."""
+        return (0.1 * self.mscale * math.log(self.factor) + 1) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Multi-head latent attention without query compression (DeepSeek-V2)."""
+    """Multi-head latent attention without query compression (DeepSeek-V2).
+
+    Attributes:
+      heads: query heads, which share one latent.
+      kv_rank: width of the latent that a cache keeps of each position.
+      nope_dim, rope_dim: widths of a head's parts without and with rotary positions.
+      value_dim: width of a head's value.
+      rope_theta: base of the rotary frequencies, theta ** (-2i / rope_dim).
+      yarn: the extension of the context; none is the frequencies as they are.
+    """
 
     heads: int = 32
     kv_rank: int = 512
@@ -166,12 +210,21 @@ class AttentionConfig:
     rope_dim: int = 64
     value_dim: int = 128
     rope_theta: float = 10_000.0
+    yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "AttentionConfig", "heads", "kv_rank", "nope_dim", "value_dim",
                          "rope_theta")
         require(self.rope_dim >= 0 and self.rope_dim % 2 == 0, "AttentionConfig.rope_dim",
                 self.rope_dim, "must be even")
+        require(self.yarn is None or self.rope_theta > 1, "AttentionConfig.rope_theta",
+                self.rope_theta, "must be above 1 where yarn extends the context")
+
+    @property
+    def score_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        plain: float = (self.nope_dim + self.rope_dim) ** -0.5
+        return plain if self.yarn is None else plain * self.yarn.score_scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

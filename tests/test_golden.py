@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 import tokenizers
 
-from engram_jax.config import AttentionConfig, EngramConfig, MoEConfig
+from engram_jax.config import AttentionConfig, EngramConfig, MoEConfig, YarnConfig
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash, reach_from_dead
-from engram_jax.model.attention import attention
+from engram_jax.model.attention import attention, cached_attention, frequencies, latents
 from engram_jax.model.engram import fuse, init_engram
+from engram_jax.model.hyper_connections import connect, mixing
 from engram_jax.model.moe import moe
 from engram_jax.tables.layout import TableLayout
 
@@ -324,20 +325,47 @@ def test_module_primes(path):
     assert (arrays["row_ids"] < arrays["primes"].reshape(-1)).all()
 
 
-@pytest.mark.parametrize("path", golden_files("backbone_mla_*.npz"))
-def test_attention(path):
-    meta, arrays, weights = _arrays(path)
+def _attention_of(meta, weights):
+    """Our config and parameters of a DeepSeek attention."""
     config = AttentionConfig(**{name: meta[name] for name in (
-        "heads", "kv_rank", "nope_dim", "rope_dim", "value_dim", "rope_theta")})
-    params = {
+        "heads", "kv_rank", "nope_dim", "rope_dim", "value_dim", "rope_theta")},
+        yarn=YarnConfig(**meta["yarn"]) if "yarn" in meta else None)
+    return config, {
         "query": weights["q_proj.weight"].T,
         "latent": weights["kv_a_proj_with_mqa.weight"].T,
         "latent_gain": weights["kv_a_layernorm.weight"],
         "expand": weights["kv_b_proj.weight"].T,
         "output": weights["o_proj.weight"].T,
     }
+
+
+@pytest.mark.parametrize("path", golden_files("backbone_mla_*.npz")
+                         + golden_files("backbone_yarn_*.npz"))
+def test_attention(path):
+    meta, arrays, weights = _arrays(path)
+    config, params = _attention_of(meta, weights)
+    if "inv_freq" in meta:
+        np.testing.assert_allclose(frequencies(config), meta["inv_freq"], rtol=1e-6)
     _check_output(lambda *arguments: attention(*arguments, config, _eps(meta["kv_norm_eps"])),
                   arrays["output"], params, arrays["input"])
+
+
+@pytest.mark.parametrize("path", golden_files("backbone_yarn_*.npz"))
+def test_decoding_beyond_the_original_length(path):
+    """Token by token from the compressed cache, every position of the released module's output."""
+    meta, arrays, weights = _arrays(path)
+    config, params = _attention_of(meta, weights)
+    eps, x_BTD = _eps(meta["kv_norm_eps"]), jnp.asarray(arrays["input"])
+    batch, time, _ = x_BTD.shape
+    assert time > config.yarn.original_length
+    positions_BT = jnp.tile(jnp.arange(time, dtype=jnp.int32)[None], (batch, 1))
+    cache = latents(params, x_BTD, positions_BT, config, eps)
+    decode = jax.jit(lambda x, at: cached_attention(
+        params, x, *cache, at, jnp.zeros_like(at), config))
+    decoded = jnp.concatenate([decode(x_BTD[:, t:t + 1], positions_BT[:, t:t + 1])
+                               for t in range(time)], axis=1)
+    largest = np.abs(arrays["output"]).max()
+    np.testing.assert_allclose(decoded, arrays["output"], atol=2e-5 * largest)
 
 
 @pytest.mark.parametrize("path", golden_files("backbone_moe_*.npz"))
@@ -357,3 +385,27 @@ def test_experts(path):
     bias_E = weights["gate.e_score_correction_bias"]
     _check_output(lambda *arguments: moe(*arguments, config)[0], arrays["output"],
                   params, arrays["input"], bias_E)
+
+
+@pytest.mark.parametrize("path", golden_files("mhc_*.npz"))
+def test_hyper_connections(path):
+    """The reference's mixing of streams, comb[j, k], is our H_res[k, j]."""
+    meta, arrays, weights = _arrays(path)
+    streams = meta["streams"]
+    order = np.arange(2 * streams + streams**2)
+    order[2 * streams:] = order[2 * streams:].reshape(streams, streams).T.reshape(-1)
+    params = {"project": weights["fn"][order].T, "bias": weights["base"][order],
+              "scale": weights["scale"]}
+    rounds, eps = meta["rounds"], _eps(meta["rms_norm_eps"])
+
+    def mixed(params, x_BTMD):
+        return mixing(params, x_BTMD, rounds, eps)
+
+    x_BTMD = arrays["input"]
+    _check_output(lambda *a: mixed(*a).post_BTM, arrays["post"], params, x_BTMD)
+    _check_output(lambda *a: mixed(*a).residual_BTMM.swapaxes(2, 3), arrays["comb"],
+                  params, x_BTMD)
+    _check_output(
+        lambda params, x_BTMD: connect(
+            params, x_BTMD, lambda h_BTD: (h_BTD @ weights["sub_layer"].T, None), rounds, eps)[0],
+        arrays["output"], params, x_BTMD)

@@ -8,10 +8,13 @@ Shapes: B batch, T time (S the attended time), D width, H heads, C latent rank, 
 a head without and with rotary positions, V value dim.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from engram_jax.config import AttentionConfig
+from engram_jax.config import AttentionConfig, YarnConfig
 from engram_jax.model.layers import Params, linear, matrix, rms_norm
 
 # Sequences up to this length are attended to in one piece. At 32 heads and 4096 keys the scores of
@@ -62,7 +65,7 @@ def attention(
     shared = jnp.broadcast_to(
         shared_BTR[:, :, None], (batch, time, heads, config.rope_dim))
     key = jnp.concatenate([key_BSHN, shared], axis=-1)
-    mixed = _mixed(query, key, value_BSHV, documents_BT)
+    mixed = _mixed(query, key, value_BSHV, documents_BT, config.score_scale)
     return linear(mixed.reshape(batch, time, heads * v), params["output"])
 
 
@@ -72,7 +75,7 @@ def _queries(
     """Each head's query: [B, T, H, N], and its rotated part [B, T, H, R]."""
     n, r = config.nope_dim, config.rope_dim
     query = linear(x_BTD, params["query"]).reshape(*x_BTD.shape[:2], config.heads, n + r)
-    return query[..., :n], rope(query[..., n:], positions_BT, config.rope_theta)
+    return query[..., :n], rope(query[..., n:], positions_BT, config)
 
 
 def latents(
@@ -81,7 +84,7 @@ def latents(
     """What a cache keeps of each position: latent [B, T, C] and rotated key [B, T, R]."""
     latent_BTC, shared_BTR = jnp.split(linear(x_BTD, params["latent"]), [config.kv_rank], axis=-1)
     latent_BTC = rms_norm(latent_BTC, params["latent_gain"], eps)
-    shared_BT1R = rope(shared_BTR[:, :, None], positions_BT, config.rope_theta)
+    shared_BT1R = rope(shared_BTR[:, :, None], positions_BT, config)
     return latent_BTC, shared_BT1R[:, :, 0]
 
 
@@ -115,7 +118,7 @@ def cached_attention(
     wide = {"preferred_element_type": jnp.float32}
     scores_BHTS = (jnp.einsum("bthc,bsc->bhts", query_BTHC, latent_BSC, **wide)
                    + jnp.einsum("bthr,bsr->bhts", rotated_BTHR, shared_BSR, **wide))
-    scores_BHTS = scores_BHTS * (config.nope_dim + config.rope_dim) ** -0.5
+    scores_BHTS = scores_BHTS * config.score_scale
     place_11S = jnp.arange(latent_BSC.shape[1], dtype=jnp.int32)[None, None]
     mask_BTS = (place_11S >= first_BT[..., None]) & (place_11S <= positions_BT[..., None])
     weights_BHTS = jax.nn.softmax(jnp.where(mask_BTS[:, None], scores_BHTS, -1e30), axis=-1)
@@ -126,7 +129,7 @@ def cached_attention(
 
 def _mixed(
     query_BTHX: jax.Array, key_BSHX: jax.Array, value_BSHV: jax.Array,
-    documents_BT: jax.Array | None,
+    documents_BT: jax.Array | None, scale: float,
 ) -> jax.Array:
     """What each position takes of the values that it may see, [B, T, H, V].
 
@@ -137,8 +140,8 @@ def _mixed(
     """
     time = query_BTHX.shape[1]
     if time <= QUERY_CHUNK:
-        return _mix(query_BTHX, key_BSHX, value_BSHV, documents_BT, 0)
-    mix = jax.checkpoint(_mix, static_argnums=4)
+        return _mix(query_BTHX, key_BSHX, value_BSHV, documents_BT, 0, scale)
+    mix = jax.checkpoint(_mix, static_argnums=(4, 5))
     chunks: list[jax.Array] = []
     for start in range(0, time, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, time)
@@ -146,18 +149,18 @@ def _mixed(
         query = query_BTHX[:, start:stop]
         if chunks:
             query, chunks[-1] = jax.lax.optimization_barrier((query, chunks[-1]))
-        chunks.append(mix(query, key_BSHX[:, :stop], value_BSHV[:, :stop], documents, start))
+        chunks.append(mix(query, key_BSHX[:, :stop], value_BSHV[:, :stop], documents, start, scale))
     return jnp.concatenate(chunks, axis=1)
 
 
 def _mix(
     query_BTHX: jax.Array, key_BSHX: jax.Array, value_BSHV: jax.Array,
-    documents_BS: jax.Array | None, start: int,
+    documents_BS: jax.Array | None, start: int, scale: float,
 ) -> jax.Array:
     """`_mixed` for the queries at positions start..S-1."""
     scores_BHTS = jnp.einsum(
         "bthx,bshx->bhts", query_BTHX, key_BSHX, preferred_element_type=jnp.float32)
-    scores_BHTS = scores_BHTS * query_BTHX.shape[-1] ** -0.5
+    scores_BHTS = scores_BHTS * scale
     mask = visible(key_BSHX.shape[1], documents_BS, start)[:, None]
     weights_BHTS = jax.nn.softmax(jnp.where(mask, scores_BHTS, -1e30), axis=-1)
     return jnp.einsum("bhts,bshv->bthv", weights_BHTS.astype(query_BTHX.dtype), value_BSHV)
@@ -171,10 +174,37 @@ def visible(time: int, documents_BS: jax.Array | None, start: int = 0) -> jax.Ar
     return causal_1TS & (documents_BS[:, start:, None] == documents_BS[:, None, :])
 
 
-def rope(x_BTHR: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+def frequencies(config: AttentionConfig) -> jax.Array:
+    """The rotary frequencies of the pairs, float32 [R / 2]."""
+    half = config.rope_dim // 2
+    if config.yarn is not None:
+        return jnp.asarray(_extended(config, config.yarn), jnp.float32)
+    return config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+
+
+def _extended(config: AttentionConfig, yarn: YarnConfig) -> np.ndarray:
+    """YaRN's blend of the frequencies with those over the factor (arXiv 2309.00071 section 3.2).
+
+    The ramp begins and ends at whole numbers of pairs, as in DeepSeek-V2's and V3's code.
+    """
+
+    def pair(turns: float) -> float:
+        """The pair that turns so often within the original length."""
+        wavelength = yarn.original_length / (2 * math.pi * turns)
+        return config.rope_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    first = max(math.floor(pair(yarn.beta_fast)), 0)
+    last = min(math.ceil(pair(yarn.beta_slow)), config.rope_dim - 1)
+    pairs = np.arange(config.rope_dim // 2)
+    plain = config.rope_theta ** (-2 * pairs / config.rope_dim)
+    divided = np.clip((pairs - first) / max(last - first, 1e-3), 0, 1)
+    blended: np.ndarray = plain * (1 - divided) + plain / yarn.factor * divided
+    return blended
+
+
+def rope(x_BTHR: jax.Array, positions_BT: jax.Array, config: AttentionConfig) -> jax.Array:
     """Rotary positions, the two halves of the last axis as the pairs (not interleaved)."""
-    half = x_BTHR.shape[-1] // 2
-    frequency_R = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency_R = frequencies(config)
     angle = (positions_BT.astype(jnp.float32)[..., None] * frequency_R[None, None])[:, :, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
