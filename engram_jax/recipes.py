@@ -5,7 +5,12 @@ table 5, arXiv 2512.24880 table 5).
 """
 
 import dataclasses
+import importlib
+import json
+import re
 from collections.abc import Callable
+
+from etils import epath
 
 from engram_jax.config import (
     AttentionConfig,
@@ -19,6 +24,8 @@ from engram_jax.config import (
     TrainingConfig,
 )
 from engram_jax.errors import UserError
+from engram_jax.settings import from_dict
+from engram_jax.storage import check_readable, refusals
 
 PAPER_LAYERS = (1, 14)
 
@@ -159,6 +166,66 @@ def recipe(name: str) -> RunConfig:
     if name not in RECIPES:
         raise UserError(f"recipe = {name!r}: no such recipe; there are {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+def chosen_run(name: str) -> RunConfig:
+    """The run that a user named.
+
+    Args:
+      name: a recipe's name; "MODULE:FUNCTION", a function of the user's own that takes nothing and
+        returns a `RunConfig`; or a path to a config.json or to the folder that holds it.
+
+    Raises:
+      UserError: it names none of these.
+    """
+    if name in RECIPES:
+        return recipe(name)
+    if re.fullmatch(r"[\w.]+:\w+", name):
+        return _made_by(name)
+    check_readable(name, "recipe")
+    path = epath.Path(name).expanduser()
+    with refusals(path, "read"):
+        if path.is_dir():
+            path /= "config.json"
+        if path.exists():
+            return read_config(path)
+    raise UserError(f"recipe = {name!r}: no such recipe, and no such file; there are "
+                    f"{', '.join(RECIPES)}, or name a config.json, a run's folder or a "
+                    "MODULE:FUNCTION of your own")
+
+
+def read_config(path: epath.Path) -> RunConfig:
+    """The run that a config.json holds.
+
+    Raises:
+      UserError: it holds none.
+    """
+    with refusals(path, "read"):
+        text = path.read_text()
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: is not the config of a run")
+    config: RunConfig = from_dict(values)
+    return config
+
+
+def _made_by(name: str) -> RunConfig:
+    """What the function "MODULE:FUNCTION" returns."""
+    module, _, function = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        raise UserError(f"recipe = {name!r}: there is no module {error.name!r} here") from error
+    except AttributeError as error:
+        raise UserError(f"recipe = {name!r}: {module} has no {function}") from error
+    run = make() if callable(make) else make
+    if not isinstance(run, RunConfig):
+        raise UserError(f"recipe = {name!r}: must return a RunConfig, and returns a "
+                        f"{type(run).__name__}")
+    return run
 
 
 def without_memory(run: RunConfig) -> RunConfig:

@@ -16,7 +16,7 @@ import object_store
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engram_jax import distributed
-from engram_jax.cli import main
+from engram_jax.cli import main, runs
 from engram_jax.errors import MachineError
 from engram_jax.runs import train as runs_train
 from engram_jax.settings import from_dict, to_dict
@@ -77,7 +77,7 @@ does = {function.__name__: function for function in (die, hang, disk_full, bug)}
 if __name__ == "__main__":
     if text := os.environ.get("PEER_RUN"):
         object_store.use()
-        main._recipe = lambda options: from_dict(json.loads(text))
+        runs.named_run = lambda options: from_dict(json.loads(text))
     else:
         runs_train.train = train
     sys.exit(main.main(sys.argv[1:]))

@@ -26,7 +26,8 @@ from tokenizers import Tokenizer
 from engram_jax import __version__
 from engram_jax.config import RunConfig
 from engram_jax.errors import UserError
-from engram_jax.settings import first_difference, from_dict, to_dict
+from engram_jax.recipes import read_config
+from engram_jax.settings import first_difference, to_dict
 from engram_jax.storage import check_readable, is_local, refusals, scheme, write_text
 from engram_jax.runs.metrics import Metrics
 from engram_jax.distributed import is_first
@@ -76,15 +77,7 @@ class RunDirectory:
         with refusals(place, "read"):
             if not place.exists():
                 raise UserError(f"{self.path}: holds no run (there is no config.json)")
-            text = place.read_text()
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{place}: is not JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{place}: is not the config of a run")
-        config: RunConfig = from_dict(values)
-        return config
+        return read_config(place)
 
     def env(self) -> dict[str, Any]:
         """env.json; empty where there is none."""

@@ -14,13 +14,13 @@ from micro import STEPS, micro, plain, write_text
 
 import engram_jax
 from engram_jax import recipes
-from engram_jax.cli import main
+from engram_jax.cli import main, runs
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import with_settings
 from engram_jax.sweeps import sweep
 
 pytestmark = pytest.mark.usefixtures("compilations")
-COMMANDS = ("describe", "train", "sweep", "compare", "reproduce", "evaluate", "generate", "bench")
+COMMANDS = tuple(main.parser()._subparsers._group_actions[0].choices)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +128,26 @@ def test_describe_takes_settings(capsys):
     assert wide["engram_params"] < 512 * 16 * 8 * 1.2
 
 
+def test_describe_takes_a_run_a_config_and_a_function(trained, capsys, tmp_path, monkeypatch):
+    counts = json.loads(succeeded(capsys, "describe", "micro", "--json"))
+    own = tmp_path / "own.json"
+    own.write_bytes((trained / "config.json").read_bytes())
+    (tmp_path / "my_recipes.py").write_text(
+        "from engram_jax.recipes import recipe\nmine = lambda: recipe('micro')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in (trained, trained / "config.json", "own.json", "my_recipes:mine"):
+        assert json.loads(succeeded(capsys, "describe", name, "--json")) == counts
+    monkeypatch.delitem(sys.modules, "my_recipes")
+
+
+def test_a_config_may_be_changed_and_trained(trained, capsys, tmp_path):
+    out = succeeded(capsys, "train", trained / "config.json", "--out", tmp_path / "run",
+                    "--set", "training.steps=1")
+    assert "bits per byte" in out
+    assert RunDirectory(tmp_path / "run").config().training.steps == 1
+
+
 def test_train_leaves_a_finished_run(trained, text, recipe):
     records = RunDirectory(trained)
     assert records.config().data.path == text
@@ -227,6 +247,12 @@ def test_a_bad_setting_names_field_and_value(setting, words, capsys):
 @pytest.mark.parametrize(("words", "said"), [
     (["describe", "tinny"], ["recipe = 'tinny'", "tiny", "engram-27b"]),
     (["train", "tinny", "--out", "x"], ["recipe = 'tinny'"]),
+    (["describe", "no_such_module:run"], ["'no_such_module:run'", "no module 'no_such_module'"]),
+    (["describe", "json:run"], ["'json:run'", "json has no run"]),
+    (["describe", "os:getcwd"], ["'os:getcwd'", "RunConfig", "returns a str"]),
+    (["describe", "tests"], ["no such recipe", "config.json"]),
+    (["describe", "README.md"], ["README.md: is not JSON"]),
+    (["describe", "ftp://x/config.json"], ["ftp://x/config.json", "gs://"]),
     (["train", "tiny"], ["--out"]),
     (["sweep", "nope", "--out", "x"], ["experiment = 'nope'", "memory_scaling"]),
     (["sweep", "controls"], ["out = None", "--out"]),
@@ -366,7 +392,7 @@ def test_the_machines_faults(error, capsys, monkeypatch, trained):
     def fails(*words):
         raise error
 
-    monkeypatch.setattr(main, "_restored", fails)
+    monkeypatch.setattr(runs, "_restored", fails)
     line = refused(capsys, "evaluate", trained, code=1)
     assert any(word in line for word in ("No space left", "MemoryError", "out of memory"))
 
@@ -385,7 +411,7 @@ def test_a_bug_is_not_hidden(monkeypatch, trained):
     def fails(*words):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(main, "_restored", fails)
+    monkeypatch.setattr(runs, "_restored", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         main.main(["evaluate", str(trained)])
 
@@ -394,5 +420,5 @@ def test_stopping_by_hand(capsys, monkeypatch, trained):
     def stops(*words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "_restored", stops)
+    monkeypatch.setattr(runs, "_restored", stops)
     assert "goes on from the last checkpoint" in refused(capsys, "evaluate", trained, code=130)

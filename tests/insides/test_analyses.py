@@ -10,7 +10,7 @@ import pytest
 from micro import micro, plain, with_model, write_text
 
 from engram_jax.cli import main
-from engram_jax.cli.arguments import ANALYSES as NAMES
+from engram_jax.cli.results import ANALYSES as NAMES
 from engram_jax.insides import analyses
 from engram_jax.insides.examples import GATED
 from engram_jax.insides.observing import Opened, open_run

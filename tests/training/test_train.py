@@ -635,9 +635,8 @@ def test_a_half_written_checkpoint_is_passed_over(run, inputs, copied, last, hal
 
 
 FULL_DISK = """
-import json, resource, signal, sys
+import resource, signal, sys
 from engram_jax.cli import main
-from engram_jax.settings import from_dict
 from engram_jax.runs import train
 
 def limited(self, step, state, batches):
@@ -648,7 +647,6 @@ def limited(self, step, state, batches):
     save(self, step, state, batches)
 
 save, train.Checkpoints.save = train.Checkpoints.save, limited
-main._recipe = lambda options: from_dict(json.load(open(options.recipe)))
 sys.exit(main.main(["train", sys.argv[1], "--out", sys.argv[2]]))
 """
 

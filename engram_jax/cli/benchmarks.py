@@ -1,0 +1,69 @@
+"""The command that measures this machine: `bench`."""
+
+import json
+import os
+import typing
+
+from engram_jax.cli.words import Commands, Options, add_command, add_json
+from engram_jax.errors import UserError
+
+
+def add(commands: Commands) -> None:
+    command = add_command(
+        commands, bench,
+        "measure this machine: hash (jitted against NumPy), table (row updates against the table's "
+        "size), optimizers (of tables), exchange (rows on eight devices against a sharded gather), "
+        "gather (tokens to packed rows from a table in host memory), offload (inference with the "
+        "table on the device, the host and a disk, against no memory)", "bench hash --json")
+    command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather",
+                                          "offload"])
+    command.add_argument("--size", choices=["tiny", "4b"], default="",
+                         help="of bench offload: the demo's model (default), or a dense model of "
+                         "4.1B parameters with a table of 42 GB, for an accelerator")
+    command.add_argument("--trace", default="", metavar="DIR",
+                         help="of bench offload: write a trace of a few requests, for Perfetto")
+    add_json(command)
+
+
+def bench(options: Options) -> None:
+    result = _measured(options)
+    if options.json:
+        print(json.dumps(result, indent=1))
+    else:
+        for name, value in result.items():
+            print(f"{name:<28} {value:,.4g}" if isinstance(value, float) else f"{name:<28} {value}")
+
+
+def _measured(options: Options) -> dict[str, typing.Any]:
+    what = options.what
+    for name in ("size", "trace"):
+        if getattr(options, name) and what != "offload":
+            raise UserError(f"--{name} is of bench offload, not of bench {what}")
+    match what:
+        case "offload":
+            from engram_jax.benchmarks import offload
+
+            return offload.offload_benchmark(
+                offload.WORKLOADS[options.size or "tiny"](), options.trace)
+        case "hash":
+            from engram_jax.benchmarks.hashing import hash_benchmark
+
+            return hash_benchmark()
+        case "table":
+            from engram_jax.benchmarks.table import table_benchmark
+
+            return table_benchmark()
+        case "optimizers":
+            from engram_jax.benchmarks.row_optimizers import row_optimizer_benchmark
+
+            return row_optimizer_benchmark()
+        case "gather":
+            from engram_jax.benchmarks.gather import gather_benchmark
+
+            return gather_benchmark()
+    from engram_jax.benchmarks.exchange import DEVICES, exchange_benchmark
+
+    # Read when the first device is asked for; machines with accelerators do not mind it.
+    flag = f"--xla_force_host_platform_device_count={DEVICES}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+    return exchange_benchmark()

@@ -1,0 +1,83 @@
+"""Commands that look at trained runs: `compare`, `analyze` and `report`."""
+
+import json
+
+from engram_jax.cli.words import Commands, Options, add_command, add_directories, add_json, say
+
+ANALYSES = ("gates", "lens", "cka", "suppression", "patchscope", "tokenizer", "memory")
+
+
+def add(commands: Commands) -> None:
+    _add_compare(commands)
+    _add_analyze(commands)
+    _add_report(commands)
+
+
+def _add_compare(commands: Commands) -> None:
+    command = add_command(
+        commands, compare,
+        "set trained runs side by side: what differs, what it cost, and the losses over seeds",
+        "compare runs/scaling runs/mine")
+    add_directories(command)
+    add_json(command)
+
+
+def compare(options: Options) -> None:
+    from engram_jax.results import comparing
+
+    arms = comparing.arms(options.directories)
+    print(json.dumps(comparing.to_json(arms), indent=1) if options.json
+          else comparing.described(arms))
+
+
+def _add_analyze(commands: Commands) -> None:
+    command = add_command(
+        commands, analyze,
+        "look inside trained runs: gates, layers' predictions (lens), likeness of layers (cka), "
+        "losses without memory (suppression), what the model says of its states (patchscope), what "
+        "compression merges (tokenizer), how rows are used (memory); prints JSON",
+        "analyze lens runs/mine runs/other --text book.txt")
+    command.add_argument("what", choices=ANALYSES, metavar="WHAT",
+                         help=f"one of {', '.join(ANALYSES)}")
+    command.add_argument("directories", metavar="DIR", nargs="+", help="runs' folders")
+    command.add_argument("--text", metavar="FILE",
+                         help="that they read (default: the first run's validation text)")
+    command.add_argument("--spans", metavar="FILE",
+                         help="of cka: the spans of --text whose last tokens are compared, `start "
+                         "end` in characters on each line, or a text of its own in Few-NERD's "
+                         "format (default: names in the text)")
+    command.add_argument("--tasks", metavar="FILE",
+                         help="of suppression: also answers to prompts, a line of JSON each with "
+                         "task, prompt and answer")
+    command.add_argument("--out", metavar="FOLDER", help="gets WHAT.json (default: printed)")
+
+
+def analyze(options: Options) -> None:
+    from engram_jax.insides import analyses
+
+    findings = analyses.analyze(options.what, options.directories, options.text, options.spans,
+                                options.tasks)
+    text = json.dumps(findings, indent=1)
+    if options.out:
+        analyses.write(text, options.what, options.out)
+    else:
+        print(text)
+
+
+def _add_report(commands: Commands) -> None:
+    command = add_command(
+        commands, report,
+        "put trained runs, what they cost and what happens inside them on one page of HTML that "
+        "needs no network", "report runs/scaling --out scaling.html")
+    add_directories(command)
+    command.add_argument("--out", default="report.html", metavar="FILE",
+                         help="the page (default report.html)")
+    command.add_argument("--text", metavar="FILE",
+                         help="that the runs read (default: the first run's validation text)")
+
+
+def report(options: Options) -> None:
+    from engram_jax.report.page import write_report
+
+    write_report(options.directories, options.out, options.text, say)
+    say(f"the page: {options.out}")
