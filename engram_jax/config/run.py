@@ -1,0 +1,144 @@
+"""What a run is: a model, its text, its optimizer and how long it trains."""
+
+import dataclasses
+import math
+
+from engram_jax.config.checks import require, require_at_least
+from engram_jax.config.model import ModelConfig
+
+TABLE_OPTIMIZERS = ("row_adam", "dense_adam", "row_rmsprop", "row_adagrad", "balanced_momentum")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text to batches.
+
+    Attributes:
+      path: "stdlib" (the source of Python's standard library), a text file, a folder of text
+        files, a .jsonl file, "hf:NAME" (Hugging Face datasets) or a folder of token shards.
+      text_field: the field that holds the text, for JSONL and Hugging Face datasets.
+      tokenizer: "bpe:SIZE" trains a byte-level BPE of that size on the text; else a
+        tokenizer.json, a folder that holds one, or a hub name.
+      sequence_length: tokens that a sequence predicts (T).
+      batch_size: sequences in a step, over all devices (B).
+      validation_fraction: share of the text kept for validation.
+      seed: order of the training sequences.
+      cache_dir: where token shards and trained tokenizers are kept; "" is
+        $ENGRAM_CACHE, or else engram_jax in the user's cache folder.
+    """
+
+    path: str = "stdlib"
+    text_field: str = "text"
+    tokenizer: str = "bpe:4096"
+    sequence_length: int = 256
+    batch_size: int = 8
+    validation_fraction: float = 0.05
+    seed: int = 0
+    cache_dir: str = ""
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "data.path", self.path, "must name a source of text")
+        require_at_least(self, 1, "data", "sequence_length", "batch_size")
+        require_at_least(self, 0, "data", "seed")
+        require(0 < self.validation_fraction < 1, "data.validation_fraction",
+                self.validation_fraction, "must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Muon for matrices, Adam for the rest, an optimizer of rows for tables (SPEC section 3).
+
+    The learning rate warms up linearly, then is multiplied by `decay_to[i]` from the share
+    `decay_at[i]` of the steps on.
+
+    Attributes:
+      table_optimizer: one of `TABLE_OPTIMIZERS`, as `tables.row_optimizers` has them.
+      table_multiplier: learning rate of the tables over that of the backbone.
+      table_b1, table_b2, table_eps: of Adam; RMSProp reads the last two, Adagrad the last.
+      table_momentum: of balanced momentum.
+    """
+
+    learning_rate: float = 4e-4
+    warmup_steps: int = 2000
+    decay_at: tuple[float, ...] = (0.8, 0.9)
+    decay_to: tuple[float, ...] = (0.316, 0.1)
+    weight_decay: float = 0.1
+    muon_momentum: float = 0.95
+    muon_rms: float = 0.18
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_norm: float = 1.0
+    table_optimizer: str = "row_adam"
+    table_multiplier: float = 5.0
+    table_b1: float = 0.9
+    table_b2: float = 0.95
+    table_eps: float = 1e-8
+    table_momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "optimizer", "warmup_steps", "weight_decay", "muon_rms",
+                         "adam_eps", "table_multiplier", "table_eps")
+        for field in ("learning_rate", "clip_norm"):
+            value = getattr(self, field)
+            require(0 < value < math.inf, f"optimizer.{field}", value, "must be positive")
+        for field in ("muon_momentum", "adam_b1", "adam_b2", "table_b1", "table_b2",
+                      "table_momentum"):
+            value = getattr(self, field)
+            require(0 <= value < 1, f"optimizer.{field}", value, "must be in [0, 1)")
+        require(len(self.decay_at) == len(self.decay_to), "optimizer.decay_at", self.decay_at,
+                f"must have as many entries as optimizer.decay_to ({len(self.decay_to)})")
+        require(all(0 < share <= 1 for share in self.decay_at)
+                and list(self.decay_at) == sorted(self.decay_at), "optimizer.decay_at",
+                self.decay_at, "must be ascending shares of the run, in (0, 1]")
+        require(all(0 <= factor < math.inf for factor in self.decay_to), "optimizer.decay_to",
+                self.decay_to, "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long to train and what to leave behind.
+
+    Attributes:
+      evaluate_every, checkpoint_every, log_every: in steps; 0 means only at the end.
+      evaluate_batches: validation batches that an evaluation reads; 0 reads all.
+      keep_checkpoints: how many of the latest checkpoints are kept.
+      tensorboard: also write TensorBoard events (extra `tensorboard`).
+      accumulate: a step's batch is cut into so many parts, one after another; the gradients add up,
+        and activations take so much less memory.
+      row_capacity: rows that a device may ask of each peer in one round of the exchange, as a share
+        of (ids it looks up / devices); more rounds follow where it is short. 0 measures the data.
+    """
+
+    steps: int
+    seed: int = 0
+    accumulate: int = 1
+    row_capacity: float = 0.0
+    evaluate_every: int = 0
+    evaluate_batches: int = 0
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "training", "steps", "keep_checkpoints", "accumulate")
+        require_at_least(self, 0, "training", "seed", "evaluate_every", "evaluate_batches",
+                         "checkpoint_every", "log_every", "row_capacity")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, whole.
+
+    Attributes:
+      baseline: the recipe whose sparse parameters this model divides anew between experts and
+        memory; the allocation ratio rho is measured against its budget.
+    """
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+    baseline: str = ""
