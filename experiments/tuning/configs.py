@@ -1,0 +1,104 @@
+"""As many trials for no memory, for Engram and for OverEncoding, each of its own settings.
+
+A trial that is not spelled out keeps the first trial's other settings, which are those of the
+committed experiments.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from engram_jax.config import RunConfig
+from engram_jax.costs.accounting import account
+from engram_jax.costs.allocation import matched_baseline, with_flops
+from engram_jax.recipes import tiny, with_over_encoding
+from engram_jax.sweeps.sweep import seeded
+
+SCALES = {"tiny": 130}  # steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What one run of the search sets.
+
+    Attributes:
+      rate: the backbone's learning rate.
+      embedding_std: standard deviation of the token embedding at the start.
+      table_optimizer, multiplier: of the tables, and their rate over the backbone's.
+      table_std: standard deviation of the tables at the start.
+    """
+
+    rate: float = 4e-3
+    embedding_std: float = 1.0
+    table_optimizer: str = "row_adam"
+    multiplier: float = 5.0
+    table_std: float = 0.0
+
+    def on(self, run: RunConfig) -> RunConfig:
+        """The run with these settings."""
+        model = dataclasses.replace(run.model, embedding_std=self.embedding_std)
+        if (engram := model.engram) is not None:
+            model = dataclasses.replace(
+                model, engram=dataclasses.replace(engram, table_std=self.table_std))
+        if (over := model.over_encoding) is not None:
+            model = dataclasses.replace(
+                model, over_encoding=dataclasses.replace(over, table_std=self.table_std))
+        return dataclasses.replace(run, model=model, optimizer=dataclasses.replace(
+            run.optimizer, learning_rate=self.rate, table_optimizer=self.table_optimizer,
+            table_multiplier=self.multiplier))
+
+
+_RMSPROP = Trial(table_optimizer="row_rmsprop", multiplier=20.0)
+_OVER = dataclasses.replace(_RMSPROP, embedding_std=9.0)  # 9 memories and embedding share the input
+
+TRIALS: dict[str, tuple[Trial, ...]] = {
+    "no-memory": tuple(
+        Trial(rate=rate, embedding_std=std)
+        for std in (1.0, 0.3) for rate in (4e-3, 2e-3, 8e-3, 16e-3, 32e-3)),
+    "engram": (
+        Trial(),
+        Trial(rate=8e-3, multiplier=20.0),
+        dataclasses.replace(_RMSPROP, multiplier=5.0),
+        _RMSPROP,
+        dataclasses.replace(_RMSPROP, multiplier=80.0),
+        dataclasses.replace(_RMSPROP, rate=8e-3),
+        dataclasses.replace(_RMSPROP, rate=16e-3),
+        dataclasses.replace(_RMSPROP, rate=8e-3, table_std=0.02),
+        dataclasses.replace(_RMSPROP, table_optimizer="dense_adam"),
+        dataclasses.replace(_RMSPROP, table_optimizer="dense_adam", rate=8e-3),
+    ),
+    "over-encoding": (
+        Trial(embedding_std=9.0),
+        dataclasses.replace(_OVER, multiplier=5.0),
+        _OVER,
+        dataclasses.replace(_OVER, multiplier=80.0),
+        dataclasses.replace(_OVER, rate=8e-3),
+        dataclasses.replace(_OVER, rate=16e-3),
+        dataclasses.replace(_OVER, rate=8e-3, table_std=1.0),
+        dataclasses.replace(_OVER, rate=8e-3, embedding_std=3.0),
+        dataclasses.replace(_OVER, rate=8e-3, embedding_std=1.0),
+        dataclasses.replace(_OVER, table_optimizer="dense_adam", rate=8e-3),
+    ),
+}
+
+
+# By arm, KIND-NUMBER; trial after trial, so that a search that was cut has as many of each kind.
+TRIALS_BY_ARM = {f"{kind}-{number}": trials[number]
+                 for number in range(max(map(len, TRIALS.values())))
+                 for kind, trials in TRIALS.items()}
+
+
+def bases(steps: int) -> dict[str, RunConfig]:
+    """The run of each kind, all at one cost of FLOPs."""
+    engram = tiny()
+    engram = dataclasses.replace(engram, training=dataclasses.replace(
+        engram.training, steps=steps, checkpoint_every=0))
+    over = with_flops(with_over_encoding(engram), account(engram).flops_per_token)
+    return {"no-memory": matched_baseline(engram), "engram": engram, "over-encoding": over}
+
+
+def runs(scale: str, seeds: Sequence[int]) -> list[RunConfig]:
+    """Every trial with the first seed alone: a search, which chooses, and no measurement."""
+    kinds = bases(SCALES[scale])
+    arms = [dataclasses.replace(trial.on(kinds[name.rpartition("-")[0]]), name=name)
+            for name, trial in TRIALS_BY_ARM.items()]
+    return seeded(arms, seeds[:1])
