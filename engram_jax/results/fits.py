@@ -1,7 +1,8 @@
 """Curves through losses: a line in log10(slots), and a parabola with its lowest point.
 
-Runs of one seed share their start and their text, so a seed is a block: each block gets a level of
-its own, slope and curvature are those within blocks, and every level costs a degree of freedom.
+Runs of one seed share their start and their text, and another seed has another level, slope and
+curvature. So every seed gets a curve of its own, and intervals are Student's t over the seeds:
+they say where the curve of all seeds lies, and not how well one curve fits a few of them.
 """
 
 import dataclasses
@@ -14,82 +15,110 @@ import scipy.stats
 
 from engram_jax.results.statistics import CONFIDENCE
 
-RESAMPLES = 2000
-
 
 @dataclasses.dataclass(frozen=True)
 class Line:
     """y = intercept + slope * log10(x), by least squares.
 
     Attributes:
-      intercept: the mean of the blocks' own.
-      slope: of y for each tenfold of x.
-      low, high: 95 % confidence interval of the slope (Student's t).
-      points: that the line goes through.
+      intercept: the mean of the seeds' own.
+      slope: of y for each tenfold of x, the mean of the seeds' own.
+      low, high: 95 % confidence interval of the slope (Student's t); None for one seed, which says
+        nothing about the others.
+      points, seeds: that the line goes through; no seeds where points share nothing.
     """
 
     intercept: float
     slope: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     points: int
+    seeds: int
 
     def __call__(self, x: npt.ArrayLike) -> np.ndarray:
         return self.intercept + self.slope * np.log10(x)
 
     def __str__(self) -> str:
-        return (f"{self.intercept:.4f} {self.slope:+.4f} log10(slots); slope {self.low:+.4f} to "
-                f"{self.high:+.4f} (95 %, {self.points} runs)")
+        ends = ("of one seed" if self.low is None or self.high is None
+                else f"{self.low:+.4f} to {self.high:+.4f}")
+        return (f"{self.intercept:.4f} {self.slope:+.4f} log10(slots); slope {ends} "
+                f"({_counted(self.points, self.seeds)})")
 
 
-def line(x: Sequence[float], y: Sequence[float], blocks: Sequence[int] = ()) -> Line | None:
-    """The line through the points; None with fewer than three different x, or too few points for
-    a level a block and an interval.
+def _counted(points: int, seeds: int) -> str:
+    return f"95 %, {points} runs" + (f" of {seeds} seeds" if seeds else "")
+
+
+def line(x: Sequence[float], y: Sequence[float], seeds: Sequence[int] = ()) -> Line | None:
+    """The line through the points.
+
+    None with a y that is not finite (a run that diverged), and where a seed has fewer than three
+    different x.
 
     Args:
       x, y: the points.
-      blocks: the seed of each point; none are points that share nothing.
+      seeds: the seed of each point; none are points that share nothing.
     """
-    if len(set(x)) < 3 or len(x) <= 1 + max(1, len(set(blocks))):
+    fit = _fit([np.log10(np.asarray(x, np.float64))], x, y, seeds)
+    if fit is None:
         return None
-    fit = _least_squares([np.log10(np.asarray(x, np.float64))], y, blocks)
-    (slope,), (margin,) = fit.found, fit.margins
-    return Line(fit.level, float(slope), float(slope - margin), float(slope + margin), len(x))
+    (level, slope), margin = fit.mean, fit.margin(1)
+    low, high = (None, None) if margin is None else (float(slope - margin), float(slope + margin))
+    return Line(float(level), float(slope), low, high, len(x), fit.seeds)
 
 
 class _Fit(NamedTuple):
-    """Least squares with a level for each block.
+    """Coefficients: of the constant first, then of each column.
 
     Attributes:
-      level: the mean of the blocks' levels.
-      found, margins: a coefficient for each column, and half its 95 % interval.
-      fitted, residual, free: at each point, and degrees of freedom.
-      solve: from values at the points to the coefficients of the columns.
+      mean: over the seeds.
+      covariance: of `mean`; None for one seed.
+      free: degrees of freedom of the covariance.
+      seeds: 0 where points share nothing.
     """
 
-    level: float
-    found: np.ndarray
-    margins: np.ndarray
-    fitted: np.ndarray
-    residual: np.ndarray
+    mean: np.ndarray
+    covariance: np.ndarray | None
     free: int
-    solve: np.ndarray
+    seeds: int
+
+    @property
+    def t(self) -> float:
+        return float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, self.free))
+
+    def margin(self, number: int) -> float | None:
+        """Half the 95 % interval of a coefficient."""
+        if self.covariance is None:
+            return None
+        return self.t * float(np.sqrt(self.covariance[number, number]))
 
 
-def _least_squares(
-    columns: Sequence[np.ndarray], y: Sequence[float], blocks: Sequence[int]
-) -> _Fit:
+def _fit(
+    columns: Sequence[np.ndarray], x: Sequence[float], y: Sequence[float], seeds: Sequence[int]
+) -> _Fit | None:
+    """Least squares seed by seed; None where a curve would go through all of a seed's points."""
     ys = np.asarray(y, np.float64)
-    own = np.asarray(blocks if len(blocks) else [0] * len(ys))
-    levels = (own[:, None] == np.unique(own)[None]).astype(np.float64)
-    design = np.concatenate([levels, np.stack(columns, axis=1)], axis=1)
+    design = np.stack([np.ones(len(ys)), *columns], axis=1)
+    own = np.asarray(seeds if len(seeds) else [0] * len(ys))
+    parts = [own == seed for seed in np.unique(own)]
+    xs = np.asarray(x, np.float64)
+    enough = all(len(np.unique(xs[part])) > design.shape[1] for part in parts)
+    if not (parts and enough and np.isfinite(ys).all()):
+        return None
+    if not len(seeds):
+        return _of_points(design, ys)
+    each = np.stack([np.linalg.lstsq(design[part], ys[part], rcond=None)[0] for part in parts])
+    count = len(parts)
+    spread = None if count == 1 else np.cov(each.T) / count
+    return _Fit(each.mean(axis=0), spread, count - 1, count)
+
+
+def _of_points(design: np.ndarray, ys: np.ndarray) -> _Fit:
+    """Least squares through points that share nothing; the residuals say how far to trust it."""
     solve = np.linalg.pinv(design)
-    found, free, count = solve @ ys, len(ys) - design.shape[1], levels.shape[1]
-    residual = ys - design @ found
-    error = np.sqrt(residual @ residual / free * np.diag(solve @ solve.T)[count:])
-    margins = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, free) * error
-    return _Fit(float(found[:count].mean()), found[count:], margins, design @ found, residual, free,
-                solve[count:])
+    mean = solve @ ys
+    residual, free = ys - design @ mean, len(ys) - design.shape[1]
+    return _Fit(mean, residual @ residual / free * (solve @ solve.T), free, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +126,14 @@ class Parabola:
     """y = a + b x + c x**2, by least squares.
 
     Attributes:
-      coefficients: a, b, c; a is the mean of the blocks' own.
+      coefficients: a, b, c, the means of the seeds' own.
       vertex: -b / 2c, the x of the lowest y; None where the curve opens downwards (c <= 0).
-      low, high: 95 % interval of the vertex, over resampled residuals; infinite where more than
-        2.5 % of the resampled curves have no lowest point on that side.
+      low, high: 95 % interval of the vertex: every x at which the curve's slope cannot be told from
+        0 by Student's t (Fieller 1954). Infinite both where the curvature is not told to be
+        above 0, for then the lowest point may lie anywhere.
       curvature_low, curvature_high: 95 % interval of c (Student's t): a U-shape is shown only where
-        it lies above 0.
-      points: that the curve goes through.
+        it lies above 0. Infinite for one seed.
+      points, seeds: that the curve goes through; no seeds where points share nothing.
     """
 
     coefficients: tuple[float, float, float]
@@ -113,6 +143,7 @@ class Parabola:
     curvature_low: float
     curvature_high: float
     points: int
+    seeds: int
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         a, b, c = self.coefficients
@@ -120,48 +151,43 @@ class Parabola:
 
     def __str__(self) -> str:
         curvature = (f"curvature {self.coefficients[2]:+.4f} ({self.curvature_low:+.4f} to "
-                     f"{self.curvature_high:+.4f}, 95 %, {self.points} runs)")
+                     f"{self.curvature_high:+.4f}, {_counted(self.points, self.seeds)})")
         if self.vertex is None:
             return f"no lowest point; {curvature}"
         return f"lowest at {self.vertex:.2f} ({self.low:.2f} to {self.high:.2f}); {curvature}"
 
 
 def parabola(
-    x: Sequence[float], y: Sequence[float], blocks: Sequence[int] = (), seed: int = 0
+    x: Sequence[float], y: Sequence[float], seeds: Sequence[int] = ()
 ) -> Parabola | None:
-    """The parabola through the points; None with fewer than four different x, or too few points
-    for a level a block and an interval.
+    """The parabola through the points.
+
+    None with a y that is not finite (a run that diverged), and where a seed has fewer than four
+    different x.
 
     Args:
       x, y: the points; several with one x are runs of several seeds.
-      blocks: the seed of each point; none are points that share nothing.
-      seed: of the resampling.
+      seeds: the seed of each point; none are points that share nothing.
     """
-    if len(set(x)) < 4 or len(x) <= 2 + max(1, len(set(blocks))):
-        return None
     xs = np.asarray(x, np.float64)
-    fit = _least_squares([xs, xs**2], y, blocks)
-    (b, c), (_, margin) = fit.found, fit.margins
-    low, high = _vertex_interval(
-        fit.fitted, fit.residual * np.sqrt(len(xs) / fit.free), fit.solve, seed)
+    fit = _fit([xs, xs**2], x, y, seeds)
+    if fit is None:
+        return None
+    a, b, c = map(float, fit.mean)
+    margin = np.inf if (half := fit.margin(2)) is None else half
+    low, high = _vertex_interval(fit, margin)
     return Parabola(
-        coefficients=(fit.level, float(b), float(c)),
-        vertex=float(-b / (2 * c)) if c > 0 else None, low=low, high=high,
-        curvature_low=float(c - margin), curvature_high=float(c + margin), points=len(xs))
+        coefficients=(a, b, c), vertex=-b / (2 * c) if c > 0 else None, low=low, high=high,
+        curvature_low=c - margin, curvature_high=c + margin, points=len(xs), seeds=fit.seeds)
 
 
-def _vertex_interval(
-    fitted: np.ndarray, residual: np.ndarray, solve: np.ndarray, seed: int
-) -> tuple[float, float]:
-    """Percentiles of the vertex over curves with resampled residuals.
-
-    A curve that opens downwards is lowest at one of its ends: infinitely far on the side that it
-    falls to.
-    """
-    chosen = np.random.default_rng(seed).choice(residual, (RESAMPLES, len(residual)))
-    b, c = solve @ (fitted + chosen).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        vertex = np.where(c > 0, -b / (2 * c), np.where(b + c > 0, -np.inf, np.inf))
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(vertex, [tail, 100 - tail], method="nearest")
-    return float(low), float(high)
+def _vertex_interval(fit: _Fit, margin: float) -> tuple[float, float]:
+    """All v with |b + 2 c v| <= t * its standard error: between the roots of a parabola in v."""
+    _, b, c = fit.mean
+    if fit.covariance is None or c - margin <= 0:
+        return -np.inf, np.inf
+    unsure = fit.t**2 * fit.covariance
+    square, half, constant = (4 * (c * c - unsure[2, 2]), 2 * (b * c - unsure[1, 2]),
+                              b * b - unsure[1, 1])
+    root = np.sqrt(max(half * half - square * constant, 0.0))
+    return float((-half - root) / square), float((-half + root) / square)

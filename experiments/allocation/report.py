@@ -23,6 +23,8 @@ def table(results: Sequence[Result]) -> str:
         lines += [arms.table(found, f"{budget}-{ALONE}"), ""]
         if (curve := _parabola(found)) is not None:
             lines += [f"{budget}: {curve}", ""]
+        elif lost := arms.diverged(found):
+            lines += [f"{budget}: no parabola, for {', '.join(lost)} diverged", ""]
     return "\n".join(lines).rstrip()
 
 

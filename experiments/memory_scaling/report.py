@@ -14,6 +14,7 @@ from experiments import published
 
 FIGURE = "loss_against_slots.png"
 BASELINE = "no-memory"
+BARE = "no memory"  # as results call its memory
 LOOKS = {"Engram": (figures.BLUE, "o"), "OverEncoding": (figures.ORANGE, "s")}
 PLACES = {"Engram": 0.03, "OverEncoding": 0.94}  # of their names, up the panel
 PAPER = {"Engram": published.ENGRAM_SLOTS, "OverEncoding": published.OVER_ENCODING_SLOTS}
@@ -25,10 +26,12 @@ def table(results: Sequence[Result]) -> str:
     """Every arm, and the lines through Engram's and OverEncoding's runs."""
     lines = [arms.table(results, BASELINE), "",
              "less the loss without memory at the same seed, against log10(slots):"]
-    for text, found in arms.by_text(results).items():
+    for text, runs in arms.by_text(results).items():
         for memory in LOOKS:
-            if (line := _line(gaps(found, memory))) is not None:
+            if (line := _line(gaps(runs, memory))) is not None:
                 lines.append(f"{text}, {memory}: {line}")
+            elif lost := arms.diverged(run for run in runs if run["memory"] in (memory, BARE)):
+                lines.append(f"{text}, {memory}: no line, for {', '.join(lost)} diverged")
     return "\n".join(lines)
 
 
@@ -77,8 +80,8 @@ def _ours(axes: Axes, memory: str, points: Points) -> None:
     slope = ""
     if (line := _line(points)) is not None:
         axes.plot(sizes, [float(line(size)) for size in sizes], color=colour, linewidth=1.2)
-        margin = (line.high - line.low) / 2
-        slope = f" {line.slope:+.4f} ± {margin:.4f} a tenfold".replace("-", "\N{MINUS SIGN}")
+        margin = "" if line.high is None else f" ± {line.high - line.slope:.4f}"
+        slope = f" {line.slope:+.4f}{margin} a tenfold".replace("-", "\N{MINUS SIGN}")
     axes.text(0.02, PLACES[memory], memory + slope, transform=axes.transAxes, color=colour,
               weight="bold")
 

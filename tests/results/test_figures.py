@@ -5,8 +5,10 @@ import pytest
 from engram_jax.results import arms
 from engram_jax.sweeps.sweep import from_csv, to_csv
 from experiments import figures
+from experiments.allocation import report as allocation
 from experiments.looking_inside import measure
 from experiments.looking_inside import report as looking_inside
+from experiments.memory_scaling import report as memory_scaling
 
 COMMITTED = [path.parent.name for path in figures.HERE.glob("*/results.csv")]
 
@@ -46,6 +48,27 @@ def test_the_table_pairs_arms_by_seed_within_a_text():
     assert second.split()[-1] == "150"
     assert "+0.5000" in prose.splitlines()[-1]
     assert prose.startswith("prose")
+
+
+def test_runs_that_diverged_are_named_and_have_no_part_in_means_or_curves():
+    nan = float("nan")
+    results = [made("a", 1, 3.0), made("b", 1, 2.9), made("c", 1, 2.0),
+               made("a", 2, 3.2), made("b", 2, nan), made("c", 2, 2.1)]
+    lines = arms.table(results, "a").splitlines()
+    assert lines[3].split()[:3] == ["b", "diverged", "2"]
+    assert "-1.0500" in lines[4]
+    assert lines[-1] == "b-seed2: diverged"
+    against = arms.table(results, "b").splitlines()
+    assert [line.split()[0] for line in against[2:]] == ["a", "b", "c", "b-seed2:"]
+    assert "nan" not in "\n".join([*lines, *against])
+    runs = [made("no-memory", 0, 4.0) | {"memory": "no memory", "slots": 0}] + [
+        made(f"engram-{slots}", 0, loss) | {"memory": "Engram", "slots": slots}
+        for slots, loss in ((10, 3.9), (100, nan), (1000, 3.7), (10_000, 3.6))]
+    assert memory_scaling.table(runs).endswith(
+        "code, Engram: no line, for engram-100-seed0 diverged")
+    runs = [made(f"small-rho-{rho}", 0, loss) | {"rho": rho}
+            for rho, loss in ((0.4, 3.9), (0.6, nan), (0.8, 3.7), (1, 3.6))]
+    assert allocation.table(runs).endswith("small: no parabola, for small-rho-0.6-seed0 diverged")
 
 
 # --- Looking inside ---
