@@ -1,0 +1,1 @@
+"""What trained runs can do: long-context tasks, perplexity on key tokens, benchmarks."""
