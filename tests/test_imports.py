@@ -21,7 +21,7 @@ LEVELS = (
     ("costs",),
     ("runs",),
     ("inference", "insides", "results"),
-    ("sweeps",),
+    ("sweeps", "evaluation"),
     ("report", "benchmarks"),
     ("cli",),
 )
