@@ -13,11 +13,11 @@ import jax
 import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
-from engram_jax.errors import MachineError, UserError
-from engram_jax.storage import first_line
 from engram_jax import distributed
-from engram_jax.runs.reader import Reader
+from engram_jax.errors import MachineError, UserError
 from engram_jax.runs.directory import RunDirectory
+from engram_jax.runs.reader import Reader
+from engram_jax.storage import first_line
 from engram_jax.training.state import TrainState
 
 CHUNK = 64 * 2**20  # bytes of a table that are read, and so must be in memory, together

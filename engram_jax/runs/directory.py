@@ -25,12 +25,12 @@ from tokenizers import Tokenizer
 
 from engram_jax import __version__
 from engram_jax.config import RunConfig
+from engram_jax.distributed import is_first
 from engram_jax.errors import UserError
 from engram_jax.recipes import read_config
+from engram_jax.runs.metrics import Metrics
 from engram_jax.settings import first_difference, to_dict
 from engram_jax.storage import check_readable, is_local, refusals, scheme, write_text
-from engram_jax.runs.metrics import Metrics
-from engram_jax.distributed import is_first
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 

@@ -8,9 +8,9 @@ from jax.sharding import Mesh
 
 from engram_jax.config import RunConfig
 from engram_jax.data.batches import validation_batches
+from engram_jax.runs.directory import bits_per_byte
 from engram_jax.runs.reader import Inputs
 from engram_jax.training.placement import put, single_mesh
-from engram_jax.runs.directory import bits_per_byte
 from engram_jax.training.state import TrainState
 from engram_jax.training.step import evaluation_step
 

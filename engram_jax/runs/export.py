@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 
-from engram_jax.tables.layout import layout_of
 from engram_jax.config import require
 from engram_jax.errors import UserError
+from engram_jax.hashing.addressing import Site
+from engram_jax.offload.checkpointed import packed_rows
+from engram_jax.offload.file import TableInfo, TableWriter, require_local, table_info
 from engram_jax.offload.formats import RowFormat
 from engram_jax.offload.host import HostTable
-from engram_jax.offload.checkpointed import packed_rows
-from engram_jax.hashing.addressing import Site
-from engram_jax.offload.file import TableInfo, TableWriter, require_local, table_info
 from engram_jax.runs.checkpoints import last_checkpoint
-from engram_jax.runs.reader import Reader, open_reader
 from engram_jax.runs.directory import RunDirectory
+from engram_jax.runs.reader import Reader, open_reader
+from engram_jax.tables.layout import layout_of
 
 
 def export_tables(directory: epath.PathLike, dtype: str, out: str | os.PathLike[str] | None = None,
@@ -88,8 +88,8 @@ class SavedTables:
 
         Args:
           site, dtype: of the table.
-          scratch: the folder for what `checkpointed.packed_rows` may have to sort on disk; the system's
-            for temporary files by default.
+          scratch: the folder for what `checkpointed.packed_rows` may have to sort on disk; the
+            system's for temporary files by default.
         """
         start = 0
         try:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from tokenizers import Tokenizer
 
+from engram_jax import distributed
 from engram_jax.config import RunConfig, require
 from engram_jax.data.tokenizer import find_end_id, find_pad_id
 from engram_jax.data.tokens import TokenData, open_tokens
-from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.addressing import Addressing, address
-from engram_jax import distributed
+from engram_jax.hashing.compression import CompressedVocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from typing import Any
 
 from etils import epath
 
-from engram_jax.errors import UserError
 from engram_jax.distributed import is_first
+from engram_jax.errors import UserError
 
 
 class TensorBoard:

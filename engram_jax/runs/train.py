@@ -12,22 +12,21 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from engram_jax import __version__
-from engram_jax.costs.accounting import account
+from engram_jax import __version__, distributed
 from engram_jax.config import RunConfig
+from engram_jax.costs.accounting import account
 from engram_jax.data.batches import train_batches
+from engram_jax.runs.checkpoints import Checkpoints
+from engram_jax.runs.directory import RunDirectory, environment
+from engram_jax.runs.evaluate import Evaluation, evaluator
+from engram_jax.runs.progress import Progress
+from engram_jax.runs.reader import Inputs, open_inputs
+from engram_jax.runs.tensorboard import TensorBoard
 from engram_jax.settings import to_dict
 from engram_jax.training import placement
-from engram_jax import distributed
 from engram_jax.training.capacity import with_capacity
-from engram_jax.runs.checkpoints import Checkpoints
-from engram_jax.runs.evaluate import Evaluation, evaluator
-from engram_jax.runs.reader import Inputs, open_inputs
-from engram_jax.runs.progress import Progress
-from engram_jax.runs.directory import RunDirectory, environment
 from engram_jax.training.state import TrainState, init_state
 from engram_jax.training.step import train_step
-from engram_jax.runs.tensorboard import TensorBoard
 
 
 def train(
