@@ -8,6 +8,7 @@ never longer than asked, answer included, and at most 2 % shorter.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import random
 import string
@@ -23,7 +24,8 @@ _PADDING = 48  # words of noise that fill what whole needles leave
 _DOCUMENT = 100  # words of a document that questions are asked about
 
 
-class Sample(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sample:
     """One question.
 
     Attributes:
@@ -89,14 +91,18 @@ def samples(
         made = chosen.make(source, generator(seed, task, length, index), length)
         for reference in made.references:
             source.check_spells(reference)
-        prompt = fitted(made.text, lambda text, made=made: source.count(text + made.prefix),
-                        budget, f"task {task}")
-        used = source.count(prompt + made.prefix) + chosen.answer_tokens
+        read = functools.partial(_read_tokens, source, made.prefix)
+        prompt = fitted(made.text, read, budget, f"task {task}")
+        used = read(prompt) + chosen.answer_tokens
         require(used >= (1 - SLACK) * length, "length", length,
                 f"cannot be filled by task {task}: it ends at {used} tokens; use a longer text or "
                 "a shorter length")
         yield Sample(task, length, index, prompt, made.prefix, made.references,
                      chosen.answer_tokens)
+
+
+def _read_tokens(source: Source, prefix: str, prompt: str) -> int:
+    return source.count(prompt + prefix)
 
 
 def score(sample: Sample, answer: str) -> float:
