@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import RunConfig, require
 from engram_jax.costs.collectives import by_kind, collectives
+from engram_jax.costs.compiled import flops, seconds
 from engram_jax.costs.hlo import parse
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import address
@@ -203,9 +204,9 @@ def _said(compiled: Any, chip: Chip) -> dict[str, Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": peak,
         "fits": peak <= chip.hbm_gib * GIB,
-        "flops": compiled.flops(program),
+        "flops": flops(program),
         "collectives": by_kind(collectives(program)),
-        "estimated_s": compiled.seconds(program, chip.clock_ghz * 1e9, chip.peak_teraflops * 1e12),
+        "estimated_s": seconds(program, chip.clock_ghz * 1e9, chip.peak_teraflops * 1e12),
     }
 
 
