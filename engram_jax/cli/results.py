@@ -17,17 +17,22 @@ def _add_compare(commands: Commands) -> None:
     command = add_command(
         commands, compare,
         "set trained runs side by side: what differs, what it cost, and the losses over seeds",
-        "compare runs/scaling runs/mine")
+        "compare runs/scaling runs/mine --baseline no-memory")
     add_directories(command)
+    command.add_argument("--baseline", default="", metavar="ARM",
+                         help="measure the others against this arm (default: the first)")
+    command.add_argument("--axis", action="append", default=[], metavar="FIELD",
+                         help="refuse arms that differ from the baseline in anything else; a field "
+                         "or a part of the config, for example model.engram; may be repeated")
     add_json(command)
 
 
 def compare(options: Options) -> None:
     from engram_jax.results import comparing
 
-    arms = comparing.arms(options.directories)
-    print(json.dumps(comparing.to_json(arms), indent=1) if options.json
-          else comparing.described(arms))
+    compared = comparing.comparison(options.directories, options.baseline, options.axis)
+    print(json.dumps(comparing.to_json(compared), indent=1) if options.json
+          else comparing.described(compared))
 
 
 def _add_analyze(commands: Commands) -> None:

@@ -103,14 +103,15 @@ def test_the_table(sweep, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == [
         "run", "engram", "rows_per_head", "seeds", "total", "active", "memory", "loss", "(95", "%)",
-        "against", "the", "first", "bits/byte", "tokens/s"]
+        "against", "small", "(t)", "(bootstrap)", "bits/byte", "tokens/s"]
     small, bare, large = (line.split() for line in lines[2:5])
     assert small[:4] == ["small", "set", "64,128", "2"]
     assert bare[:4] == ["bare", "none", "-", "2"]
     assert large[:4] == ["large", "set", "1024,1024", "2"]
     gap = interval([-0.25, -0.375])
     assert large[7:] == [
-        "4.3125", "(3.5184", "to", "5.1066)", *gap.signed().split(), "2.1562", "1,000"]
+        "4.3125", "(3.5184", "to", "5.1066)", *gap.signed().split(), "(-0.3750", "to", "-0.2500)",
+        "2.1562", "1,000"]
     assert lines[5] == f"{sweep / 'small-seed2'}: step 3 of {STEPS}, not done"
 
 
@@ -120,11 +121,56 @@ def test_json(sweep, capsys):
     assert found["fields"] == ["model.engram", "model.engram.rows_per_head"]
     arms = {arm["name"]: arm for arm in found["arms"]}
     assert arms["bare"]["fields"] == {"model.engram": None, "model.engram.rows_per_head": None}
-    assert arms["bare"]["loss_against_first"] is None
+    assert found["baseline"] == "bare"
+    assert arms["bare"]["loss_against_baseline"] is None
+    gap = arms["large"]["loss_against_baseline"]
+    assert gap == dataclasses.asdict(interval([-0.75, -1.125]))
+    resampled = arms["large"]["loss_against_baseline_bootstrap"]
+    assert resampled == {"mean": gap["mean"], "low": -1.125, "high": -0.75, "count": 2}
     assert arms["large"]["loss"] == dataclasses.asdict(interval(LOSSES["large"]))
     assert arms["large"]["memory_params"] == account(ARMS["large"]).engram_params
     assert arms["small"]["unfinished"] == [
         {"run": str(sweep / "small-seed2"), "step": 3, "steps": STEPS}]
+
+
+def test_the_baseline_is_named_at_the_command_line(sweep, capsys):
+    assert main.main(["compare", str(sweep), "--json", "--baseline", "large"]) == 0
+    comparison = json.loads(capsys.readouterr().out)
+    arms = {arm["name"]: arm for arm in comparison["arms"]}
+    assert comparison["baseline"] == "large"
+    assert arms["large"]["loss_against_baseline"] is None
+    assert arms["small"]["loss_against_baseline"] == dataclasses.asdict(interval([0.25, 0.375]))
+    assert main.main(["compare", str(sweep), "--baseline", "larger"]) == 2
+    assert capsys.readouterr().err == (
+        "engram-jax: baseline = 'larger': no such arm; there are bare, large, small\n")
+
+
+def test_a_run_that_diverged_is_refused_by_name(sweep, capsys):
+    lost = write(sweep / "large-seed3", seeded(ARMS["large"], "large", 3), float("nan"))
+    assert main.main(["compare", str(sweep)]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"engram-jax: {lost} (loss nan): diverged")
+    assert len(line.splitlines()) == 1
+
+
+def test_arms_that_differ_in_more_than_the_axis_are_refused_by_name(sweep, capsys):
+    rows = ["--axis", "model.engram.rows_per_head"]
+    both = [str(sweep / "small-seed0"), str(sweep / "large-seed0")]
+    assert main.main(["compare", *both, *rows]) == 0
+    assert main.main(["compare", str(sweep), "--axis", "model.engram"]) == 0
+    longer = dataclasses.replace(with_training(larger(1024), steps=9), name="longer")
+    write(sweep / "longer", longer, 4.0)
+    capsys.readouterr()
+    assert main.main(["compare", *both, str(sweep / "longer"), *rows]) == 2
+    assert capsys.readouterr().err == (
+        "engram-jax: axis = 'model.engram.rows_per_head': longer differs from small in more than "
+        f"that (training.steps: {STEPS} and 9)\n")
+    assert main.main(["compare", *both, str(sweep / "longer"), *rows,
+                      "--axis", "training.steps"]) == 0
+    capsys.readouterr()
+    assert main.main(["compare", *both, "--axis", "model.rows"]) == 2
+    assert capsys.readouterr().err == (
+        "engram-jax: axis = 'model.rows': is no field of these runs\n")
 
 
 def test_an_arm_without_a_finished_run_has_no_loss(tmp_path, capsys):
@@ -132,7 +178,7 @@ def test_an_arm_without_a_finished_run_has_no_loss(tmp_path, capsys):
     assert main.main(["compare", str(place)]) == 0
     line = capsys.readouterr().out.splitlines()[2].split()
     assert line[:2] == ["new", "0"]
-    assert line[-4:] == ["-", "-", "-", "-"]
+    assert line[-5:] == ["-"] * 5
     assert RunDirectory(place).result() is None
 
 

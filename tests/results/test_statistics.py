@@ -1,8 +1,11 @@
 """Means over seeds: against numbers worked out by hand and tables of Student's t."""
 
+import itertools
+
+import numpy as np
 import pytest
 
-from engram_jax.results.statistics import Interval, interval, paired
+from engram_jax.results.statistics import RESAMPLES, Interval, bootstrap, interval, paired
 
 
 def test_the_interval_is_student_t():
@@ -47,3 +50,23 @@ def test_as_text():
     found = Interval(4.5, 4.25, 4.75, 3)
     assert str(found) == "4.5000 (4.2500 to 4.7500)"
     assert Interval(-0.5, -1.25, 0.25, 3).signed() == "-0.5000 (-1.2500 to +0.2500)"
+
+
+def test_the_bootstrap_of_few_values_takes_every_sample():
+    values = (1.0, 2.0, 4.0, 8.0)
+    means = sorted(sum(sample) / 4 for sample in itertools.product(values, repeat=4))
+    assert len(means) == 256
+    # 2.5 % of 256 is 6.4: below the low end lie 6 samples, above the high one 6.
+    assert bootstrap(values) == Interval(3.75, means[6], means[249], 4)
+    assert bootstrap([3.0, 1.0, 2.0]) == Interval(2.0, 1.0, 3.0, 3), "1 in 27 is above 2.5 %"
+    assert bootstrap([3.25]) == Interval(3.25, None, None, 1)
+    with pytest.raises(ValueError, match="0 values"):
+        bootstrap([])
+
+
+def test_the_bootstrap_of_many_values_nears_the_normal_interval():
+    values = np.random.default_rng(1).normal(size=400)
+    assert len(values) ** len(values) > RESAMPLES
+    drawn, exact = bootstrap(values), interval(values)
+    assert (drawn.low, drawn.high) == pytest.approx((exact.low, exact.high), abs=0.005)
+    assert bootstrap(values) == drawn, "the same samples each time"
