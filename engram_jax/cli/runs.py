@@ -70,7 +70,7 @@ def evaluate(options: Options) -> None:
     records = RunDirectory(options.directory)
     own = f"data.tokenizer={records.tokenizer_path}"
     run = with_settings(records.config(), [own, *options.settings])
-    inputs = open_inputs(run)  # in silence: standard output is the answer
+    inputs = open_inputs(run, artifact=records.artifact())  # in silence: the answer is printed
     loss, per_byte, tokens = evaluator(run, inputs)(_restored(records, run, inputs))
     if options.json:
         print(json.dumps({"loss": loss, "bits_per_byte": per_byte, "tokens": tokens}))

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import MAX_TABLE_ROWS, require
+from engram_jax.hashing import variants
+from engram_jax.hashing.variants import VARIANTS, HashNumbers
 
-LAYER_STRIDE = 10007  # layer l draws its multipliers from default_rng(seed + 10007 * l)
 _FAR = 2**30  # further back than any sequence is long
 _LOW16 = np.uint32(0xFFFF)
 _16 = np.uint32(16)
@@ -41,6 +42,8 @@ class NgramHash:
       vocab_size: how many canonical ids there are; the multipliers depend on it.
       pad_id: the canonical id that stands for positions before the start.
       seed: of the multipliers.
+      variant: one of `VARIANTS`; how the numbers are made, and whether products may wrap round.
+      numbers: multipliers and primes as a file keeps them; None makes them by the variant's rule.
 
     Raises:
       UserError: a value out of range, or a layer's table of 2**31 rows or more.
@@ -52,6 +55,8 @@ class NgramHash:
     vocab_size: int
     pad_id: int
     seed: int = 0
+    variant: str = "deepseek"
+    numbers: HashNumbers | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows_per_head", tuple(int(rows) for rows in self.rows_per_head))
@@ -67,9 +72,31 @@ class NgramHash:
         require(0 <= self.pad_id < self.vocab_size, "pad_id", self.pad_id,
                 f"must be a canonical id, in 0..{self.vocab_size - 1}")
         require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require(self.variant in VARIANTS, "variant", self.variant,
+                f"must be one of {', '.join(VARIANTS)}")
+        if self.numbers is not None:
+            self._check_numbers(self.numbers)
         require(sum(rows) * self.heads <= MAX_TABLE_ROWS
                 and max(self.table_rows.values()) <= MAX_TABLE_ROWS, "rows_per_head", rows,
                 f"times {self.heads} heads makes a table of over 2**31 - 1 rows")
+
+    def _check_numbers(self, numbers: HashNumbers) -> None:
+        given, orders = numbers.multipliers, len(self.rows_per_head)
+        require([len(m) for m in given] == [orders + 1] * len(self.layers), "multipliers", given,
+                f"must be {orders + 1} for each of {len(self.layers)} layers")
+        for multiplier in (m for of_layer in given for m in of_layer):
+            require(multiplier % 2 == 1 and 0 < multiplier < 2**63, "multipliers", multiplier,
+                    "must be odd, in 1..2**63 - 1")
+            require(self.variant == "qwen" or multiplier * (self.vocab_size - 1) < 2**63,
+                    "multipliers", multiplier,
+                    f"times an id of up to {self.vocab_size - 1} overflows 63 bits")
+        shape = [[len(heads) for heads in of_layer] for of_layer in numbers.primes]
+        require(shape == [[self.heads] * orders] * len(self.layers), "primes", shape,
+                f"must be {self.heads} heads for each of {orders} orders and "
+                f"{len(self.layers)} layers")
+        for prime in (p for of_layer in numbers.primes for heads in of_layer for p in heads):
+            require(prime <= MAX_TABLE_ROWS and variants.is_prime(prime), "primes", prime,
+                    "must be a prime number below 2**31")
 
     @property
     def max_order(self) -> int:
@@ -83,18 +110,21 @@ class NgramHash:
 
     @functools.cached_property
     def multipliers(self) -> Mapping[int, tuple[int, ...]]:
-        """Layer to N odd multipliers, of the newest token first; products stay below 2**63."""
-        bound = max(1, (2**63 - 1) // self.vocab_size // 2)
-        return {layer: tuple(2 * int(r) + 1 for r in np.random.default_rng(
-            self.seed + LAYER_STRIDE * layer).integers(0, bound, self.max_order))
-            for layer in self.layers}
+        """Layer to N odd multipliers, of the newest token first."""
+        if self.numbers is not None:
+            return dict(zip(self.layers, self.numbers.multipliers, strict=True))
+        return {layer: variants.multipliers(self.variant, self.seed, layer, nth, self.vocab_size,
+                                            self.max_order)
+                for nth, layer in enumerate(self.layers)}
 
     @functools.cached_property
     def primes(self) -> Mapping[int, tuple[tuple[int, ...], ...]]:
         """Layer to the rows of each head's table, [order][head]; no prime is used twice."""
+        if self.numbers is not None:
+            return dict(zip(self.layers, self.numbers.primes, strict=True))
         used: set[int] = set()
-        return {layer: tuple(_unused_primes(rows, self.heads, used) for rows in self.rows_per_head)
-                for layer in self.layers}
+        return {layer: tuple(variants.unused_primes(rows, self.heads, used)
+                             for rows in self.rows_per_head) for layer in self.layers}
 
     @functools.cached_property
     def table_rows(self) -> Mapping[int, int]:
@@ -108,7 +138,9 @@ class NgramHash:
 
     def constants(self) -> dict[str, Any]:
         """Everything that row ids depend on, as JSON values; checkpoints carry it."""
+        variant = {} if self.variant == "deepseek" else {"variant": self.variant}
         return {
+            **variant,  # the first variant needs no name: checkpoints older than the others
             "rows_per_head": list(self.rows_per_head), "heads": self.heads,
             "layers": list(self.layers), "vocab_size": self.vocab_size, "pad_id": self.pad_id,
             "seed": self.seed,
@@ -280,12 +312,15 @@ def _row_ids(hashing: NgramHash, layer: int, ids_BT: Any, history: Any,
         mixes.append((high_BT, low_BT))
     high_BTO1, low_BTO1 = (jnp.stack(words, axis=-1)[..., None]
                            for words in zip(*mixes[1:], strict=True))
-    rows_BTOK = _modulo(high_BTO1, low_BTO1, np.array(hashing.primes[layer], np.int64))
+    primes_OK = np.array(hashing.primes[layer], np.int64)
+    rows_BTOK = _modulo(high_BTO1, low_BTO1, primes_OK)
+    if hashing.variant == "qwen":
+        rows_BTOK = _floored(rows_BTOK, high_BTO1, primes_OK)
     return rows_BTOK.reshape(*np.shape(ids_BT), hashing.total_heads).astype(jnp.int32)
 
 
 def _multiply(x: jax.Array, multiplier: int) -> tuple[jax.Array, jax.Array]:
-    """(high, low) words of x * multiplier, which must be below 2**64."""
+    """(high, low) words of x * multiplier, modulo 2**64."""
     high, low = np.uint32(multiplier >> 32), np.uint32(multiplier & 0xFFFFFFFF)
     return _multiply_high(x, low) + x * high, x * low
 
@@ -318,6 +353,18 @@ def _modulo(high_BTO1: jax.Array, low_BTO1: jax.Array, primes_OK: np.ndarray) ->
     return _divide_step(rest, low_BTOK, divisor, inverse) >> shift
 
 
+def _floored(rest_BTOK: jax.Array, high_BTO1: jax.Array, primes_OK: np.ndarray) -> jax.Array:
+    """The floor's remainder of signed words, from the remainder of the same bits without a sign.
+
+    A negative number is its bits less 2**64.
+    """
+    prime = primes_OK.astype(np.uint32)[None, None]
+    less = np.array([2**64 % int(p) for p in primes_OK.flat], np.uint32).reshape(prime.shape)
+    floored_BTOK = rest_BTOK + (prime - less)  # below 2 * prime, which is below 2**32
+    floored_BTOK = jnp.minimum(floored_BTOK, floored_BTOK - prime)
+    return jnp.where(high_BTO1 >> np.uint32(31) == 1, floored_BTOK, rest_BTOK)
+
+
 def _divide_step(high: jax.Array, low: jax.Array, divisor: np.ndarray,
                  inverse: np.ndarray) -> jax.Array:
     """(high * 2**32 + low) mod divisor, for divisor >= 2**31 and high < divisor.
@@ -339,32 +386,3 @@ def _starts(primes_OK: tuple[tuple[int, ...], ...]) -> np.ndarray:
     starts_H = np.cumsum(rows_H) - rows_H
     starts_H.setflags(write=False)
     return starts_H
-
-
-def _unused_primes(at_least: int, count: int, used: set[int]) -> tuple[int, ...]:
-    """The next `count` primes from `at_least` up that are not in `used`, which takes them up."""
-    primes: list[int] = []
-    candidate = at_least
-    while len(primes) < count:
-        if candidate not in used and is_prime(candidate):
-            primes.append(candidate)
-        candidate += 1
-    used.update(primes)
-    return tuple(primes)
-
-
-def is_prime(number: int) -> bool:
-    """Whether `number` is prime, by Miller-Rabin; exact below 3,215,031,751 with these bases."""
-    if number < 11 or number % 2 == 0:
-        return number in (2, 3, 5, 7)
-    even = number - 1
-    twos = (even & -even).bit_length() - 1
-    for base in (2, 3, 5, 7):
-        power = pow(base, even >> twos, number)
-        passes = power in (1, even)
-        for _ in range(twos - 1):
-            power = power * power % number
-            passes = passes or power == even
-        if not passes:
-            return False
-    return True

@@ -15,7 +15,7 @@ from engram_jax.offload.prefetch import HostRows
 from engram_jax.runs.checkpoints import last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.export import SavedTables
-from engram_jax.runs.reader import Reader, open_reader
+from engram_jax.runs.reader import Reader, reader_of
 from engram_jax.training.placement import placed_state, single_mesh
 
 HOMES = ("device", "host", "disk")
@@ -57,7 +57,7 @@ def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Se
     require(not dtype or memory != "device", "dtype", dtype,
             "is of tables on host or disk; on the device they are as in training")
     run = records.config()
-    reader = open_reader(run, records.tokenizer())
+    reader = reader_of(records)
     saved = SavedTables(records, reader)
     fields = ("params", "router_bias", *(["tables"] if memory == "device" else []))
     with last_checkpoint(records, reader) as found:

@@ -23,7 +23,7 @@ from engram_jax.model.loss import token_losses
 from engram_jax.model.transformer import Segment, head_params, segments
 from engram_jax.runs.checkpoints import last_checkpoint
 from engram_jax.runs.directory import RunDirectory
-from engram_jax.runs.reader import Reader, open_reader
+from engram_jax.runs.reader import Reader, reader_of
 from engram_jax.tables.layout import gather_rows
 from engram_jax.training.placement import placed_state, single_mesh
 from engram_jax.training.state import TrainState
@@ -200,7 +200,7 @@ def open_run(records: RunDirectory) -> Opened:
       MachineError: what is there cannot be read.
     """
     run = records.config()
-    reader = open_reader(run, records.tokenizer())
+    reader = reader_of(records)
     with last_checkpoint(records, reader) as found:
         state = found.restore(placed_state(run, single_mesh()),
                               only=("params", "router_bias", "tables"))

@@ -2,6 +2,7 @@
 
     config.json     the run, whole
     tokenizer.json  its tokenizer, in the format of HF `tokenizers`
+    hash.json       what it hashes with (`hashing/artifact.py`)
     env.json        git revision, versions, devices, fingerprints of text and tokenizer
     metrics.jsonl   one object for each logged step; in object storage in parts (`metrics.py`)
     checkpoints/    Orbax
@@ -27,6 +28,8 @@ from engram_jax import __version__
 from engram_jax.config import RunConfig
 from engram_jax.distributed import is_first
 from engram_jax.errors import UserError
+from engram_jax.hashing import artifact
+from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.recipes import read_config
 from engram_jax.runs.metrics import Metrics
 from engram_jax.settings import first_difference, to_dict
@@ -122,6 +125,24 @@ class RunDirectory:
         except Exception as error:  # of `tokenizers`: a bare Exception
             raise UserError(f"{self.tokenizer_path}: is missing or no tokenizer "
                             f"({error})") from error
+
+    def artifact(self) -> HashArtifact | None:
+        """hash.json; None where there is none: no memory, or an older version's run.
+
+        Raises:
+          UserError: it is no artifact, or a field of it is wrong.
+        """
+        path = self.path / artifact.FILE
+        with refusals(path, "read"):
+            there = path.exists()
+        return artifact.read(path) if there else None
+
+    def keep_artifact(self, kept: HashArtifact) -> None:
+        """Write hash.json, unless it is there: a run never changes what it hashes with."""
+        if is_first() and kept.memories and self.artifact() is None:
+            with refusals(self.path, "written"):
+                self.path.mkdir(parents=True, exist_ok=True)
+            kept.write(self.path / artifact.FILE)
 
     def check(self, run: RunConfig) -> None:
         """Refuse a folder that holds another run (UserError)."""

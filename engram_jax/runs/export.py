@@ -20,7 +20,7 @@ from engram_jax.offload.formats import RowFormat
 from engram_jax.offload.host import HostTable
 from engram_jax.runs.checkpoints import last_checkpoint
 from engram_jax.runs.directory import RunDirectory
-from engram_jax.runs.reader import Reader, open_reader
+from engram_jax.runs.reader import Reader, reader_of
 from engram_jax.tables.layout import layout_of
 
 
@@ -43,7 +43,7 @@ def export_tables(directory: epath.PathLike, dtype: str, out: str | os.PathLike[
     folder = records.path / "tables" if out is None else out
     require_local(folder)
     run = records.config()
-    reader = open_reader(run, records.tokenizer())
+    reader = reader_of(records)
     require(bool(reader.addressing.sites), "model", run.name,
             "has no memory, so there is no table to export")
     saved, written = SavedTables(records, reader), []

@@ -12,7 +12,9 @@ from engram_jax.config import RunConfig, require
 from engram_jax.data.tokenizer import find_end_id, find_pad_id
 from engram_jax.data.tokens import TokenData, open_tokens
 from engram_jax.hashing.addressing import Addressing, address
+from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.hashing.compression import CompressedVocabulary
+from engram_jax.runs.directory import RunDirectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,27 +48,57 @@ class Inputs(Reader):
     tokens: TokenData
 
 
-def open_reader(run: RunConfig, tokenizer: Tokenizer) -> Reader:
+def open_reader(
+    run: RunConfig, tokenizer: Tokenizer, artifact: HashArtifact | None = None
+) -> Reader:
     """The reader of a run, for its tokenizer.
 
+    Args:
+      run: the run.
+      tokenizer: of the run.
+      artifact: what the run hashes with, where it is known; None derives it.
+
     Raises:
-      UserError: the model's vocabulary is too small for the tokenizer.
+      UserError: the model's vocabulary is too small for the tokenizer, or the artifact is of
+        another model or tokenizer.
     """
     size, pad_id = max(tokenizer.get_vocab().values()) + 1, find_pad_id(tokenizer)
     require(size <= run.model.vocab_size, "model.vocab_size", run.model.vocab_size,
             f"is too small for the tokenizer {run.data.tokenizer!r}, which has {size} tokens")
-    vocabulary = CompressedVocabulary.from_tokenizer(tokenizer)
+    if artifact is None:
+        vocabulary = CompressedVocabulary.from_tokenizer(tokenizer)
+        addressing = address(run.model, vocabulary, pad_id)
+    else:
+        addressing = artifact.addressing(run.model)
+        for name, kept in addressing.vocabularies.items():
+            require(kept.lookup.size == size, f"hash.json: token_map of {name!r}",
+                    kept.lookup.size, f"tokens; the tokenizer has {size}")
     return Reader(tokenizer=tokenizer, vocab_size=size, end_id=find_end_id(tokenizer),
-                  pad_id=pad_id, addressing=address(run.model, vocabulary, pad_id))
+                  pad_id=pad_id, addressing=addressing)
 
 
-def open_inputs(run: RunConfig, progress: Callable[[str], None] | None = None) -> Inputs:
+def reader_of(records: RunDirectory) -> Reader:
+    """The reader of a run that was trained, with the tokenizer and the hash that it keeps.
+
+    Raises:
+      UserError: no run, a file of it that is none, or as `open_reader`.
+    """
+    return open_reader(records.config(), records.tokenizer(), records.artifact())
+
+
+def open_inputs(run: RunConfig, progress: Callable[[str], None] | None = None,
+                artifact: HashArtifact | None = None) -> Inputs:
     """The run's text, packed if need be, and its reader; process 0 packs first.
+
+    Args:
+      run: the run.
+      progress: told of what takes long.
+      artifact: as in `open_reader`.
 
     Raises:
       UserError: bad data settings, or as `open_reader`.
     """
     with distributed.after_first("the packing of the text"):
         tokens = open_tokens(run.data, progress)
-    reader = open_reader(run, tokens.tokenizer)
+    reader = open_reader(run, tokens.tokenizer, artifact)
     return Inputs(tokens=tokens, **vars(reader))

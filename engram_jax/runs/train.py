@@ -16,6 +16,7 @@ from engram_jax import __version__, distributed
 from engram_jax.config import RunConfig
 from engram_jax.costs.accounting import account
 from engram_jax.data.batches import train_batches
+from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory, environment
 from engram_jax.runs.evaluate import Evaluation, evaluator
@@ -56,7 +57,7 @@ def train(
         records.check(run)
         say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
         return result
-    inputs = open_inputs(run, say)
+    inputs = open_inputs(run, say, records.artifact())
     distributed.agree("the text", {"data_fingerprint": inputs.tokens.fingerprint,
                                  "tokenizer_digest": inputs.tokens.tokenizer_digest})
     # Refuses bad settings before the folder is claimed.
@@ -97,6 +98,8 @@ class _Loop:
             self.records.checkpoints, training.keep_checkpoints, fingerprints
         ) as checkpoints:
             state, start = self._begin(checkpoints)
+            # Not before a checkpoint of an older version has been found to have the same.
+            self.records.keep_artifact(HashArtifact.of(self.inputs.addressing))
             with (Progress(self.run.name, start, training.steps, self.say) as self.progress,
                   TensorBoard(self.records.path, training.tensorboard) as self.board):
                 state = self._steps(state, start, checkpoints)

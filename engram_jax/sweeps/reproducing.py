@@ -98,6 +98,8 @@ def reproduce(
             "another one")
     run = with_settings(run, [f"data.tokenizer={records.tokenizer_path}"])
     _check_text(run, records, env)
+    if (kept := records.artifact()) is not None:
+        again.keep_artifact(kept)
     result = train(run, again.path, say, chosen_mesh(mesh or env.get("mesh")))
     steps, difference = compared(records.metrics(), again.metrics())
     return Reproduction(

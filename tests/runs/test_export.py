@@ -199,8 +199,8 @@ def test_what_cannot_be_exported_is_one_line(trained, tmp_path, monkeypatch):
         export_tables(tmp_path / "none", "fp8")
     with pytest.raises(UserError, match="table file = 'gs://bucket/x': rows are read from a local"):
         export_tables(trained, "fp8", "gs://bucket/x")
-    monkeypatch.setattr(export, "open_reader", lambda run, tokenizer: open_reader(
-        micro.with_model(run, engram=None), tokenizer))
+    monkeypatch.setattr(export, "reader_of", lambda records: open_reader(
+        micro.with_model(records.config(), engram=None), records.tokenizer()))
     with pytest.raises(UserError, match="model = 'micro': has no memory"):
         export_tables(trained, "fp8")
 
