@@ -8,8 +8,10 @@ Shapes: U ids, G n-grams asked for, M of them that were missing, K heads, C entr
 packed row, X = K * B.
 """
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -82,7 +84,7 @@ class DeviceCache:
         self.group = group
         self._index = NgramIndex(group, entry_bytes, capacity_bytes)
         self._below, self._meter = below, TierMeter()
-        self._rows_CX = jnp.zeros((self._index.entries, entry_bytes), jnp.uint8)
+        self._rows_CX = self._empty()
 
     def fetch(self, ids_U: np.ndarray) -> Sent:
         """The rows of n-grams.
@@ -93,6 +95,8 @@ class DeviceCache:
         Raises:
           UserError: ids out of range, or no whole number of n-grams.
           MachineError: the home below cannot be read; then nothing has changed.
+          Whatever else goes wrong on the way to the device: what did not get there is not kept, and
+          is asked for again.
         """
         started = time.perf_counter()
         group, format = self.group, self._below.format
@@ -109,11 +113,11 @@ class DeviceCache:
         at_G = np.zeros(padded_size(len(ids_GK)), np.int32)
         at_G[np.flatnonzero(hit_G)] = entry_G[hit_G]
         at_G[misses] = self._index.entries + np.arange(len(misses), dtype=np.int32)
-        kept, entries = self._index.admit(ids_GK[misses])
+        kept, entries = self._index.claim(ids_GK[misses])
         entry_M = np.full(len(sent_MX), self._index.entries, np.int32)  # out of range: dropped
         entry_M[kept] = entries
-        sent = jax.device_put((sent_MX, at_G, entry_M))
-        self._rows_CX, rows_GX = _served(self._rows_CX, *sent)
+        rows_GX = self._serve(sent_MX, at_G, entry_M)
+        self._index.enter(ids_GK[misses[kept]], entries)
         travelled = sent_MX.nbytes + at_G.nbytes + entry_M.nbytes
         self._meter.count(ids.size, ids.size - group * len(misses), format.row_bytes,
                           time.perf_counter() - started)
@@ -122,14 +126,18 @@ class DeviceCache:
     def fill(self, ids_GK: np.ndarray) -> None:
         """As `Home.fill`; what it held before goes. The home below keeps what it has room for."""
         self._below.fill(ids_GK)
-        kept, entries = self._index.fill(ids_GK)
-        try:
-            for start in range(0, len(kept), FILLED_AT_ONCE):
-                part = slice(start, start + FILLED_AT_ONCE)
-                self._keep(ids_GK[kept[part]], entries[part])
-        except BaseException:
-            self._index.clear()
-            raise
+        kept, entries = self._index.claim_all(ids_GK)
+        for start in range(0, len(kept), FILLED_AT_ONCE):
+            part = slice(start, start + FILLED_AT_ONCE)
+            self._keep(ids_GK[kept[part]], entries[part])
+            self._index.enter(ids_GK[kept[part]], entries[part], first_stay=True)
+
+    def _serve(self, sent_MX: np.ndarray, at_G: np.ndarray, entry_M: np.ndarray) -> jax.Array:
+        """The rows that were asked for, after what was missing has been sent and kept."""
+        with self._emptied_if_lost():
+            self._rows_CX, rows_GX = _served(
+                self._rows_CX, *jax.device_put((sent_MX, at_G, entry_M)))
+        return rows_GX
 
     def _keep(self, ids_MK: np.ndarray, entries: np.ndarray) -> None:
         """Read n-grams' rows from below and put them into their entries."""
@@ -138,7 +146,23 @@ class DeviceCache:
         below.lookup(ids_MK.reshape(-1), out=sent_MX.reshape(-1, below.format.row_bytes))
         entry_M = np.full(len(sent_MX), self._index.entries, np.int32)  # out of range: dropped
         entry_M[:len(entries)] = entries
-        self._rows_CX = _kept(self._rows_CX, *jax.device_put((sent_MX, entry_M)))
+        with self._emptied_if_lost():
+            self._rows_CX = _kept(self._rows_CX, *jax.device_put((sent_MX, entry_M)))
+
+    @contextlib.contextmanager
+    def _emptied_if_lost(self) -> Iterator[None]:
+        """Begin anew with an empty cache where a program failed that had been given its rows."""
+        try:
+            yield
+        except BaseException:
+            if self._rows_CX.is_deleted():
+                self._index.clear()
+                self._rows_CX = self._empty()
+            raise
+
+    def _empty(self) -> jax.Array:
+        entry_bytes = self.group * self._below.format.row_bytes
+        return jnp.zeros((self._index.entries, entry_bytes), jnp.uint8)
 
     def tiers(self) -> dict[str, TierCounts]:
         """As `Home.tiers`, on the "device" first."""

@@ -47,7 +47,7 @@ class Home(Protocol):
           ids_GK: int64, different n-grams of `group` ids, those that matter most first.
 
         Raises:
-          As `lookup`; then a cache that was not filled is empty.
+          As `lookup`; then a cache has what it was filled with until then, and nothing else.
         """
 
     def tiers(self) -> dict[str, TierCounts]:

@@ -67,15 +67,13 @@ class CachedTable:
         """As `Home.fill`; what it held before goes. The home below keeps what it has room for."""
         self._below.fill(ids_GK)
         with self._lock:
-            kept, entry_M = self._index.fill(ids_GK)
-            try:
-                for start in range(0, len(kept), FILLED_AT_ONCE):
-                    part = slice(start, start + FILLED_AT_ONCE)
-                    rows = self._below.lookup(ids_GK[kept[part]].reshape(-1))
-                    self._entries[entry_M[part]] = rows.reshape(-1, self._entry_bytes)
-            except BaseException:
-                self._index.clear()
-                raise
+            kept, entry_M = self._index.claim_all(ids_GK)
+            for start in range(0, len(kept), FILLED_AT_ONCE):
+                part = slice(start, start + FILLED_AT_ONCE)
+                part_MK = ids_GK[kept[part]]
+                rows = self._below.lookup(part_MK.reshape(-1))
+                self._entries[entry_M[part]] = rows.reshape(-1, self._entry_bytes)
+                self._index.enter(part_MK, entry_M[part], first_stay=True)
 
     def tiers(self) -> dict[str, TierCounts]:
         """As `Home.tiers`."""
@@ -95,6 +93,7 @@ class CachedTable:
         if len(misses):
             rows = self._below.lookup(ids_GK[misses].reshape(-1)).reshape(len(misses), -1)
             out[misses] = rows
-            kept, entry_M = self._index.admit(ids_GK[misses])
+            kept, entry_M = self._index.claim(ids_GK[misses])
             self._entries[entry_M] = rows[kept]
+            self._index.enter(ids_GK[misses[kept]], entry_M)
         return len(ids_GK) - len(misses)

@@ -46,11 +46,11 @@ class NgramIndex:
         self._keys_SW.fill(0)
         self._used_SW.fill(self._lookups - WAYS)
 
-    def fill(self, ids_GK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Hold these different n-grams instead, of each set the first ones; the first stay longest.
+    def claim_all(self, ids_GK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Forget all n-grams and claim entries for these different ones, the first of each set.
 
         Returns:
-          As `admit`.
+          As `claim`.
 
         Raises:
           UserError: they have another number of ids.
@@ -58,9 +58,7 @@ class NgramIndex:
         require(ids_GK.ndim == 2 and ids_GK.shape[1] == self.group, "n-grams", ids_GK.shape,
                 f"must be [G, {self.group}]")
         self.clear()
-        kept, entry_M = self.admit(ids_GK)
-        self._used_SW.reshape(-1)[entry_M] -= entry_M % WAYS
-        return kept, entry_M
+        return self.claim(ids_GK)
 
     def probe(self, ids_GK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Look n-grams up: the entry of each, intp [G], and whether it is there, bool [G]."""
@@ -74,14 +72,16 @@ class NgramIndex:
         self._used_SW.reshape(-1)[entry_G[hit_G]] = self._lookups
         return entry_G, hit_G
 
-    def admit(self, ids_MK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Enter n-grams that are not there; of those of one set, as many as it has ways.
+    def claim(self, ids_MK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Empty entries for n-grams that are not there; of one set, as many as it has ways.
+
+        Nobody is in these entries until `enter`: whatever happens to their rows meanwhile, none of
+        them is served.
 
         Returns:
-          Which of them were entered, as places in `ids_MK`, and the entry of each, both intp.
+          The numbers in `ids_MK` of those that have an entry, and the entry of each, both intp.
         """
-        keys_M = group_keys(ids_MK)
-        sets_M = self._set(keys_M)
+        sets_M = self._set(group_keys(ids_MK))
         order = np.argsort(sets_M, kind="stable")
         in_order = sets_M[order]
         rank = np.arange(len(order)) - np.searchsorted(in_order, in_order)
@@ -89,10 +89,21 @@ class NgramIndex:
         oldest_MW = np.argsort(self._used_SW[sets_M[kept]], axis=1, kind="stable")
         way_M = oldest_MW[np.arange(len(kept)), rank[rank < WAYS]]
         entry_M = sets_M[kept] * WAYS + way_M
-        self._ids_CK[entry_M] = ids_MK[kept]
-        self._keys_SW.reshape(-1)[entry_M] = keys_M[kept]
-        self._used_SW.reshape(-1)[entry_M] = self._lookups
+        self._ids_CK[entry_M] = _NOBODY
+        self._keys_SW.reshape(-1)[entry_M] = 0
         return kept, entry_M
+
+    def enter(self, ids_MK: np.ndarray, entry_M: np.ndarray, first_stay: bool = False) -> None:
+        """Have n-grams in the entries that were claimed for them, now that their rows are there.
+
+        Args:
+          ids_MK: the n-grams.
+          entry_M: the entry of each.
+          first_stay: of one set, those that were claimed first make room last.
+        """
+        self._ids_CK[entry_M] = ids_MK
+        self._keys_SW.reshape(-1)[entry_M] = group_keys(ids_MK)
+        self._used_SW.reshape(-1)[entry_M] = self._lookups - (entry_M % WAYS) * first_stay
 
     def _set(self, keys_G: np.ndarray) -> np.ndarray:
         # The lowest bits of a key are those of a sum of ids, however alike the ids are.

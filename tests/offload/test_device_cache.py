@@ -91,6 +91,28 @@ def test_a_failed_read_leaves_the_cache_as_it_was():
     assert (rows == PACKED[ids_of(1, 2)]).all()
 
 
+@pytest.mark.parametrize("given_away", [False, True])
+@pytest.mark.parametrize("filling", [False, True])
+def test_what_did_not_reach_the_device_is_asked_for_again(filling, given_away, monkeypatch):
+    """A transfer that fails, and a program that fails when the cache's memory is already its."""
+    home, source = cache()
+    fetched(source, ids_of(1))
+    with monkeypatch.context() as patch:
+        def refuse(*arrays):
+            if given_away:
+                arrays[0].delete()
+            raise RuntimeError("the device is full")
+
+        names = ("_served", "_kept") if given_away else ("device_put",)
+        for name in names:
+            patch.setattr(device_cache if given_away else device_cache.jax, name, refuse)
+        with pytest.raises(RuntimeError, match="the device is full"):
+            source.fill(ids_of(2).reshape(-1, HEADS)) if filling else source.fetch(ids_of(1, 2))
+    rows, _ = fetched(source, ids_of(1, 2))
+    assert (rows == PACKED[ids_of(1, 2)]).all()
+    assert set(ids_of(2)) <= set(home.read)
+
+
 def test_bytes_are_those_that_travel():
     _, source = cache()
     _, sent = fetched(source, ids_of(5, 6))

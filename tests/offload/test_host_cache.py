@@ -115,6 +115,29 @@ def test_what_failed_below_is_not_kept(below):
     assert cache.tiers()["host"].hits == 0
 
 
+class Refusing(np.ndarray):
+    """Rows that cannot be written to, as where memory runs out meanwhile."""
+
+    def __setitem__(self, key, value):
+        raise MemoryError
+
+
+def test_what_could_not_be_kept_is_asked_for_again(below):
+    """And what it would have taken the place of is not served from there either."""
+    cache = CachedTable(below, K, WAYS * ENTRY)
+    for number in range(WAYS):
+        cache.lookup(ngrams([number]))
+    entries, cache._entries = cache._entries, cache._entries.view(Refusing)
+    with pytest.raises(MemoryError):
+        cache.lookup(ngrams([100]))
+    cache._entries = entries
+    cache._entries[:] = 7
+    np.testing.assert_array_equal(cache.lookup(ngrams([100])), below.table.lookup(ngrams([100])))
+    below.asked.clear()
+    np.testing.assert_array_equal(cache.lookup(ngrams([0])), below.table.lookup(ngrams([0])))
+    assert below.asked == [ngrams([0]).tolist()]
+
+
 def test_a_filled_cache_has_the_first_of_each_set(below):
     """All of them where it has room, and below is filled, too; what it held goes."""
     first = ngrams(range(100)).reshape(-1, K)
@@ -141,7 +164,7 @@ def test_of_a_filled_set_the_last_makes_room_first(below):
     assert below.asked == []
 
 
-def test_what_could_not_be_filled_is_empty(below, monkeypatch):
+def test_a_cache_that_could_not_be_filled_has_what_was_read(below, monkeypatch):
     monkeypatch.setattr(host_cache, "FILLED_AT_ONCE", 3)
     cache = CachedTable(below, K, 4 * WAYS * ENTRY)
     below.left = 2
@@ -149,8 +172,10 @@ def test_what_could_not_be_filled_is_empty(below, monkeypatch):
         cache.fill(ngrams(range(9)).reshape(-1, K))
     below.left = 99
     below.asked.clear()
-    cache.lookup(ngrams(range(9)))
-    assert below.asked == [ngrams(range(9)).tolist()]
+    rows = cache.lookup(ngrams(range(9)))
+    np.testing.assert_array_equal(rows, below.table.lookup(ngrams(range(9))))
+    (asked,) = below.asked
+    assert len(asked) == 3 * K
 
 
 def test_nothing_empties_a_cache(below):
