@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "engram_jax"
 LEVELS = (
     ("errors",),
     ("config",),
-    ("settings", "storage"),
+    ("settings", "storage", "host_memory"),
     ("recipes", "distributed"),
     ("hashing",),
     ("tables", "offload", "data"),

@@ -7,7 +7,6 @@ what it refuses cannot fit, and what it lets through may still be too large (`pl
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 
 from engram_jax.config import RunConfig, require
 from engram_jax.costs.accounting import account, short
+from engram_jax.host_memory import total_bytes
 from engram_jax.training import placement
 from engram_jax.training.state import abstract_state
 
@@ -101,12 +101,12 @@ def _memory_bytes(run: RunConfig) -> int:
 
 
 def _available_bytes(mesh: Mesh) -> int:
-    """Memory of the mesh's devices; CPU devices share the machine's."""
+    """Memory of the mesh's devices; CPU devices share the machine's or container's."""
     device = mesh.local_devices[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"]) * mesh.size
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * jax.process_count()
+    return total_bytes() * jax.process_count()
 
 
 @functools.cache

@@ -43,12 +43,10 @@ def packed_rows(
       stretch, most: bytes of the table in memory at a time, and of chunks that must be.
 
     Raises:
-      UserError: the table has another shape, or an entry is not finite.
+      UserError: the table has another shape or dtype, or an entry is not finite.
       MachineError: it cannot be read, or the temporary file cannot be written.
     """
-    table = _Saved(state, name)
-    require(table.shape == shape, f"{state}: {name}", table.shape,
-            f"must have the shape {shape}")
+    table = _Saved(state, name, shape)
     pieces = (_in_order(table, format, stretch) if table.stretch_bytes <= most
               else _sorted_on_disk(table, format, Path(scratch), stretch))
     left = rows
@@ -58,7 +56,10 @@ def packed_rows(
 
 
 class _Saved:
-    """An array of a checkpoint.
+    """A table as a checkpoint holds it.
+
+    Args:
+      state, name, shape: as `packed_rows` takes them.
 
     Attributes:
       shape: (S, R, D).
@@ -66,16 +67,19 @@ class _Saved:
       stretch_bytes: of the chunks that the first rows of all shards lie in.
     """
 
-    def __init__(self, state: epath.Path, name: str):
+    def __init__(self, state: epath.Path, name: str, shape: tuple[int, int, int]):
         self._name = f"{state}: {name}"
         base = os.fspath(state) if "://" in os.fspath(state) else f"file://{os.fspath(state)}"
         self._array = self._result(tensorstore.open({
             "driver": "zarr3",
             "kvstore": {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}}, read=True))
         self.shape = tuple(self._array.shape)
+        require(self.shape == shape, self._name, self.shape, f"must have the shape {shape}")
+        dtype = self._array.dtype.numpy_dtype
+        require(dtype in (np.float32, np.uint16), self._name, str(dtype),
+                "must be float32, or the bits of bfloat16 as uint16")
         self.chunk = tuple(self._array.chunk_layout.read_chunk.shape[:2])
-        itemsize = self._array.dtype.numpy_dtype.itemsize
-        self.shard_row_bytes = self.shape[-1] * itemsize
+        self.shard_row_bytes = self.shape[-1] * dtype.itemsize
         self.stretch_bytes = self.shape[0] * self.chunk[1] * self.shard_row_bytes
 
     def read(self, shards: slice, rows: slice) -> np.ndarray:
@@ -95,11 +99,11 @@ def _in_order(table: _Saved, format: RowFormat, stretch: int) -> Iterator[np.nda
     shards, rows, _ = table.shape
     chunk = table.chunk[1]
     window = max(stretch // (shards * table.shard_row_bytes) // chunk, 1) * chunk
-    step = max(1, _PACKED_AT_ONCE // shards)
+    at_once = max(1, _PACKED_AT_ONCE // shards)
     for start in range(0, rows, window):
         table_SWD = table.read(slice(0, shards), slice(start, min(start + window, rows)))
-        for first in range(0, table_SWD.shape[1], step):
-            part_USD = table_SWD[:, first:first + step].swapaxes(0, 1)
+        for first in range(0, table_SWD.shape[1], at_once):
+            part_USD = table_SWD[:, first:first + at_once].swapaxes(0, 1)
             yield _packed(part_USD.reshape(-1, table.shape[-1]), format)
 
 

@@ -165,8 +165,8 @@ class DeviceCache:
         return jnp.zeros((self._index.entries, entry_bytes), jnp.uint8)
 
     def tiers(self) -> dict[str, TierCounts]:
-        """As `Home.tiers`, on the "device" first."""
-        return {"device": self._meter.counts(), **self._below.tiers()}
+        """As `Home.tiers`, the "device cache" first."""
+        return {"device cache": self._meter.counts(), **self._below.tiers()}
 
     def close(self) -> None:
         """Give the memory back, and close the home below."""

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from engram_jax.config import require
+from engram_jax.config import MAX_TABLE_ROWS, require
 from engram_jax.errors import MachineError, UserError
 from engram_jax.hashing.addressing import Addressing
 from engram_jax.offload.formats import RowFormat
@@ -34,6 +34,7 @@ MAGIC, VERSION = b"ENGTABLE", 1
 BLOCK_BYTES = 16 * 1024  # about; whole rows
 _START = struct.Struct("<8sII")
 _PAGE = 4096
+_MOST_COLUMNS = 2**24
 _LARGEST_HEADER = 2**24  # bytes; more means that the file is not what it says
 _READ_AT_ONCE = 2**24  # bytes
 
@@ -49,6 +50,9 @@ class TableInfo:
       fingerprint: of hash and vocabulary, as in `Addressing.fingerprints`.
       run: the name of the run that it comes from.
       step, saved_ns: of the checkpoint: its step, and when it was saved, in ns since 1970.
+
+    Raises:
+      UserError: a field of another type, or out of range.
     """
 
     rows: int
@@ -62,8 +66,16 @@ class TableInfo:
     saved_ns: int = 0
 
     def __post_init__(self) -> None:
-        require(self.rows >= 1, "rows", self.rows, "must be at least 1")
-        assert self.format  # which checks its fields
+        for name, least, most in (("rows", 1, MAX_TABLE_ROWS), ("dim", 1, _MOST_COLUMNS),
+                                  ("step", 0, 2**63 - 1), ("saved_ns", 0, 2**63 - 1)):
+            value = getattr(self, name)
+            require(type(value) is int and least <= value <= most, name, value,
+                    f"must be a whole number in {least}..{most}")
+        for name in ("dtype", "site", "fingerprint", "run"):
+            require(isinstance(getattr(self, name), str), name, getattr(self, name),
+                    "must be a text")
+        require(isinstance(self.hash, Mapping), "hash", self.hash, "must be fields with values")
+        assert self.format  # which checks dtype
 
     @property
     def format(self) -> RowFormat:
@@ -123,7 +135,7 @@ def read_table_file(path: Path, file: BinaryIO) -> TableFile:
     """Read and check header and trailer.
 
     Raises:
-      UserError: this is no table.
+      UserError: this is no table, or a field of its header is not what it must be.
       MachineError: it is cut short, altered, or cannot be read.
     """
     with refusals(path, "read"):
@@ -160,20 +172,24 @@ def _header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
         raise MachineError(f"{path}: is cut short in its header")
     try:
         fields = json.loads(header[_START.size:_START.size + length])
-        return header, dict(fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise MachineError(f"{path}: its header is altered; export it again") from error
+    if not isinstance(fields, dict):
+        raise MachineError(f"{path}: its header is altered; export it again")
+    return header, fields
 
 
 def _info(path: Path, fields: dict[str, Any]) -> TableInfo:
+    sizes = fields.pop("block_rows", None), fields.pop("row_bytes", None)
     try:
-        block_rows, row_bytes = fields.pop("block_rows"), fields.pop("row_bytes")
         info = TableInfo(**fields)
-        if (block_rows, row_bytes) == (info.block_rows, info.format.row_bytes):
-            return info
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise MachineError(f"{path}: its header is altered; export it again")
+    except TypeError as error:  # a field too few, or too many
+        raise MachineError(f"{path}: its header is altered; export it again") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}; export the table again") from error
+    if sizes != (info.block_rows, info.format.row_bytes):
+        raise MachineError(f"{path}: its header is altered; export it again")
+    return info
 
 
 def check_serves(path: Path, found: TableInfo, expect: TableInfo) -> None:

@@ -49,7 +49,8 @@ class RowFormat:
     def __post_init__(self) -> None:
         require(self.dtype in ROW_DTYPES, "dtype", self.dtype,
                 f"must be one of {', '.join(ROW_DTYPES)}")
-        require(self.dim >= 1, "dim", self.dim, "must be at least 1")
+        require(type(self.dim) is int and self.dim >= 1, "dim", self.dim,
+                "must be a whole number, at least 1")
 
     @property
     def groups(self) -> int:

@@ -51,7 +51,10 @@ class Home(Protocol):
         """
 
     def tiers(self) -> dict[str, TierCounts]:
-        """What each tier has done, by "host" or "disk", where it is; this one first."""
+        """What each tier has done, by what it is; this one first.
+
+        "host" and "disk" are whole tables, "host cache" keeps rows of one of them.
+        """
 
     def close(self) -> None:
         """Give the memory or the file back; nothing can be looked up afterwards."""

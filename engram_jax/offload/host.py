@@ -17,6 +17,7 @@ import numpy as np
 
 from engram_jax.config import require
 from engram_jax.errors import MachineError
+from engram_jax.host_memory import available_bytes
 from engram_jax.offload.counters import TierCounts, TierMeter
 from engram_jax.offload.file import (
     TableInfo,
@@ -147,7 +148,7 @@ def touched_zeros(size: int) -> np.ndarray:
     Raises:
       MachineError: there is not enough free memory.
     """
-    free = _available()
+    free = available_bytes()
     if free is not None and size > free:
         raise MachineError(f"{size / 2**30:.1f} GiB of host memory are needed, "
                            f"{free / 2**30:.1f} GiB are free")
@@ -174,15 +175,6 @@ def _touch(memory: mmap.mmap) -> None:
             np.frombuffer(memory, np.uint8, size, start)[::_PAGE] = 0
 
 
-def _available() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None
-
-
 def _huge_bytes(start: int, stop: int) -> int:
     """Bytes of start..stop that are in huge pages, by the kernel's list of mappings.
 
@@ -194,8 +186,8 @@ def _huge_bytes(start: int, stop: int) -> int:
         return 0
     huge, share = 0.0, 0.0
     for line in lines:
-        if found := _RANGE.match(line):
-            first, last = int(found[1], 16), int(found[2], 16)
+        if match := _RANGE.match(line):
+            first, last = int(match[1], 16), int(match[2], 16)
             share = max(0, min(stop, last) - max(start, first)) / (last - first)
         elif line.startswith("AnonHugePages:"):
             huge += share * int(line.split()[1]) * 1024

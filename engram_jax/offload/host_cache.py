@@ -19,6 +19,7 @@ from engram_jax.offload.host import touched_zeros
 from engram_jax.offload.ngram_index import NgramIndex
 
 FILLED_AT_ONCE = 2**14  # n-grams
+_TIER = "host cache"  # its name among what each tier counts
 
 
 class CachedTable:
@@ -33,11 +34,13 @@ class CachedTable:
       capacity_bytes: of the cache's rows.
 
     Raises:
-      UserError: no group, or a cache too small for one set.
+      UserError: no group, a cache too small for one set, or another such cache below.
       MachineError: not enough memory.
     """
 
     def __init__(self, below: Home, group: int, capacity_bytes: int):
+        require(_TIER not in below.tiers(), "below", _TIER,
+                "is a cache in host memory itself; one is enough")
         self.format, self.rows, self.group = below.format, below.rows, group
         self._entry_bytes = group * below.format.row_bytes
         self._index = NgramIndex(group, self._entry_bytes, capacity_bytes)
@@ -77,7 +80,7 @@ class CachedTable:
 
     def tiers(self) -> dict[str, TierCounts]:
         """As `Home.tiers`."""
-        return {"host": self._meter.counts(), **self._below.tiers()}
+        return {_TIER: self._meter.counts(), **self._below.tiers()}
 
     def close(self) -> None:
         """As `Home.close`."""

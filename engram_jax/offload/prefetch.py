@@ -59,8 +59,8 @@ class Counters:
       fetch_s: spent by the worker.
       latency_s: from each request until its last rows were there.
       waited_s: of that, how long somebody waited.
-      tiers: of those read, what each tier did: "device" (the cache there), "host", "disk". Repeats
-        in a request are no hits.
+      tiers: of those read, what each tier did: "device cache", "host cache", and of the whole
+        table "host" or "disk". Repeats in a request are no hits.
     """
 
     tokens: int = 0

@@ -62,8 +62,8 @@ def test_offload():
     for arm in found["arms"][1:]:
         assert arm["bytes_per_token"] > 0
         assert 0 <= arm["hidden_share"] <= 1
-        there = {"device": arm["cache"], "host": arm["home"] == "host" or arm["host_cache"],
-                 "disk": arm["home"] == "disk"}
+        there = {"device cache": arm["cache"], "host cache": arm["host_cache"],
+                 "host": arm["home"] == "host", "disk": arm["home"] == "disk"}
         assert list(arm["tiers"]) == [name for name, is_there in there.items() if is_there]
         assert list(arm["tiers"].values())[-1]["hit_rate"] == 1
         fastest = next(iter(arm["tiers"].values()))["hit_rate"]

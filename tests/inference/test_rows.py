@@ -200,12 +200,12 @@ def test_filled_caches_hit_more_than_cold_ones_and_give_the_same_bits(
         before = rows.counters
         assert_same(on_host(rows, model, TEXTS, 4), expected_rows(model, TEXTS))
         tiers[kind] = rows.counters.since(before).tiers
-        assert list(tiers[kind]) == ["device", "host", "disk"]
-    for tier in ("device", "host"):
+        assert list(tiers[kind]) == ["device cache", "host cache", "disk"]
+    for tier in ("device cache", "host cache"):
         assert tiers["filled"][tier].hit_rate > tiers["cold"][tier].hit_rate
     assert tiers["filled"]["disk"].bytes < tiers["cold"]["disk"].bytes
     if sets[1] == 40:  # room for everything but the first n-grams of texts
-        assert tiers["filled"]["host"].hit_rate + tiers["filled"]["device"].hit_rate > 1
+        assert tiers["filled"]["host cache"].hit_rate + tiers["filled"]["device cache"].hit_rate > 1
 
 
 def test_the_ngrams_that_a_text_has_most_often_stay(opened, tmp_path):
@@ -216,7 +216,7 @@ def test_the_ngrams_that_a_text_has_most_often_stay(opened, tmp_path):
     before = rows.counters
     assert_same(on_host(rows, MODEL, often[None, :12], 4), expected_rows(MODEL, often[None, :12]))
     found = rows.counters.since(before).tiers
-    assert found["device"].asked - found["device"].hits <= found["device"].asked // 3
+    assert found["device cache"].asked - found["device cache"].hits <= found["device cache"].asked // 3
 
 
 def test_no_tokens_empty_the_caches(opened, tmp_path):
@@ -226,7 +226,7 @@ def test_no_tokens_empty_the_caches(opened, tmp_path):
     before = rows.counters
     on_host(rows, MODEL, TEXTS, 12)
     found = rows.counters.since(before).tiers
-    assert found["device"].hits == found["host"].hits == 0
+    assert found["device cache"].hits == found["host cache"].hits == 0
 
 
 def test_a_cache_is_not_filled_with_what_cannot_be(opened, tmp_path):

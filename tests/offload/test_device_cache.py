@@ -59,15 +59,15 @@ def test_rows_are_those_of_the_home_whatever_is_kept():
 def test_what_was_asked_for_before_is_not_read_again():
     home, source = cache()
     fetched(source, ids_of(1, 2, 3))
-    first = source.tiers()["device"].hits
+    first = source.tiers()["device cache"].hits
     rows, _ = fetched(source, ids_of(3, 9, 1))
     assert home.read == list(ids_of(9))
     assert (rows == PACKED[ids_of(3, 9, 1)]).all()
     found = source.tiers()
-    assert list(found) == ["device", "host"]
-    assert (first, found["device"].hits, found["device"].asked) == (0, 2 * HEADS, 6 * HEADS)
-    assert (found["device"].lookups, found["host"].asked) == (2, 4 * HEADS)
-    assert found["device"].bytes == 2 * HEADS * FORMAT.row_bytes
+    assert list(found) == ["device cache", "host"]
+    assert (first, found["device cache"].hits, found["device cache"].asked) == (0, 2 * HEADS, 6 * HEADS)
+    assert (found["device cache"].lookups, found["host"].asked) == (2, 4 * HEADS)
+    assert found["device cache"].bytes == 2 * HEADS * FORMAT.row_bytes
 
 
 def test_an_ngram_that_pushes_out_another_does_not_change_what_both_get():
@@ -76,7 +76,7 @@ def test_an_ngram_that_pushes_out_another_does_not_change_what_both_get():
     fetched(source, ids_of(*range(WAYS)))
     rows, _ = fetched(source, ids_of(*range(4), *range(100, 100 + WAYS)))
     assert (rows == PACKED[ids_of(*range(4), *range(100, 100 + WAYS))]).all()
-    assert source.tiers()["device"].hits == 4 * HEADS
+    assert source.tiers()["device cache"].hits == 4 * HEADS
 
 
 def test_a_failed_read_leaves_the_cache_as_it_was():
@@ -131,10 +131,10 @@ def test_a_filled_cache_has_the_first_ngrams_without_asking(sets, monkeypatch):
     fetched(source, ids_of(290))
     ids_GK = ids_of(*range(0, 90, 3)).reshape(-1, HEADS)
     source.fill(ids_GK)
-    before = source.tiers()["device"].hits
+    before = source.tiers()["device cache"].hits
     rows, _ = fetched(source, ids_GK.reshape(-1))
     assert (rows == PACKED[ids_GK.reshape(-1)]).all()
-    hits = (source.tiers()["device"].hits - before) // HEADS
+    hits = (source.tiers()["device cache"].hits - before) // HEADS
     assert min(30, sets * WAYS) * 3 // 4 <= hits <= min(30, sets * WAYS)
     if sets == 1:
         assert list(ids_GK[:WAYS].reshape(-1)) == sorted(set(ids_GK.reshape(-1)) - set(home.read))
@@ -157,7 +157,7 @@ def test_what_could_not_be_filled_is_empty():
 def test_nothing_asked_is_nothing_read():
     _, source = cache()
     source.fetch(np.zeros(0, np.int64))
-    assert source.tiers()["device"].hit_rate == 0
+    assert source.tiers()["device cache"].hit_rate == 0
 
 
 @pytest.mark.parametrize(("ids", "line"), [
@@ -193,9 +193,9 @@ def test_a_stack_of_device_host_and_disk_gives_the_bits_of_the_disk(tmp_path):
             rows, _ = fetched(source, ids_U)
             assert (rows[inverse] == PACKED[asked]).all()
     found = stack.tiers()
-    assert list(found) == ["device", "host", "disk"]
-    assert found["disk"].asked == found["host"].asked - found["host"].hits
-    assert found["device"].lookups == 20
+    assert list(found) == ["device cache", "host cache", "disk"]
+    assert found["disk"].asked == found["host cache"].asked - found["host cache"].hits
+    assert found["device cache"].lookups == 20
     stack.fill(ids_of(*range(200, 250)).reshape(-1, HEADS))
     read = stack.tiers()["disk"].asked
     fetched(stack, ids_of(*range(200, 230)))

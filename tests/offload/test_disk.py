@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import resource
 import shutil
@@ -189,17 +190,67 @@ def test_an_altered_header_or_trailer_does_not_open(path, at):
             use(path)
 
 
-def test_a_changed_header_with_a_good_checksum_is_read_for_what_it_says(path):
-    """The trailer alone vouches for the fields; those that contradict each other are refused."""
+def with_header(path, change):
+    """The file with another text in its header, for which the trailer vouches."""
     data = path.read_bytes()
     _, _, length = struct.unpack_from("<8sII", data)
-    text = data[16:16 + length].replace(b'"dim": 40', b'"dim": 41')
-    header = data[:16] + text + data[16 + length:4096]
+    text = change(data[16:16 + length])
+    header = (struct.pack("<8sII", data[:8], 1, len(text)) + text).ljust(4096, b"\0")
     blocks = data[-16:-4]
     path.write_bytes(header + data[4096:-4]
                      + struct.pack("<I", zlib.crc32(blocks, zlib.crc32(header))))
-    with pytest.raises(MachineError, match="its header is altered"):
-        DiskTable.open(path)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: text.replace(b'"dim": 40', b'"dim": 41'),
+    lambda text: text.replace(b'"row_bytes": 42', b'"row_bytes": 42.5'),
+    lambda text: text.replace(b'"block_rows": 390, ', b""),
+    lambda text: text.replace(b'"dim": 40, ', b""),
+    lambda text: text.replace(b'"dim": 40', b'"dim": 40, "width": 3'),
+    lambda text: b"[" * 3000, lambda text: b"[1, 2]", lambda text: b"7", lambda text: b"\xff"])
+def test_a_header_that_contradicts_itself_is_refused(path, change):
+    """The trailer alone vouches for the fields."""
+    with_header(path, change)
+    for use in (DiskTable.open, HostTable.from_file, verify):
+        with pytest.raises(MachineError, match="a.table: its header is altered; export it again"):
+            use(path)
+
+
+@pytest.mark.parametrize(("field", "value", "line"), [
+    ("dim", "8.0", "dim = 8.0: must be a whole number in 1..16777216"),
+    ("dim", "true", "dim = True: must be a whole number"),
+    ("dim", "-40", "dim = -40: must be a whole number"),
+    ("rows", "1e3", "rows = 1000.0: must be a whole number in 1.."),
+    ("rows", "1" + 30 * "0", "rows = 1000000000000000000000000000000: must be a whole number in "),
+    ("rows", "NaN", "rows = nan: must be a whole number"),
+    ("rows", '"1000"', "rows = '1000': must be a whole number"),
+    ("step", "null", "step = None: must be a whole number in 0.."),
+    ("saved_ns", "-1", "saved_ns = -1: must be a whole number in 0.."),
+    ("dtype", "[1]", r"dtype = \[1\]: must be a text"),
+    ("dtype", '"int4"', "dtype = 'int4': must be one of float32, bfloat16, int8, fp8"),
+    ("site", "{}", "site = {}: must be a text"),
+    ("hash", "3", "hash = 3: must be fields with values")])
+def test_a_field_that_is_not_what_it_must_be_is_one_line(path, field, value, line):
+    def change(text):
+        fields = json.loads(text)
+        fields[field] = "HERE"
+        return json.dumps(fields).replace('"HERE"', value).encode()
+
+    with_header(path, change)
+    for use in (DiskTable.open, HostTable.from_file, verify):
+        with pytest.raises(UserError, match=f"a.table: {line}") as raised:
+            use(path)
+        assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_header_that_promises_more_than_the_file_has_takes_no_memory(path):
+    def change(text):
+        return text.replace(b'"rows": 1000', b'"rows": 2000000000')
+
+    with_header(path, change)
+    for use in (DiskTable.open, HostTable.from_file, verify):
+        with pytest.raises(MachineError, match="a.table: has .* it is cut short"):
+            use(path)
 
 
 def test_what_is_no_table(tmp_path):

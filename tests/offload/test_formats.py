@@ -124,7 +124,7 @@ def test_what_is_not_finite_is_refused(dtype, bad):
 def test_bad_formats_and_shapes_are_refused():
     with pytest.raises(UserError, match="dtype = 'fp4': must be one of float32, bfloat16"):
         RowFormat("fp4", 8)
-    with pytest.raises(UserError, match="dim = 0: must be at least 1"):
+    with pytest.raises(UserError, match="dim = 0: must be a whole number, at least 1"):
         RowFormat("fp8", 0)
     with pytest.raises(UserError, match=r"rows.shape = \(2, 8\): must be \[U, 9\]"):
         RowFormat("fp8", 9).pack(np.zeros((2, 8), np.float32))

@@ -69,7 +69,7 @@ def test_rows_are_those_of_the_home_below(sets, same_key, asked):
         for numbers in asked:
             ids = ngrams(numbers) if numbers else np.empty(0, np.int64)
             np.testing.assert_array_equal(cache.lookup(ids), below.table.lookup(ids))
-    found = cache.tiers()["host"]
+    found = cache.tiers()["host cache"]
     assert found.asked == K * sum(map(len, asked))
     assert found.asked - found.hits == sum(map(len, below.asked))
     assert found.lookups == len(asked)
@@ -84,10 +84,21 @@ def test_what_was_asked_for_before_is_not_read_again(below):
     assert below.asked == [ngrams([1, 2, 3]).tolist(), ngrams([4]).tolist()]
     np.testing.assert_array_equal(out[:6], below.table.lookup(ngrams([2, 4])))
     assert (out[6:] == 7).all()
-    assert list(found) == ["host", "below"]
-    assert (found["host"].asked, found["host"].hits, found["host"].hit_rate) == (5 * K, K, 0.2)
-    assert (found["host"].bytes, found["below"].bytes) == (ENTRY, 4 * ENTRY)
-    assert 0 < found["below"].seconds < found["host"].seconds
+    assert list(found) == ["host cache", "below"]
+    assert (found["host cache"].asked, found["host cache"].hits, found["host cache"].hit_rate) == (5 * K, K, 0.2)
+    assert (found["host cache"].bytes, found["below"].bytes) == (ENTRY, 4 * ENTRY)
+    assert 0 < found["below"].seconds < found["host cache"].seconds
+
+
+def test_a_cache_over_a_table_in_host_memory_counts_for_itself(below):
+    cache = CachedTable(below.table, K, WAYS * ENTRY)
+    for _ in range(3):
+        cache.lookup(ngrams([1, 2]))
+    counts = cache.tiers()
+    assert {name: (tier.lookups, tier.asked, tier.hits) for name, tier in counts.items()} == {
+        "host cache": (3, 6 * K, 4 * K), "host": (1, 2 * K, 2 * K)}
+    with pytest.raises(UserError, match="below = 'host cache': is a cache in host memory itself"):
+        CachedTable(cache, K, WAYS * ENTRY)
 
 
 def test_the_least_recently_used_makes_room(below):
@@ -112,7 +123,7 @@ def test_what_failed_below_is_not_kept(below):
         cache.lookup(ngrams([1]))
     below.left = 99
     np.testing.assert_array_equal(cache.lookup(ngrams([1])), below.table.lookup(ngrams([1])))
-    assert cache.tiers()["host"].hits == 0
+    assert cache.tiers()["host cache"].hits == 0
 
 
 class Refusing(np.ndarray):
@@ -211,8 +222,8 @@ def test_bad_requests_are_refused(below):
         cache.lookup(np.arange(4))
     with pytest.raises(UserError, match=r"row id = 900: must be in 0..899"):
         cache.lookup(np.array([1, 2, 900]))
-    assert cache.tiers()["host"].lookups == 0
-    assert cache.tiers()["host"].hit_rate == 0
+    assert cache.tiers()["host cache"].lookups == 0
+    assert cache.tiers()["host cache"].hit_rate == 0
     cache.close()
     assert below.closed
     with pytest.raises(UserError, match="row id = 1"):
