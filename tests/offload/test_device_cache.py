@@ -65,9 +65,10 @@ def test_what_was_asked_for_before_is_not_read_again():
     assert (rows == PACKED[ids_of(3, 9, 1)]).all()
     found = source.tiers()
     assert list(found) == ["device cache", "host"]
-    assert (first, found["device cache"].hits, found["device cache"].asked) == (0, 2 * HEADS, 6 * HEADS)
-    assert (found["device cache"].lookups, found["host"].asked) == (2, 4 * HEADS)
-    assert found["device cache"].bytes == 2 * HEADS * FORMAT.row_bytes
+    here = found["device cache"]
+    assert (first, here.hits, here.asked) == (0, 2 * HEADS, 6 * HEADS)
+    assert (here.lookups, found["host"].asked) == (2, 4 * HEADS)
+    assert here.bytes == 2 * HEADS * FORMAT.row_bytes
 
 
 def test_an_ngram_that_pushes_out_another_does_not_change_what_both_get():

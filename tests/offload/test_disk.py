@@ -212,7 +212,7 @@ def test_a_header_that_contradicts_itself_is_refused(path, change):
     """The trailer alone vouches for the fields."""
     with_header(path, change)
     for use in (DiskTable.open, HostTable.from_file, verify):
-        with pytest.raises(MachineError, match="a.table: its header is altered; export it again"):
+        with pytest.raises(MachineError, match=r"a.table: its header is altered; export it again"):
             use(path)
 
 
@@ -249,7 +249,7 @@ def test_a_header_that_promises_more_than_the_file_has_takes_no_memory(path):
 
     with_header(path, change)
     for use in (DiskTable.open, HostTable.from_file, verify):
-        with pytest.raises(MachineError, match="a.table: has .* it is cut short"):
+        with pytest.raises(MachineError, match=r"a.table: has .* it is cut short"):
             use(path)
 
 

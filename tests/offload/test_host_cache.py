@@ -85,9 +85,10 @@ def test_what_was_asked_for_before_is_not_read_again(below):
     np.testing.assert_array_equal(out[:6], below.table.lookup(ngrams([2, 4])))
     assert (out[6:] == 7).all()
     assert list(found) == ["host cache", "below"]
-    assert (found["host cache"].asked, found["host cache"].hits, found["host cache"].hit_rate) == (5 * K, K, 0.2)
-    assert (found["host cache"].bytes, found["below"].bytes) == (ENTRY, 4 * ENTRY)
-    assert 0 < found["below"].seconds < found["host cache"].seconds
+    here = found["host cache"]
+    assert (here.asked, here.hits, here.hit_rate) == (5 * K, K, 0.2)
+    assert (here.bytes, found["below"].bytes) == (ENTRY, 4 * ENTRY)
+    assert 0 < found["below"].seconds < here.seconds
 
 
 def test_a_cache_over_a_table_in_host_memory_counts_for_itself(below):

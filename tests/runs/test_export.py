@@ -158,8 +158,9 @@ def test_a_checkpoint_has_tables_in_chunks(rows, devices, size, chunk, tmp_path,
             state))
     np.testing.assert_array_equal(restored.tables["here"], table)
     np.testing.assert_array_equal(restored.params["wide"], state.params["wide"])
-    assert checkpointed._Saved(place, "tables.here").chunk == chunk
-    assert checkpointed._Saved(place, "params.wide").chunk == (64, 64)
+    assert checkpointed._Saved(place, "tables.here", layout.shape).chunk == chunk
+    wide = state.params["wide"]
+    assert checkpointed._Saved(place, "params.wide", wide.shape).chunk == (64, 64)
     pieces = packed_rows(place, "tables.here", layout.shape, layout.rows, form, tmp_path, stretch=1)
     np.testing.assert_array_equal(
         np.concatenate(list(pieces)), form.pack(np.asarray(layout.gather(table, np.arange(rows)))))
