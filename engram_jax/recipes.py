@@ -4,7 +4,6 @@ A recipe is a function that returns a `RunConfig`. Sizes are SPEC section 3 (arX
 table 5, arXiv 2512.24880 table 5).
 """
 
-import dataclasses
 import importlib
 import json
 import re
@@ -24,7 +23,7 @@ from engram_jax.config import (
     TrainingConfig,
 )
 from engram_jax.errors import UserError
-from engram_jax.settings import from_dict
+from engram_jax.settings import changed, from_dict
 from engram_jax.storage import check_readable, refusals
 
 PAPER_LAYERS = (1, 14)
@@ -63,7 +62,7 @@ def moe_27b() -> RunConfig:
 def engram_27b() -> RunConfig:
     """moe-27b's parameters divided anew: 55 routed experts and 5.8B in memory."""
     run = _paper("engram-27b", MoEConfig(experts=55), _paper_engram(2_262_400))
-    return dataclasses.replace(run, baseline="moe-27b")
+    return changed(run, {"baseline": "moe-27b"})
 
 
 def engram_40b() -> RunConfig:
@@ -76,11 +75,10 @@ def _paper_small(name: str, width: int, depth: int, expert_ffn: int, ffn: int, e
     """A model of the paper's experiments. The paper gives sizes and expert counts (SPEC section 4)
     but no shapes: these are ours, and reconcile with its counts."""
     run = _paper(name, MoEConfig(experts=experts, expert_ffn=expert_ffn), None)
-    model = dataclasses.replace(run.model, width=width, depth=depth, ffn=ffn,
-                                attention=AttentionConfig(heads=16))
     step_tokens = run.data.sequence_length * run.data.batch_size
-    training = dataclasses.replace(run.training, steps=round(tokens / step_tokens))
-    return dataclasses.replace(run, model=model, training=training)
+    return changed(run, {
+        "model.width": width, "model.depth": depth, "model.ffn": ffn, "model.attention.heads": 16,
+        "training.steps": round(tokens / step_tokens)})
 
 
 def moe_6b() -> RunConfig:
@@ -100,10 +98,8 @@ def moe_3b() -> RunConfig:
 
 def engram_3b() -> RunConfig:
     """moe-3b with 1.6B in memory, before blocks 1 and 5: the ablations' reference."""
-    run = moe_3b()
-    engram = dataclasses.replace(_paper_engram(625_000), layers=(1, 5))
-    return dataclasses.replace(
-        run, name="engram-3b", model=dataclasses.replace(run.model, engram=engram))
+    return changed(moe_3b(), {"name": "engram-3b", "model.engram": _paper_engram(625_000),
+                              "model.engram.layers": (1, 5)})
 
 
 def tiny() -> RunConfig:
@@ -230,8 +226,7 @@ def _made_by(name: str) -> RunConfig:
 
 def without_memory(run: RunConfig) -> RunConfig:
     """The same backbone with no memory."""
-    model = dataclasses.replace(run.model, engram=None, over_encoding=None)
-    return dataclasses.replace(run, model=model)
+    return changed(run, {"model.engram": None, "model.over_encoding": None})
 
 
 def with_over_encoding(run: RunConfig) -> RunConfig:
@@ -250,7 +245,6 @@ def with_over_encoding(run: RunConfig) -> RunConfig:
         rows_per_head=engram.rows_per_head, max_order=engram.max_order, heads=engram.heads,
         compress=engram.compress, hash_seed=engram.hash_seed, shards=engram.shards,
         table_std=engram.table_std)
-    model = dataclasses.replace(
-        run.model, engram=None, over_encoding=over,
-        embedding_std=run.model.embedding_std * (1 + over.total_heads))
-    return dataclasses.replace(run, model=model)
+    return changed(run, {
+        "model.engram": None, "model.over_encoding": over,
+        "model.embedding_std": run.model.embedding_std * (1 + over.total_heads)})

@@ -1,14 +1,17 @@
-"""Configs to plain values and back, and `--set field=value`."""
+"""Configs to plain values and back, and changed: `changed` from code, `--set` from the user."""
 
 import dataclasses
+import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
+
+Config = typing.TypeVar("Config")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def from_dict(values: Mapping[str, Any], kind: Any = RunConfig, where: str = "")
             "must be an object with fields")
     hints = _fields(kind)
     for name in values:
-        _known(name, hints, where)
+        _known(name, kind, where)
     missing = [f.name for f in dataclasses.fields(kind)
                if f.name not in values and f.default is dataclasses.MISSING]
     if missing:
@@ -40,42 +43,89 @@ def from_dict(values: Mapping[str, Any], kind: Any = RunConfig, where: str = "")
                    for name, value in values.items()})
 
 
-def with_settings(config: Any, settings: Iterable[str]) -> Any:
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy of `config` in which the fields that `changes` names have other values.
+
+    Args:
+      config: a run, or any part of one.
+      changes: values by dotted names, such as {"model.width": 64, "model.engram": None}. A part is
+        replaced before fields within it are.
+
+    Raises:
+      UserError: an unknown field, a field of a part that `config` does not have, a value of the
+        wrong type, or values that do not fit together.
+    """
+    return _changed(config, changes, "")
+
+
+def _changed(config: Config, changes: Mapping[str, Any], where: str) -> Config:
+    kind: Any = type(config)
+    hints = _fields(kind)
+    own: dict[str, Any] = {}
+    within: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        name, _, rest = path.partition(".")
+        _known(name, kind, where, path)
+        if rest:
+            within.setdefault(name, {})[rest] = value
+        else:
+            own[name] = _coerce(value, hints[name], where + name)
+    for name, inner in within.items():
+        part = own.get(name, getattr(config, name))
+        _check_part(part, hints[name], f"{where}{name}", next(iter(inner)))
+        own[name] = _changed(part, inner, f"{where}{name}.")
+    return typing.cast(Config, dataclasses.replace(typing.cast(Any, config), **own))
+
+
+def _check_part(part: Any, hint: Any, name: str, rest: str) -> None:
+    """Refuse a field within what has none."""
+    if not dataclasses.is_dataclass(_not_none(hint)):
+        raise UserError(f"{name}.{rest}: {name} has no fields of its own")
+    if part is None:
+        raise UserError(f"{name}: is not part of this recipe, so {rest} cannot be set")
+
+
+def with_settings(config: Config, settings: Iterable[str]) -> Config:
     """A copy of `config` with every "field.field=value" applied, checked as a whole at the end.
 
     Values of text fields are taken as they are; others are JSON (numbers, lists, true, null), and
-    "none" stands for null.
+    "none" stands for null. The last setting of a field counts.
 
     Raises:
       UserError: no "=", an unknown field, a part that the recipe does not have, a wrong type, or
         settings that do not fit together.
     """
-    values = dataclasses.asdict(config)
+    changes: dict[str, Any] = {}
     for setting in settings:
-        path, found, text = setting.partition("=")
-        if not found:
+        before, sign, text = setting.partition("=")
+        if not sign:
             raise UserError(f"--set {setting}: write it as field=value, for example "
                             "training.steps=100")
-        _put(values, type(config), path.strip().split("."), text.strip(), "")
-    return from_dict(values, type(config))
+        path = before.strip()
+        for earlier in [name for name in changes if f"{name}.".startswith(f"{path}.")]:
+            del changes[earlier]
+        changes[path] = _parsed(text.strip(), _hint(type(config), path))
+    return changed(config, changes)
 
 
-def _put(values: dict[str, Any], kind: Any, path: list[str], text: str, where: str) -> None:
-    """Put one value, read as the field's type, into the tree of plain values of a `kind`."""
-    hints = _fields(kind)
-    name, rest = path[0], path[1:]
-    _known(name, hints, where)
+def paths(kind: Any) -> Iterator[tuple[str, Any]]:
+    """Every field of a config of this kind with its type: "model", "model.width" and so on."""
+    for name, hint in _fields(kind).items():
+        yield name, hint
+        if dataclasses.is_dataclass(inner := _not_none(hint)):
+            yield from ((f"{name}.{path}", deeper) for path, deeper in paths(inner))
+
+
+def _hint(kind: Any, path: str, where: str = "") -> Any:
+    """The type of the field `path` of a `kind`."""
+    name, _, rest = path.partition(".")
+    _known(name, kind, where, path)
+    hint = _fields(kind)[name]
     if not rest:
-        made = _coerce(_parsed(text, hints[name]), hints[name], where + name)
-        values[name] = to_dict(made) if dataclasses.is_dataclass(made) else made
-        return
-    inner = _not_none(hints[name])
-    if not dataclasses.is_dataclass(inner):
-        raise UserError(f"{where}{'.'.join(path)}: {name} has no fields of its own")
-    if values[name] is None:
-        raise UserError(f"{where}{name}: is not part of this recipe, so "
-                        f"{'.'.join(path)} cannot be set")
-    _put(values[name], inner, rest, text, f"{where}{name}.")
+        return hint
+    if not dataclasses.is_dataclass(inner := _not_none(hint)):
+        raise UserError(f"{where}{path}: {name} has no fields of its own")
+    return _hint(inner, rest, f"{where}{name}.")
 
 
 def _not_none(hint: Any) -> Any:
@@ -89,9 +139,34 @@ def _fields(kind: Any) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
-def _known(name: str, hints: Mapping[str, Any], where: str) -> None:
-    if name not in hints:
-        raise UserError(f"{where}{name}: no such field; there are {', '.join(sorted(hints))}")
+def _known(name: str, kind: Any, where: str, path: str = "") -> None:
+    """Refuse a `name` that is no field of `kind`, with the field that may have been meant."""
+    fields = _fields(kind)
+    if name in fields:
+        return
+    meant = _meant(path or name, [known for known, _ in paths(kind)])
+    names = " or ".join(f"{where}{known}" for known in meant)
+    raise UserError(f"{where}{name}: no such field; " + (
+        f"did you mean {names}?" if names else f"there are {', '.join(sorted(fields))}"))
+
+
+def _meant(path: str, known: Sequence[str]) -> list[str]:
+    """Which known fields somebody meant who wrote `path`: the same name elsewhere, or one alike."""
+    above, _, name = path.rpartition(".")
+    names = {field: field.rpartition(".")[2] for field in known}
+    beside = [field for field in known if field.rpartition(".")[0] == above]
+    return (
+        [field for field in known if path and field.endswith(f".{path}")]
+        or [field for field in known if names[field] == name]
+        or next((alike for fields in (beside, known)
+                 if (alike := _alike(name, {field: names[field] for field in fields}))), []))
+
+
+def _alike(name: str, names: Mapping[str, str]) -> list[str]:
+    """The fields whose names begin with `name`, or else those that are spelled most like it."""
+    longer = [field for field, full in names.items() if name and full.startswith(name)]
+    close = difflib.get_close_matches(name, names.values(), n=1)
+    return longer or [field for field, full in names.items() if full in close]
 
 
 def _parsed(text: str, hint: Any) -> Any:
@@ -115,7 +190,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return None
         return _coerce(value, _not_none(hint), where)
     if dataclasses.is_dataclass(hint):
-        return from_dict(value, hint, f"{where}.")
+        known = isinstance(value, typing.cast(type, hint))
+        return value if known else from_dict(value, hint, f"{where}.")
     if origin is tuple:
         item = typing.get_args(hint)[0]
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -140,8 +216,8 @@ def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, 
     """The first field in which two trees of plain values differ: (name, before, now)."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            found = first_difference(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
-            if found:
-                return found
+            difference = first_difference(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+            if difference:
+                return difference
         return None
     return None if before == now else (where, before, now)

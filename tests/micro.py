@@ -1,6 +1,5 @@
 """A run so small that a step takes milliseconds, and a made-up text for it."""
 
-import dataclasses
 import random
 
 import jax
@@ -15,6 +14,7 @@ from engram_jax.config import (
     RunConfig,
     TrainingConfig,
 )
+from engram_jax.settings import changed
 
 SYLLABLES = ("ka", "lo", "mi", "su", "te", "ra", "no", "vi", "pe", "du")
 
@@ -68,16 +68,16 @@ def plain(run):
 
 def with_model(run, **fields):
     """The run with fields of its model changed."""
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, **fields))
+    return changed(run, {f"model.{name}": value for name, value in fields.items()})
 
 
 def with_data(run, **fields):
-    return dataclasses.replace(run, data=dataclasses.replace(run.data, **fields))
+    return changed(run, {f"data.{name}": value for name, value in fields.items()})
 
 
 def with_training(run, **fields):
-    return dataclasses.replace(run, training=dataclasses.replace(run.training, **fields))
+    return changed(run, {f"training.{name}": value for name, value in fields.items()})
 
 
 def with_optimizer(run, **fields):
-    return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, **fields))
+    return changed(run, {f"optimizer.{name}": value for name, value in fields.items()})

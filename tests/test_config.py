@@ -8,7 +8,7 @@ import pytest
 from engram_jax.config import EngramConfig, HashConfig, MoEConfig, RunConfig
 from engram_jax.errors import UserError
 from engram_jax.recipes import RECIPES, recipe, with_over_encoding, without_memory
-from engram_jax.settings import from_dict, to_dict, to_json, with_settings
+from engram_jax.settings import changed, from_dict, paths, to_dict, to_json, with_settings
 
 TINY = recipe("tiny")
 
@@ -96,6 +96,66 @@ def test_settings_are_applied_in_order():
     run = with_settings(TINY, ["training.steps=1", "model.engram.layers=[0]", "training.steps=2"])
     assert (run.training.steps, run.model.engram.layers) == (2, (0,))
     assert TINY.training.steps not in (1, 2)
+
+
+def test_a_part_that_is_taken_away_takes_its_settings_along():
+    run = with_settings(TINY, ["model.engram.layers=[0]", "model.engram=none"])
+    assert run.model.engram is None
+
+
+def test_changed_is_nested_replacing():
+    engram = dataclasses.replace(TINY.model.engram, layers=(0, 3))
+    nested = dataclasses.replace(
+        TINY, name="other", model=dataclasses.replace(TINY.model, depth=4, engram=engram))
+    # In any order: parts are checked once all of their fields are there.
+    assert nested == changed(TINY, {
+        "model.engram.layers": (0, 3), "name": "other", "model.depth": 4})
+    assert changed(TINY.model, {"engram": engram, "engram.layers": (1,)}) == TINY.model
+    assert changed(TINY, {}) == TINY
+
+
+def test_changed_takes_values_as_settings_do():
+    run = changed(TINY, {"model.moe": {"experts": 4, "top_k": 1}, "model.norm_eps": 1})
+    assert run.model.moe == MoEConfig(experts=4, top_k=1)
+    assert type(run.model.norm_eps) is float
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"model.width": "64"}, ["model.width = '64'", "whole number"]),
+    ({"model.widht": 64}, ["model.widht: no such field", "did you mean model.width?"]),
+    ({"model.engram.layers": 1.5}, ["model.engram.layers", "1.5"]),
+    ({"model.width.more": 1}, ["model.width.more", "no fields"]),
+    ({"model.over_encoding.heads": 2}, ["model.over_encoding", "not part of this recipe"]),
+    ({"model.engram": TINY.model.moe}, ["model.engram", "must be an object with fields"]),
+    ({"model.depth": 1}, ["model.engram.layers", "0..0"]),
+])
+def test_changed_refuses_by_name(changes, words):
+    line = error_of(changed, TINY, changes)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(("written", "meant"), [
+    ("width", "did you mean model.width?"),
+    ("engram.layers", "did you mean model.engram.layers?"),
+    ("model.rows_per_head", "model.engram.rows_per_head or model.over_encoding.rows_per_head?"),
+    ("model.widht", "did you mean model.width?"),
+    ("modle.width", "did you mean model.width?"),
+    ("stpes", "did you mean training.steps?"),
+    ("model.engram.rows", "did you mean model.engram.rows_per_head?"),
+    ("seed", "did you mean data.seed or training.seed?"),
+    ("xyzzy", "there are baseline, data, model, name, optimizer, training"),
+])
+def test_a_field_that_is_not_there_names_the_one_that_was_meant(written, meant):
+    line = error_of(with_settings, TINY, [f"{written}=1"])
+    assert line.endswith(meant)
+
+
+def test_every_path_leads_to_a_field():
+    names = [name for name, _ in paths(RunConfig)]
+    assert len(names) == len(set(names))
+    assert {"name", "model", "model.engram.layers", "training.steps"} <= set(names)
+    plain = {name for name, _ in leaves(to_dict(TINY))}
+    assert plain - {"model.moe", "model.engram", "model.over_encoding"} <= set(names)
 
 
 # Each line must hold every one of the words: the field, the value, and what would be right.

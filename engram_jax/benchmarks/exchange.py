@@ -22,6 +22,7 @@ from engram_jax.costs.collectives import Collective, collectives
 from engram_jax.data.batches import train_batches
 from engram_jax.hashing.addressing import Addressing, sites
 from engram_jax.runs.reader import open_inputs
+from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows
 from engram_jax.training import placement
 from engram_jax.training.capacity import with_capacity
@@ -92,12 +93,8 @@ def exchange_benchmark(steps: int = STEPS) -> dict[str, Any]:
 
 
 def _workload() -> RunConfig:
-    run = recipes.tiny()
-    assert run.model.engram is not None
-    engram = dataclasses.replace(run.model.engram, rows_per_head=(ROWS_PER_HEAD, ROWS_PER_HEAD))
-    return dataclasses.replace(
-        run, model=dataclasses.replace(run.model, engram=engram),
-        data=dataclasses.replace(run.data, batch_size=128))
+    return changed(recipes.tiny(), {
+        "model.engram.rows_per_head": (ROWS_PER_HEAD, ROWS_PER_HEAD), "data.batch_size": 128})
 
 
 class _Arm:

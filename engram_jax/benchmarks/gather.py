@@ -7,7 +7,6 @@ before, and the arms take turns, so neither finds in a cache what the other has 
 Shapes: B batch, T time, H rows of a token, U distinct rows.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from engram_jax.offload.dedup import Fetch, distinct
 from engram_jax.offload.formats import RowFormat
 from engram_jax.offload.host import HostTable
 from engram_jax.runs.reader import Inputs, open_inputs
+from engram_jax.settings import changed
 
 LAYERS, ORDERS, HEADS, DIM = (1, 14), 3, 8, 256  # V4.1
 TABLE_BYTES = 8 * 2**30  # of all layers; V4.1's own are 203 GB
@@ -95,15 +95,12 @@ def gather_benchmark(*, batches: Sequence[int] = (1, 8), steps: int = 2048, pref
 
 def _inputs(table_bytes: int) -> Inputs:
     """The text of `tiny`, addressing two tables of V4.1's shape that have `table_bytes` in all."""
-    run = recipes.tiny()
-    assert run.model.engram is not None
     per_head = RowFormat("fp8", DIM).row_bytes * len(LAYERS) * ORDERS * HEADS
     rows = max(2, -(-table_bytes // per_head))
-    engram = dataclasses.replace(
-        run.model.engram, layers=LAYERS, rows_per_head=(rows,) * ORDERS, max_order=ORDERS + 1,
-        heads=HEADS, head_dim=DIM)
-    model = dataclasses.replace(run.model, depth=max(LAYERS) + 1, engram=engram)
-    return open_inputs(dataclasses.replace(run, model=model))
+    return open_inputs(changed(recipes.tiny(), {
+        "model.depth": max(LAYERS) + 1, "model.engram.layers": LAYERS,
+        "model.engram.rows_per_head": (rows,) * ORDERS, "model.engram.max_order": ORDERS + 1,
+        "model.engram.heads": HEADS, "model.engram.head_dim": DIM}))
 
 
 def _table(rows: int) -> HostTable:

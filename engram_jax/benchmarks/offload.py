@@ -35,6 +35,7 @@ from engram_jax.offload.host import HostTable
 from engram_jax.offload.host_cache import CachedTable
 from engram_jax.offload.prefetch import Counters, HostRows
 from engram_jax.runs.reader import Inputs, open_inputs
+from engram_jax.settings import changed
 from engram_jax.tables.layout import layout_of
 
 ALONE = 8  # requests that are timed one by one, for the time to the first token
@@ -71,20 +72,18 @@ class Workload:
 
 def tiny() -> Workload:
     """The demo's backbone with a table of 4.2M rows of 16 columns, for a CPU."""
-    model = recipes.tiny().model
-    assert model.engram is not None
-    engram = dataclasses.replace(model.engram, rows_per_head=(524_288, 524_288))
-    return Workload(model=dataclasses.replace(model, engram=engram), dtype="float32", sequences=48,
-                    generated=(16, 48), slots=8, chunk=256, repeats=3, cache_bytes=2**22)
+    model = changed(recipes.tiny().model, {"engram.rows_per_head": (524_288, 524_288)})
+    return Workload(model=model, dtype="float32", sequences=48, generated=(16, 48),
+                    slots=8, chunk=256, repeats=3, cache_bytes=2**22)
 
 
 def dense_4b() -> Workload:
     """A dense model of 4.1B with a table of 42 GB in V4.1's format before block 1."""
-    model = recipes.dense_4b().model
     engram = EngramConfig(layers=(1,), rows_per_head=(6_700_000,) * 3, max_order=4, heads=8,
                           head_dim=256, kernel=0)
-    return Workload(model=dataclasses.replace(model, engram=engram), dtype="fp8", sequences=512,
-                    generated=(100, 1024), slots=128, chunk=1024, repeats=2,
+    model = changed(recipes.dense_4b().model, {"engram": engram})
+    return Workload(model=model, dtype="fp8", sequences=512, generated=(100, 1024),
+                    slots=128, chunk=1024, repeats=2,
                     homes=("none", "host"), cache_bytes=2**30)
 
 
@@ -280,7 +279,7 @@ def _arms(
         homes = {site.name: _home(work, inputs.addressing, site, home, folder)
                  for site in inputs.addressing.sites} if home in ("host", "disk") else {}
         for way in _ways(home, work.cache_bytes):
-            model = dataclasses.replace(work.model, engram=None) if home == "none" else work.model
+            model = changed(work.model, {"engram": None}) if home == "none" else work.model
             rows = _rows(work, inputs, home, homes, way)
             stack.callback(rows.close)
             engine = Engine(
@@ -296,7 +295,7 @@ def _without_memory(params: dict[str, Any], model: ModelConfig) -> dict[str, Any
     """The parameters of the same blocks, chained as they are without memory."""
     cut = list(zip(segments(model), params["segments"], strict=True))
     chain = []
-    for whole in segments(dataclasses.replace(model, engram=None)):
+    for whole in segments(changed(model, {"engram": None})):
         parts = [own["blocks"] for segment, own in cut if whole.start <= segment.start < whole.stop]
         chain.append({"blocks": jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)})
     return {**params, "segments": chain}
@@ -311,7 +310,7 @@ def _rows(
                   if way.host_cache else homes[site.name] for site in inputs.addressing.sites}
         return HostRows(inputs.addressing, cached, way.cache)
     if home == "none":
-        return DeviceRows(dataclasses.replace(work.model, engram=None),
+        return DeviceRows(changed(work.model, {"engram": None}),
                           Addressing((), {}, {}), {})
     return DeviceRows(work.model, inputs.addressing, {
         site.name: _table(site) for site in inputs.addressing.sites})

@@ -1,6 +1,5 @@
 """What each optimizer of tables costs: a step's time and the state that it keeps of a row."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ import jax
 from engram_jax import recipes
 from engram_jax.benchmarks.table import milliseconds, row_wise, with_rows
 from engram_jax.config import TABLE_OPTIMIZERS, RunConfig
+from engram_jax.settings import changed
 from engram_jax.tables.row_optimizers import row_optimizer, state_bytes
 
 ROWS = 1_000_000
@@ -38,5 +38,4 @@ def row_optimizer_benchmark(rows: int = ROWS, steps: int = STEPS) -> dict[str, A
 
 
 def _with_optimizer(run: RunConfig, name: str) -> RunConfig:
-    return dataclasses.replace(
-        run, optimizer=dataclasses.replace(run.optimizer, table_optimizer=name))
+    return changed(run, {"optimizer.table_optimizer": name})

@@ -4,7 +4,6 @@ Row-wise: this library's step, gradients of rows and row Adam. Dense: the same m
 differentiated as a parameter and updated by optax's Adam, as frameworks do by default.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from engram_jax import recipes
 from engram_jax.config import RunConfig
 from engram_jax.hashing.addressing import Addressing, address
 from engram_jax.hashing.compression import CompressedVocabulary
+from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows
 from engram_jax.training.state import init_state
 from engram_jax.training.step import Batch, mean_loss, row_ids, train_step
@@ -54,8 +54,7 @@ def with_rows(run: RunConfig, rows: int) -> RunConfig:
     engram = run.model.engram
     assert engram is not None
     orders = len(engram.rows_per_head)
-    engram = dataclasses.replace(engram, rows_per_head=(rows // engram.total_heads,) * orders)
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, engram=engram))
+    return changed(run, {"model.engram.rows_per_head": (rows // engram.total_heads,) * orders})
 
 
 def milliseconds(compared: list[Callable[[Batch], Any]], steps: int) -> list[float]:

@@ -13,6 +13,7 @@ from engram_jax.config import EngramConfig, RunConfig, require
 from engram_jax.costs.accounting import Account, account
 from engram_jax.hashing.addressing import sites
 from engram_jax.recipes import without_memory
+from engram_jax.settings import changed
 
 PARAMETER_TOLERANCE = 1e-3
 FLOPS_TOLERANCE = 1e-2
@@ -65,9 +66,8 @@ def allocate(base: RunConfig, rho: float, memory: EngramConfig) -> Allocation:
     require(experts > moe.top_k, "rho", rho,
             f"leaves {experts} experts of which {moe.top_k} are picked; with {moe.experts} experts "
             f"it must be at least {0.5 / spare:.3f}")
-    model = dataclasses.replace(
-        base.model, moe=dataclasses.replace(moe, experts=experts), engram=memory)
-    run = dataclasses.replace(base, name=f"{base.name}-rho-{rho:g}", model=model)
+    run = changed(base, {"name": f"{base.name}-rho-{rho:g}", "model.moe.experts": experts,
+                         "model.engram": memory})
     run = with_flops(run, account(base).flops_per_token)
     run = with_parameters(run, account(base).active_params + account(base).sparse_params)
     return _checked(base, run, rho, (experts - moe.top_k) / spare)
@@ -110,7 +110,7 @@ def with_flops(run: RunConfig, flops_per_token: int) -> RunConfig:
     ffn = model.ffn + unit * round((flops_per_token - account(run).flops_per_token) / each)
     require(ffn >= unit, "model.ffn", ffn, f"would be needed for {flops_per_token:,} FLOPs a token "
             f"of {run.name}: its memory's projections alone cost more")
-    return dataclasses.replace(run, model=dataclasses.replace(model, ffn=ffn))
+    return changed(run, {"model.ffn": ffn})
 
 
 def with_parameters(run: RunConfig, parameters: int) -> RunConfig:
@@ -129,8 +129,7 @@ def with_parameters(run: RunConfig, parameters: int) -> RunConfig:
 
     def sized(rows_per_head: int) -> RunConfig:
         rows = (rows_per_head,) * len(engram.rows_per_head)
-        made = dataclasses.replace(engram, rows_per_head=rows)
-        return dataclasses.replace(run, model=dataclasses.replace(run.model, engram=made))
+        return changed(run, {"model.engram": changed(engram, {"rows_per_head": rows})})
 
     found = _last_at_most(lambda count: _rows(sized(count)) * engram.head_dim, wanted, most)
     return min((sized(count) for count in (found, found + 1)),
@@ -158,5 +157,5 @@ def _rows(run: RunConfig) -> int:
 
 def matched_baseline(run: RunConfig, name: str = "no-memory") -> RunConfig:
     """The run without memory, its dense FFN wider by the FLOPs of the memory's projections."""
-    bare = dataclasses.replace(without_memory(run), name=name)
+    bare = changed(without_memory(run), {"name": name})
     return with_flops(bare, account(run).flops_per_token)

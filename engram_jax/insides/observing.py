@@ -24,6 +24,8 @@ from engram_jax.model.transformer import Segment, head_params, segments
 from engram_jax.runs.checkpoints import last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.reader import Reader, reader_of
+from engram_jax.runs.reader import Reader, open_reader
+from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows
 from engram_jax.training.placement import placed_state, single_mesh
 from engram_jax.training.state import TrainState
@@ -100,11 +102,11 @@ def _network(config: ModelConfig) -> ModelConfig:
                              "table_std": 0.0, "table_dtype": "float32", "keys": "ngrams"}
     engram, over = config.engram, config.over_encoding
     if engram is not None:
-        engram = dataclasses.replace(engram, rows_per_head=(2,) * len(engram.rows_per_head),
-                                     vocab_size=1, pad_id=0, **alike)
+        engram = changed(engram, {"rows_per_head": (2,) * len(engram.rows_per_head),
+                                  "vocab_size": 1, "pad_id": 0, **alike})
     if over is not None:
-        over = dataclasses.replace(over, rows_per_head=(2,) * len(over.rows_per_head), **alike)
-    return dataclasses.replace(config, engram=engram, over_encoding=over)
+        over = changed(over, {"rows_per_head": (2,) * len(over.rows_per_head), **alike})
+    return changed(config, {"engram": engram, "over_encoding": over})
 
 
 def _block(part: dict[str, Any], offset: int) -> dict[str, Any]:
@@ -188,8 +190,8 @@ def _losses(
 
 def _only_head(config: ModelConfig) -> ModelConfig:
     """The config with what the head does not read set to the same for all runs."""
-    return dataclasses.replace(
-        config, engram=None, over_encoding=None, moe=None, ffn=1, depth=1)
+    return changed(config, {"engram": None, "over_encoding": None, "moe": None, "ffn": 1,
+                            "depth": 1})
 
 
 def open_run(records: RunDirectory) -> Opened:

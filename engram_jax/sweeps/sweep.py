@@ -27,7 +27,7 @@ from engram_jax.errors import UserError
 from engram_jax.results.arms import Result
 from engram_jax.results.figures import save
 from engram_jax.runs.directory import git_revision
-from engram_jax.settings import first_difference, with_settings
+from engram_jax.settings import changed, first_difference, with_settings
 from engram_jax.storage import refusals, write_text
 from engram_jax.sweeps.launchers import Launcher, local, share
 
@@ -95,12 +95,9 @@ def experiments() -> list[str]:
 def seeded(arms: Iterable[RunConfig], seeds: Iterable[int]) -> list[RunConfig]:
     """Every arm with every seed, named ARM-seedN; paired: a seed gives all arms the same batches
     in the same order, and the same start where their shapes agree."""
-    return [
-        dataclasses.replace(
-            arm, name=f"{arm.name}-seed{seed}",
-            data=dataclasses.replace(arm.data, seed=seed),
-            training=dataclasses.replace(arm.training, seed=seed))
-        for seed in seeds for arm in arms]
+    return [changed(arm, {"name": f"{arm.name}-seed{seed}", "data.seed": seed,
+                          "training.seed": seed})
+            for seed in seeds for arm in arms]
 
 
 def run_sweep(

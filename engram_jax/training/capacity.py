@@ -1,6 +1,5 @@
 """How many rows a device asks of each peer, measured on the run's own first batches."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from engram_jax.config import RunConfig
 from engram_jax.hashing.addressing import Addressing
+from engram_jax.settings import changed
 from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES
 from engram_jax.training.step import row_ids
@@ -45,5 +45,4 @@ def with_capacity(
     most = max(float(probe(placement.put(batch, mesh)))
                for batch in itertools.islice(batches, BATCHES))
     share = math.ceil(100 * MARGIN * most) / 100
-    return dataclasses.replace(
-        run, training=dataclasses.replace(run.training, row_capacity=share))
+    return changed(run, {"training.row_capacity": share})

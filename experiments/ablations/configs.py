@@ -1,6 +1,5 @@
 """One memory in two blocks, and what is lost without each of its parts."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,16 +7,15 @@ from engram_jax.config import EngramConfig, RunConfig
 from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import with_flops
 from engram_jax.recipes import engram_3b, small, tiny, without_memory
+from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
 
 
 def _tiny() -> RunConfig:
     """Two residual streams and two modules, so that there are branches and layers to take away."""
-    run = tiny()
-    assert run.model.engram is not None
-    engram = dataclasses.replace(run.model.engram, layers=(1, 3), rows_per_head=(8192, 8192))
-    model = dataclasses.replace(run.model, depth=4, streams=2, engram=engram)
-    return dataclasses.replace(run, model=model)
+    return changed(tiny(), {
+        "model.depth": 4, "model.streams": 2, "model.engram.layers": (1, 3),
+        "model.engram.rows_per_head": (8192, 8192)})
 
 
 SCALES = {"tiny": _tiny, "small": small, "paper": engram_3b}
@@ -30,23 +28,23 @@ def arms(base: RunConfig) -> list[RunConfig]:
     rows = memory.rows_per_head
     start = 0.0 if memory.table_std else 0.02
 
-    def changed(name: str, **fields: Any) -> RunConfig:
-        return _with(base, name, dataclasses.replace(memory, **fields))
+    def arm(name: str, **fields: Any) -> RunConfig:
+        return _with(base, name, changed(memory, fields))
 
     return [
         _with(base, "reference", memory),
-        changed("one-branch", per_branch=False),
-        changed("no-compression", compress=False),
-        changed("no-gate", gated=False),
-        changed("4-grams", max_order=4, rows_per_head=(sum(rows) // 3,) * 3,
-                dilation=memory.conv_dilation),
-        changed("no-convolution", kernel=0),
-        changed("no-signed-root", signed_root=not memory.signed_root),
-        changed("random-start" if start else "zero-start", table_std=start),
-        changed("one-table", one_table=True,
-                rows_per_head=tuple(count * len(memory.layers) for count in rows)),
+        arm("one-branch", per_branch=False),
+        arm("no-compression", compress=False),
+        arm("no-gate", gated=False),
+        arm("4-grams", max_order=4, rows_per_head=(sum(rows) // 3,) * 3,
+            dilation=memory.conv_dilation),
+        arm("no-convolution", kernel=0),
+        arm("no-signed-root", signed_root=not memory.signed_root),
+        arm("random-start" if start else "zero-start", table_std=start),
+        arm("one-table", one_table=True,
+            rows_per_head=tuple(count * len(memory.layers) for count in rows)),
         *(_with_rate(base, multiplier) for multiplier in (1.0, 20.0)),
-        dataclasses.replace(without_memory(base), name="no-memory"),
+        changed(without_memory(base), {"name": "no-memory"}),
     ]
 
 
@@ -58,10 +56,9 @@ def runs(scale: str, seeds: Sequence[int]) -> list[RunConfig]:
 
 
 def _with(base: RunConfig, name: str, engram: EngramConfig) -> RunConfig:
-    return dataclasses.replace(
-        base, name=name, model=dataclasses.replace(base.model, engram=engram))
+    return changed(base, {"name": name, "model.engram": engram})
 
 
 def _with_rate(base: RunConfig, multiplier: float) -> RunConfig:
-    optimizer = dataclasses.replace(base.optimizer, table_multiplier=multiplier)
-    return dataclasses.replace(base, name=f"rate-x{multiplier:g}", optimizer=optimizer)
+    return changed(base, {"name": f"rate-x{multiplier:g}",
+                          "optimizer.table_multiplier": multiplier})

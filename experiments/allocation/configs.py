@@ -1,12 +1,12 @@
 """Sparse parameters divided between experts and memory, at two budgets of FLOPs."""
 
-import dataclasses
 from collections.abc import Sequence
 
 from engram_jax.config import EngramConfig, MoEConfig, RunConfig
 from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import Allocation, allocate
 from engram_jax.recipes import moe_6b, moe_10b, small, tiny, without_memory
+from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
 
 RHOS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -16,21 +16,19 @@ def _tiny(name: str, width: int, steps: int) -> tuple[RunConfig, EngramConfig]:
     """Many small experts, so that experts are nine tenths of the parameters."""
     run = tiny()
     assert run.model.engram is not None
-    model = dataclasses.replace(
-        without_memory(run).model, width=width, ffn=4 * width,
-        moe=MoEConfig(experts=96, top_k=4, shared=1, expert_ffn=width // 4, dense_layers=1))
-    training = dataclasses.replace(run.training, steps=steps)
-    return dataclasses.replace(run, name=name, model=model, training=training), run.model.engram
+    moe = MoEConfig(experts=96, top_k=4, shared=1, expert_ffn=width // 4, dense_layers=1)
+    return changed(without_memory(run), {
+        "name": name, "model.width": width, "model.ffn": 4 * width, "model.moe": moe,
+        "training.steps": steps}), run.model.engram
 
 
 def _small(name: str, steps: int) -> tuple[RunConfig, EngramConfig]:
     run = small()
     assert run.model.engram is not None
-    model = dataclasses.replace(
-        without_memory(run).model, ffn=4096,  # so wide that it can pay for Engram's projections
-        moe=MoEConfig(experts=64, top_k=4, shared=1, expert_ffn=256))
-    training = dataclasses.replace(run.training, steps=steps)
-    return dataclasses.replace(run, name=name, model=model, training=training), run.model.engram
+    return changed(without_memory(run), {
+        "name": name, "model.ffn": 4096,  # so wide that it can pay for Engram's projections
+        "model.moe": MoEConfig(experts=64, top_k=4, shared=1, expert_ffn=256),
+        "training.steps": steps}), run.model.engram
 
 
 PAPER = EngramConfig(layers=(1, 5), rows_per_head=(2, 2), heads=8, head_dim=80, shards=1024)
@@ -54,7 +52,7 @@ def runs(scale: str, seeds: Sequence[int]) -> list[RunConfig]:
 
 
 def _named(base: RunConfig, rho: float, memory: EngramConfig) -> RunConfig:
-    return dataclasses.replace(allocate(base, rho, memory).run, name=f"{base.name}-rho-{rho:g}")
+    return changed(allocate(base, rho, memory).run, {"name": f"{base.name}-rho-{rho:g}"})
 
 
 def described(scale: str) -> str:

@@ -1,11 +1,11 @@
 """A memory, the same memory asked for rows that say nothing, and none, all at one cost."""
 
-import dataclasses
 from collections.abc import Sequence
 
 from engram_jax.config import KEYS, RunConfig
 from engram_jax.costs.allocation import matched_baseline
 from engram_jax.recipes import engram_3b, small, tiny
+from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
 
 SCALES = {"tiny": tiny, "small": small, "paper": engram_3b}
@@ -18,7 +18,4 @@ def runs(scale: str, seeds: Sequence[int]) -> list[RunConfig]:
 
 
 def _with_keys(base: RunConfig, keys: str) -> RunConfig:
-    assert base.model.engram is not None
-    engram = dataclasses.replace(base.model.engram, keys=keys)
-    return dataclasses.replace(
-        base, name=keys, model=dataclasses.replace(base.model, engram=engram))
+    return changed(base, {"name": keys, "model.engram.keys": keys})

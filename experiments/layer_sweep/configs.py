@@ -1,17 +1,16 @@
 """One module before each block in turn, and the same rows split over two."""
 
-import dataclasses
 from collections.abc import Sequence
 
 from engram_jax.config import RunConfig
 from engram_jax.costs.allocation import matched_baseline
 from engram_jax.recipes import engram_3b, small, tiny
+from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
 
 
 def _tiny() -> RunConfig:
-    run = tiny()
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, depth=6))
+    return changed(tiny(), {"model.depth": 6})
 
 
 SCALES = {  # the run, and the two blocks of the split
@@ -34,7 +33,6 @@ def _at(base: RunConfig, layers: tuple[int, ...]) -> RunConfig:
     engram = base.model.engram
     assert engram is not None
     rows = tuple(count * len(engram.layers) // len(layers) for count in engram.rows_per_head)
-    engram = dataclasses.replace(engram, layers=layers, rows_per_head=rows)
     name = f"layer{'s' if len(layers) > 1 else ''}-{'-'.join(map(str, layers))}"
-    return dataclasses.replace(
-        base, name=name, model=dataclasses.replace(base.model, engram=engram))
+    return changed(base, {"name": name, "model.engram.layers": layers,
+                          "model.engram.rows_per_head": rows})

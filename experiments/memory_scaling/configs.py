@@ -1,12 +1,12 @@
 """One backbone at one cost: without memory, with tables of several sizes, with OverEncoding."""
 
-import dataclasses
 from collections.abc import Sequence
 
 from engram_jax.config import RunConfig
 from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import matched_baseline, with_flops
 from engram_jax.recipes import engram_3b, small, tiny, with_over_encoding
+from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
 
 VOCABULARY = 129_280  # the paper's sizes are multiples of it
@@ -31,13 +31,11 @@ def with_slots(base: RunConfig, slots: int) -> RunConfig:
     """The run with so many rows in each head's table, named engram-SLOTS."""
     assert base.model.engram is not None
     orders = len(base.model.engram.rows_per_head)
-    engram = dataclasses.replace(base.model.engram, rows_per_head=(slots,) * orders)
-    model = dataclasses.replace(base.model, engram=engram)
-    return dataclasses.replace(base, name=f"engram-{slots}", model=model)
+    return changed(base, {"name": f"engram-{slots}",
+                          "model.engram.rows_per_head": (slots,) * orders})
 
 
 def _over(run: RunConfig) -> RunConfig:
     """OverEncoding of the same slots, its dense FFN wider by what Engram's projections cost."""
-    over = dataclasses.replace(
-        with_over_encoding(run), name=run.name.replace("engram", "over-encoding"))
+    over = changed(with_over_encoding(run), {"name": run.name.replace("engram", "over-encoding")})
     return with_flops(over, account(run).flops_per_token)

@@ -3,11 +3,11 @@
 The first seed chooses among the rates; the others repeat the paper's.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 from engram_jax.config import TABLE_OPTIMIZERS, RunConfig
 from engram_jax.recipes import tiny
+from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
 
 PAPER = 5.0  # rate of the tables over the backbone's
@@ -30,14 +30,8 @@ def arms(steps: int, multipliers: Sequence[float]) -> list[RunConfig]:
 
 
 def _arm(steps: int, optimizer: str, multiplier: float, dtype: str) -> RunConfig:
-    base = tiny()
-    assert base.model.engram is not None
-    engram = dataclasses.replace(base.model.engram, table_dtype=dtype)
-    return dataclasses.replace(
-        base,
-        name=f"{optimizer}{'-bf16' if dtype == 'bfloat16' else ''}-x{multiplier:g}",
-        model=dataclasses.replace(base.model, engram=engram),
-        optimizer=dataclasses.replace(
-            base.optimizer, table_optimizer=optimizer, table_multiplier=multiplier),
-        training=dataclasses.replace(base.training, steps=steps, checkpoint_every=0),
-    )
+    return changed(tiny(), {
+        "name": f"{optimizer}{'-bf16' if dtype == 'bfloat16' else ''}-x{multiplier:g}",
+        "model.engram.table_dtype": dtype, "optimizer.table_optimizer": optimizer,
+        "optimizer.table_multiplier": multiplier, "training.steps": steps,
+        "training.checkpoint_every": 0})
