@@ -216,7 +216,8 @@ def first_difference(before: Any, now: Any, where: str = "") -> tuple[str, Any, 
     """The first field in which two trees of plain values differ: (name, before, now)."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
-            difference = first_difference(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+            difference = first_difference(
+                before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
             if difference:
                 return difference
         return None
