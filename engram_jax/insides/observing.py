@@ -24,7 +24,6 @@ from engram_jax.model.transformer import Segment, head_params, segments
 from engram_jax.runs.checkpoints import last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.reader import Reader, reader_of
-from engram_jax.runs.reader import Reader, open_reader
 from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows
 from engram_jax.training.placement import placed_state, single_mesh

@@ -130,8 +130,8 @@ def _check_finite(compared: Sequence[Arm]) -> None:
     lost = [f"{run.path} (loss {run.result['loss']})" for arm in compared for run in arm.runs
             if run.result is not None and not math.isfinite(run.result["loss"])]
     if lost:
-        raise UserError(f"{', '.join(lost)}: diverged, and a mean over the other seeds would be one "
-                        "of the lucky; leave the whole arm out")
+        raise UserError(f"{', '.join(lost)}: diverged, and a mean over the other seeds would be "
+                        "one of the lucky; leave the whole arm out")
 
 
 def _check_axes(compared: Sequence[Arm], baseline: Arm, axes: Sequence[str]) -> None:
