@@ -8,7 +8,6 @@ import pytest
 from engram_jax.cli import main
 from engram_jax.costs import plan
 from engram_jax.costs.plan import GIB, Plan, asked_for, described
-from engram_jax.errors import UserError
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed (extra aot)")
@@ -103,6 +102,6 @@ def test_a_run_that_does_not_fit(capsys):
     assert found["peak_bytes"] > found["hbm_bytes"]
 
 
-def test_unknown_recipe():
-    with pytest.raises(UserError, match="no such recipe"):
-        main._recipe(main.parser().parse_args(["plan", "huge", "--topology", "v5e:2x2"]))
+def test_unknown_recipe(capsys):
+    assert main.main(["plan", "huge", "--topology", "v5e:2x2"]) == 2
+    assert "no such recipe" in capsys.readouterr().err
