@@ -1,7 +1,7 @@
 """The named runs: every model of the paper, and small ones for a laptop.
 
-A recipe is a function that returns a `RunConfig`. Sizes are SPEC section 3 (arXiv 2601.07372
-table 5, arXiv 2512.24880 table 5).
+A recipe is a function that returns a `RunConfig`. Sizes are docs/spec.md section 3.1
+(arXiv 2601.07372 table 5, arXiv 2512.24880 table 5).
 """
 
 import importlib
@@ -72,8 +72,11 @@ def engram_40b() -> RunConfig:
 
 def _paper_small(name: str, width: int, depth: int, expert_ffn: int, ffn: int, experts: int,
                  tokens: float) -> RunConfig:
-    """A model of the paper's experiments. The paper gives sizes and expert counts (SPEC section 4)
-    but no shapes: these are ours, and reconcile with its counts."""
+    """A model of the paper's experiments.
+
+    The paper gives sizes and expert counts (docs/spec.md section 4) but no shapes: these are ours,
+    and reconcile with its counts.
+    """
     run = _paper(name, MoEConfig(experts=experts, expert_ffn=expert_ffn), None)
     step_tokens = run.data.sequence_length * run.data.batch_size
     return changed(run, {

@@ -15,7 +15,7 @@ class HashConfig:
 
     Attributes:
       rows_per_head: rows of each head's table, one entry for each order 2..N. Each head gets the
-        next unused prime that is not below it (SPEC "Hash").
+        next unused prime that is not below it (docs/spec.md section 1.2).
       max_order: N, the longest n-gram; `rows_per_head` has an entry for each order up to it.
       heads: heads for each order.
       compress: hash canonical ids (the compressed vocabulary) instead of raw token ids.
@@ -63,7 +63,7 @@ class HashConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngramConfig(HashConfig):
-    """The Engram module (SPEC section 1).
+    """The Engram module (docs/spec.md section 1).
 
     Attributes:
       layers: 0-based blocks before whose attention the module stands.

@@ -46,7 +46,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Muon for matrices, Adam for the rest, an optimizer of rows for tables (SPEC section 3).
+    """Muon for matrices, Adam for the rest, an optimizer of rows for tables.
+
+    Rules and rates are those of docs/spec.md section 3.3.
 
     The learning rate warms up linearly, then is multiplied by `decay_to[i]` from the share
     `decay_at[i]` of the steps on.

@@ -1,7 +1,7 @@
 """What a run costs: parameters, FLOPs and table bytes, counted from the abstract parameter tree.
 
-Counting rules (SPEC section 3): *total* counts the LM head but not the token embedding; *active*
-and *sparse* count neither; *engram* counts tables alone.
+Counting rules (docs/spec.md section 3.1): *total* counts the LM head but not the token
+embedding; *active* and *sparse* count neither; *engram* counts tables alone.
 """
 
 import collections

@@ -23,7 +23,7 @@ _LONE_SPACE = "\ue000"  # stands for a lone space, so that stripping does not re
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompressedVocabulary:
-    """The surjection of raw token ids onto canonical ids (SPEC section 1).
+    """The surjection of raw token ids onto canonical ids (docs/spec.md (1)).
 
     Two are equal when their digests are, so one can be a static argument or a module's attribute.
 
@@ -128,7 +128,7 @@ class CompressedVocabulary:
 
 
 def _normalizer() -> normalizers.Normalizer:
-    """Text to the key that tokens of one class share, in the order that SPEC section 1 gives."""
+    """Text to the key that tokens of one class share, in the order of docs/spec.md section 1.1."""
     return normalizers.Sequence([
         normalizers.NFKC(),
         normalizers.NFD(),

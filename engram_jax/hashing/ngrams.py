@@ -1,4 +1,4 @@
-"""Canonical ids to row ids: the multiply-xor-modulus hash of n-grams (SPEC section 1, "Hash").
+"""Canonical ids to row ids: the multiply-xor-modulus hash of n-grams (docs/spec.md section 1.2).
 
 The products have 63 bits and accelerators have no fast int64, so under jit everything is uint32:
 a 64-bit value is a pair (high, low). `row_ids_numpy` is the same hash in NumPy's int64.

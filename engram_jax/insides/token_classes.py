@@ -1,4 +1,4 @@
-"""What tokenizer compression merges (SPEC section 1, paper table 6)."""
+"""What tokenizer compression merges (docs/spec.md section 1.1, paper table 6)."""
 
 from typing import NamedTuple
 

@@ -245,7 +245,7 @@ def balanced_momentum(
     eps: float = 1e-20,
     axes: tuple[str, ...] = (),
 ) -> RowOptimizer:
-    """DeepSeek-V4.1's optimizer of tables (SPEC section 3).
+    """DeepSeek-V4.1's optimizer of tables (docs/spec.md (21)).
 
     M <- b M + (1 - b) G; U = b M + (1 - b) G. Rows of U whose norm is at most `least` of the mean
     norm become 0, then rows and columns of [rows, D] are divided by their norms in turn, `rounds`

@@ -1,4 +1,7 @@
-"""Muon for matrices, Adam for the rest (SPEC section 3); tables have `tables.row_optimizers`."""
+"""Muon for matrices, Adam for the rest (docs/spec.md section 3.3).
+
+Tables have optimizers of their own, `tables.row_optimizers`.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -23,7 +23,7 @@ from engram_jax.settings import with_settings
 B = 1e9
 
 
-# SPEC section 3 (Engram paper table 5, mHC paper table 5): total, active, Engram.
+# docs/spec.md section 3.1 (Engram paper table 5, mHC paper table 5): total, active, Engram.
 @pytest.mark.parametrize(("name", "total", "active", "engram"), [
     ("dense-4b", 4.133, 3.802, 0),
     ("moe-27b", 26.717, 3.808, 0),

@@ -56,7 +56,7 @@ def calls(draw):
 
 
 def row_ids_oracle(hashing, ids_BT, layer, history=None, reach_BT=None):
-    """The hash as the SPEC words it, one Python int at a time."""
+    """The hash as docs/spec.md (2) to (4) have it, one Python int at a time."""
     batch, time = ids_BT.shape
     before = hashing.max_order - 1
     rows = np.zeros((batch, time, before, hashing.heads), np.int64)

@@ -53,7 +53,7 @@ def setting(streams, **changes):
 
 
 def oracle(params, hidden, rows, config):
-    """(delta, gate) of SPEC section 1 in float64, one position, stream and tap at a time."""
+    """(delta, gate) of docs/spec.md section 1 in float64, a position, stream and tap at a time."""
     p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
     batch, time, streams, width = hidden.shape
 

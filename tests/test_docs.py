@@ -1,0 +1,55 @@
+"""The pages of docs/ say what is there, and what points at them arrives."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
+SPEC = (ROOT / "docs" / "spec.md").read_text()
+SECTIONS = set(re.findall(r"^#+ ([\d.]+?)\.? ", SPEC, re.MULTILINE))
+EQUATIONS = [int(number) for number in re.findall(r"  \((\d+)\)$", SPEC, re.MULTILINE)]
+
+
+def sources():
+    for folder in ("engram_jax", "tests", "experiments", "examples"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path != Path(__file__):
+                yield path.relative_to(ROOT), " ".join(path.read_text().split())
+
+
+def test_equations_are_numbered_in_order():
+    assert list(range(1, len(EQUATIONS) + 1)) == EQUATIONS
+
+
+def test_every_cited_section_and_equation_is_there():
+    citations = 0
+    for path, text in sources():
+        assert not re.search(r"\bSPEC\b", text), path
+        for section, equation in re.findall(r"docs/spec\.md (?:section ([\d.]*\d)|\((\d+)\))", text):
+            citations += 1
+            assert section in SECTIONS if section else int(equation) in EQUATIONS, (
+                path, section or equation)
+        assert len(re.findall(r"docs/spec\.md", text)) == len(
+            re.findall(r"docs/spec\.md (?:section \d|\(\d)", text)), path
+    assert citations > 10
+
+
+@pytest.mark.parametrize("page", [str(page.relative_to(ROOT)) for page in PAGES])
+def test_every_link_of_a_page_arrives(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if file.startswith(("http:", "https:", "mailto:")):
+            continue
+        there = (ROOT / page).parent / file if file else ROOT / page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
+            assert anchor in {slug(heading) for heading in headings}, target
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

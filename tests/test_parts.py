@@ -1,0 +1,43 @@
+"""Every python block of docs/parts.md runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "parts.md").read_text()
+
+
+def blocks(page):
+    """(heading, code) of every python block, in order."""
+    heading = ""
+    pattern = r"^#+ ([^\n]*)$|^```python\n(.*?)^```$"
+    for part in re.finditer(pattern, page, re.MULTILINE | re.DOTALL):
+        if part[1] is not None:
+            heading = part[1]
+        else:
+            yield heading, part[2]
+
+
+BLOCKS = list(blocks(PAGE))
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("code", [pytest.param(code, id=slug(heading)) for heading, code in BLOCKS])
+def test_the_block_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/parts.md", "exec"), {"__name__": "parts"})
+
+
+def test_every_part_of_the_table_is_there():
+    anchors = {slug(heading) for heading in re.findall(r"^#+ (.*)$", PAGE, re.MULTILINE)}
+    assert BLOCKS
+    for target in re.findall(r"\]\(#([^)]+)\)", PAGE):
+        assert target in anchors, target
+    for file in re.findall(r"\]\(([^)#]+)\)", PAGE):
+        assert (ROOT / "docs" / file).exists(), file
