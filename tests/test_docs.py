@@ -27,7 +27,8 @@ def test_every_cited_section_and_equation_is_there():
     citations = 0
     for path, text in sources():
         assert not re.search(r"\bSPEC\b", text), path
-        for section, equation in re.findall(r"docs/spec\.md (?:section ([\d.]*\d)|\((\d+)\))", text):
+        pattern = r"docs/spec\.md (?:section ([\d.]*\d)|\((\d+)\))"
+        for section, equation in re.findall(pattern, text):
             citations += 1
             assert section in SECTIONS if section else int(equation) in EQUATIONS, (
                 path, section or equation)

@@ -4,8 +4,8 @@
     qwen      multipliers from splitmix64; products wrap round as signed 64-bit numbers, and the
               remainder is the floor's
 
-Both give heads ascending primes, none of them twice (docs/spec.md section 1.2). What is made here is
-kept in a file (`artifact.py`), and whoever has the file derives nothing.
+Both give heads ascending primes, none of them twice (docs/spec.md section 1.2). What is made here
+is kept in a file (`artifact.py`), and whoever has the file derives nothing.
 
 Shape suffixes: N longest n-gram, O = N - 1 orders, K heads.
 """

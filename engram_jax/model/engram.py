@@ -1,7 +1,7 @@
 """The Engram module: what the n-grams retrieved, gated by the hidden state.
 
-It is docs/spec.md section 1. `fuse` is the module as a pure function with rows as an input; `Engram` is the drop-in Linen module
-that hashes, looks up in a table of its own and fuses.
+It is docs/spec.md section 1. `fuse` is the module as a pure function with rows as an input;
+`Engram` is the drop-in Linen module that hashes, looks up in a table of its own and fuses.
 
 Shapes: B batch, T time, M streams, D width, H = (N - 1) * K rows of a token, C columns of a row,
 E = H * C, L taps of the convolution.

@@ -6,8 +6,8 @@
     fp8        D bytes of e4m3, then one byte of e8m0 for each 32 columns: 2^(e - 127), 255 is NaN
 
 All little-endian. fp8 is DeepSeek-V4.1's format (docs/spec.md (22)). Decoding gives the same
-float32 bits from NumPy and from every compiled program: powers of two are added to the exponent, and an
-int8 scale has so few bits that its products are exact, so that fusing them with what follows
+float32 bits from NumPy and from every compiled program: powers of two are added to the exponent,
+and an int8 scale has so few bits that its products are exact, so that fusing them with what follows
 changes nothing. Values below 2**-126 decode to zero, as most devices would have it anyhow.
 
 Shapes: U rows (or any leading axes), D columns, B bytes of a packed row, G groups of 32 columns.
