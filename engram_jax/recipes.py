@@ -5,7 +5,6 @@ A recipe is a function that returns a `RunConfig`. Sizes are docs/spec.md sectio
 """
 
 import importlib
-import json
 import re
 from collections.abc import Callable
 
@@ -24,7 +23,7 @@ from engram_jax.config import (
 )
 from engram_jax.errors import UserError
 from engram_jax.settings import changed, from_dict
-from engram_jax.storage import check_readable, refusals
+from engram_jax.storage import check_readable, read_json, refusals
 
 PAPER_LAYERS = (1, 14)
 
@@ -199,14 +198,7 @@ def read_config(path: epath.Path) -> RunConfig:
     Raises:
       UserError: it holds none.
     """
-    with refusals(path, "read"):
-        text = path.read_text()
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: is not the config of a run")
+    values = read_json(path)
     config: RunConfig = from_dict(values)
     return config
 

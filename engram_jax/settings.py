@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,25 @@ from engram_jax.errors import UserError
 Config = typing.TypeVar("Config")
 
 
+def json_text(values: Any, **layout: Any) -> str:
+    """JSON as every reader of JSON takes it: what is no finite number is null.
+
+    Args:
+      values: plain values.
+      layout: `indent`, `sort_keys` and so on, as `json.dumps` takes them.
+    """
+    return json.dumps(_finite(values), allow_nan=False, **layout)
+
+
+def _finite(values: Any) -> Any:
+    """The plain values, NaN and infinities None."""
+    if isinstance(values, Mapping):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON values."""
     return typing.cast(dict[str, Any], json.loads(to_json(config)))
@@ -21,7 +41,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_json(config: Any) -> str:
     """The config as JSON text, keys sorted: equal configs give equal text."""
-    return json.dumps(dataclasses.asdict(config), sort_keys=True, indent=1)
+    return json_text(dataclasses.asdict(config), sort_keys=True, indent=1)
 
 
 def from_dict(values: Mapping[str, Any], kind: Any = RunConfig, where: str = "") -> Any:

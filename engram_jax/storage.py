@@ -6,10 +6,12 @@ moved into place on a disk is written in place there.
 
 import contextlib
 import importlib
+import json
 import os
 import pathlib
 import secrets
 import shutil
+import typing
 from collections.abc import Iterator
 
 from etils import epath
@@ -18,6 +20,7 @@ from engram_jax.errors import MachineError, UserError
 
 PACKAGES = {"gs": "gcs", "s3": "s3"}  # a scheme's extra of this package
 COPIED_AT_ONCE = 16 * 2**20  # bytes
+LARGEST_JSON = 64 * 2**20  # bytes of a file that is read as one JSON object
 
 
 def scheme(path: epath.PathLike) -> str:
@@ -93,9 +96,47 @@ def write_text(path: epath.Path, text: str) -> None:
         part = path.parent / f"{path.name}.{secrets.token_hex(4)}.part"
         try:
             part.write_text(text)
+            keep(part)
             part.replace(path)
+            keep(path.parent)
         finally:
             part.unlink(missing_ok=True)  # of a disk that was full
+
+
+def keep(path: epath.Path) -> None:
+    """Until what is in a local file, or which files a local folder has, survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: epath.Path) -> dict[str, typing.Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+      UserError: it is empty, damaged or something else.
+      MachineError: it cannot be read.
+    """
+    with refusals(path, "read"):
+        size = path.stat().length
+        if size > LARGEST_JSON:
+            raise UserError(f"{path}: has {size:,} bytes; at most {LARGEST_JSON:,} are read")
+        data = path.read_bytes()
+    if not data.strip(b" \t\r\n\0"):
+        raise UserError(f"{path}: is empty")
+    try:
+        values = json.loads(data, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON ({first_line(error)})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold an object with fields")
+    return values
+
+
+def _no_number(name: str) -> typing.NoReturn:
+    raise ValueError(f"{name} is no number")
 
 
 def upload(file: pathlib.Path, target: epath.Path) -> None:

@@ -6,6 +6,7 @@ import math
 from engram_jax.config.checks import require, require_at_least
 from engram_jax.config.model import ModelConfig
 
+MAX_SEED = MAX_STEPS = 2**31 - 1  # int32
 TABLE_OPTIMIZERS = ("row_adam", "dense_adam", "row_rmsprop", "row_adagrad", "balanced_momentum")
 
 
@@ -106,6 +107,8 @@ class TrainingConfig:
       evaluate_batches: validation batches that an evaluation reads; 0 reads all.
       keep_checkpoints: how many of the latest checkpoints are kept.
       tensorboard: also write TensorBoard events (extra `tensorboard`).
+      skips_in_a_row: a step whose loss or gradient is not finite is skipped; when more than so many
+        follow one another the run has diverged, and stops.
       accumulate: a step's batch is cut into so many parts, one after another; the gradients add up,
         and activations take so much less memory.
       row_capacity: rows that a device may ask of each peer in one round of the exchange, as a share
@@ -122,11 +125,15 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     tensorboard: bool = False
+    skips_in_a_row: int = 3
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "training", "steps", "keep_checkpoints", "accumulate")
         require_at_least(self, 0, "training", "seed", "evaluate_every", "evaluate_batches",
-                         "checkpoint_every", "log_every", "row_capacity")
+                         "checkpoint_every", "log_every", "row_capacity", "skips_in_a_row")
+        for field, most in (("seed", MAX_SEED), ("steps", MAX_STEPS)):
+            value = getattr(self, field)
+            require(value <= most, f"training.{field}", value, f"must be at most {most}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

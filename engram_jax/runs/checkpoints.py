@@ -187,11 +187,15 @@ class Checkpoints:
 
     def _check_fingerprints(self, step: int, metadata: Any) -> None:
         """Refuse a checkpoint whose rows mean something else."""
-        carried = (metadata.custom_metadata or {}).get("fingerprints", {})
+        carried = dict((metadata.custom_metadata or {}).get("fingerprints", {}))
+        if "vocabulary" not in carried and "tokenizer" in carried:
+            # Of version 0.1.0, which digested the words of a tokenizer alone.
+            carried["vocabulary"] = carried["tokenizer"]
+            carried["tokenizer"] = self._fingerprints.get("tokenizer", "")
         if carried == self._fingerprints:
             return
         name = min(set(carried.items()) ^ set(self._fingerprints.items()))[0]
-        what = "" if name == "tokenizer" else f"the memory {name!r} of "
+        what = "" if name in ("tokenizer", "vocabulary") else f"the memory {name!r} of "
         raise UserError(
             f"{self._directory / str(step)}: {what}this model was trained with another tokenizer "
             f"or hash (digest {_ends(carried.get(name))}, here "

@@ -3,14 +3,16 @@
     config.json     the run, whole
     tokenizer.json  its tokenizer, in the format of HF `tokenizers`
     hash.json       what it hashes with (`hashing/artifact.py`)
-    env.json        git revision, versions, devices, fingerprints of text and tokenizer
+    env.json        git revision, versions, devices, fingerprints of text and tokenizer at the first
+                    start; `starts` has a line for each, with what was different then
+    lock            who is training here (`lock.py`); gone when nobody is
     metrics.jsonl   one object for each logged step; in object storage in parts (`metrics.py`)
     checkpoints/    Orbax
     result.json     written last: its presence means that the run is done
 """
 
+import datetime
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -25,15 +27,24 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from engram_jax import __version__
-from engram_jax.config import RunConfig
+from engram_jax.config import RunConfig, require
 from engram_jax.distributed import is_first
 from engram_jax.errors import UserError
 from engram_jax.hashing import artifact
 from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.recipes import read_config
+from engram_jax.runs.fingerprints import whole_digest
 from engram_jax.runs.metrics import Metrics
-from engram_jax.settings import first_difference, to_dict
-from engram_jax.storage import check_readable, is_local, refusals, scheme, write_text
+from engram_jax.runs.fingerprints import whole_digest
+from engram_jax.settings import first_difference, json_text, to_dict
+from engram_jax.storage import (
+    check_readable,
+    is_local,
+    read_json,
+    refusals,
+    scheme,
+    write_text,
+)
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
@@ -65,10 +76,22 @@ class RunDirectory:
         return self.path / "tokenizer.json"
 
     def result(self) -> dict[str, Any] | None:
-        """result.json, or None while the run is not done."""
-        place = self.path / "result.json"
-        with refusals(place, "read"):
-            return json.loads(place.read_text()) if place.exists() else None
+        """result.json, or None while the run is not done.
+
+        Raises:
+          UserError: it is damaged, or of a run that diverged.
+        """
+        path = self.path / "result.json"
+        try:
+            values = self._object("result.json")
+            if values is not None:
+                for field in ("loss", "bits_per_byte"):
+                    require(isinstance(values.get(field), float | int), f"{path}: {field}",
+                            values.get(field), "must be a number")
+        except UserError as error:
+            raise UserError(f"{error}; remove it, and the command that made the run evaluates its "
+                            "last checkpoint again") from error
+        return values
 
     def config(self) -> RunConfig:
         """config.json.
@@ -83,17 +106,19 @@ class RunDirectory:
         return read_config(place)
 
     def env(self) -> dict[str, Any]:
-        """env.json; empty where there is none."""
-        place = self.path / "env.json"
-        with refusals(place, "read"):
-            return json.loads(place.read_text()) if place.exists() else {}
-
-    def start(self, run: RunConfig, env: Mapping[str, Any]) -> None:
-        """Record what is about to run, or check that it is what was recorded before.
+        """env.json; empty where there is none.
 
         Raises:
-          UserError: the folder holds another run or one of another text, or is no folder.
-          MachineError: the folder cannot be written.
+          UserError: it is damaged.
+        """
+        return self._object("env.json") or {}
+
+    def make(self) -> None:
+        """Make the folder.
+
+        Raises:
+          UserError: it is no folder.
+          MachineError: it cannot be made.
         """
         with refusals(self.path, "written"):
             try:
@@ -101,18 +126,41 @@ class RunDirectory:
                     self.path.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError) as error:
                 raise UserError(f"out = {str(self.path)!r}: is not a folder") from error
+
+    def claim(self, run: RunConfig, env: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+        """Record what is about to run, or check that it is what was recorded before.
+
+        Args:
+          run: the run.
+          env: where it starts (`environment`).
+          tokenizer: of the run; kept, so that the run can be read wherever it is taken.
+
+        Raises:
+          UserError: the folder holds another run, or one of another text or tokenizer.
+          MachineError: the folder cannot be written.
+        """
+        with refusals(self.path, "read"):
             claimed = (self.path / "config.json").exists()
+            read_before = self.tokenizer_path.exists()
         if claimed:
             self.check(run)
-        else:
-            self._write("config.json", to_dict(run))
-        self._check_text(run, env)
-        self._write("env.json", env)
-
-    def keep_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Write tokenizer.json, so that the run can be read wherever it is taken."""
-        if is_first():
+            self._check_text(run, env)
+        if claimed and read_before:
+            self._check_tokenizer(run, tokenizer)
+        elif is_first():
             write_text(self.tokenizer_path, tokenizer.to_str())
+        if not claimed:
+            self._write("env.json", env)
+            self._write("config.json", to_dict(run))  # last: with it the folder is claimed
+
+    def begin(self, step: int, env: Mapping[str, Any]) -> None:
+        """Add a start, at `step`, to env.json."""
+        first = self.env() or dict(env)
+        starts = first.pop("starts", [{"step": 0}] if step else [])  # version 0.1.0 kept none
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        other = {name: value for name, value in env.items() if first.get(name) != value}
+        starts = [*starts, {"step": step, "time": now, **other}]
+        self._write("env.json", {**first, "starts": starts})
 
     def tokenizer(self) -> Tokenizer:
         """tokenizer.json.
@@ -157,6 +205,12 @@ class RunDirectory:
             raise UserError(f"data.path = {run.data.path!r}: is no longer the text that the run in "
                             f"{self.path} began with; choose another folder or delete this one")
 
+    def _check_tokenizer(self, run: RunConfig, tokenizer: Tokenizer) -> None:
+        if whole_digest(self.tokenizer()) != whole_digest(tokenizer):
+            raise UserError(f"data.tokenizer = {run.data.tokenizer!r}: is no longer the tokenizer "
+                            f"that the run in {self.path} began with (its tokenizer.json); choose "
+                            "another folder or delete this one")
+
     def truncate_metrics(self, last_step: int) -> None:
         """Forget what was logged after `last_step`, and any half-written line."""
         if is_first():
@@ -182,7 +236,15 @@ class RunDirectory:
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         if is_first():
-            write_text(self.path / name, json.dumps(values, indent=1, sort_keys=True) + "\n")
+            write_text(self.path / name, json_text(values, indent=1, sort_keys=True) + "\n")
+
+    def _object(self, name: str) -> dict[str, Any] | None:
+        """What a file of JSON holds; None where there is none."""
+        path = self.path / name
+        with refusals(path, "read"):
+            if not path.exists():
+                return None
+        return read_json(path)
 
 
 def environment(**known: Any) -> dict[str, Any]:

@@ -3,16 +3,22 @@
 Object storage cannot append, so there rows gather in memory and go out now and then, and whenever
 `flush` says so, into metrics-00000.jsonl. That file is written anew until it has PART_CHARACTERS;
 then comes metrics-00001.jsonl.
+
+A row is JSON: numbers of a step that are not finite are left out of it, and named in its
+`not_finite`.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from engram_jax.storage import is_local, refusals, write_text
+from engram_jax.errors import UserError
+from engram_jax.settings import json_text
+from engram_jax.storage import is_local, keep, refusals, write_text
 
 PART_CHARACTERS = 2**20
 SECONDS_BETWEEN_WRITES = 30.0
@@ -32,7 +38,11 @@ class Metrics:
         self._written = float("-inf")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All that was logged; a line that was cut off ends it."""
+        """All that was logged, without a last line that was cut off.
+
+        Raises:
+          UserError: a line before the last one is damaged.
+        """
         self.flush()
         return [row for place in self._places() for row in _rows(place)]
 
@@ -46,6 +56,7 @@ class Metrics:
             place = self._directory / "metrics.jsonl"
             with refusals(place, "written"), place.open("a") as file:
                 file.write(_line(row))
+            self._waiting = True
             return
         self._lines.append(_line(row))
         self._waiting = True
@@ -60,8 +71,13 @@ class Metrics:
         """
         if not self._waiting:
             return
+        self._waiting = False
+        if self._local:
+            with refusals(self._directory, "written"):
+                keep(self._directory / "metrics.jsonl")
+            return
         write_text(self._place(self._part), "".join(self._lines))
-        self._waiting, self._written = False, time.monotonic()
+        self._written = time.monotonic()
         if sum(map(len, self._lines)) >= PART_CHARACTERS:
             self._part, self._lines = self._part + 1, []
 
@@ -106,16 +122,24 @@ class Metrics:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(row) + "\n"
+    lost = [name for name, value in row.items()
+            if isinstance(value, float) and not math.isfinite(value)]
+    kept = {name: value for name, value in row.items() if name not in lost}
+    return json_text({**kept, "not_finite": lost} if lost else kept) + "\n"
 
 
 def _rows(place: epath.Path) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     with refusals(place, "read"):
-        text = place.read_text()
-    for line in text.splitlines():
+        lines = place.read_bytes().splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if not (isinstance(row, dict) and type(row.get("step")) is int):
+                raise ValueError("no step")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # cut off by a kill
+                break
+            raise UserError(f"{place}: line {number} is damaged ({error})") from error
+        rows.append(row)
     return rows

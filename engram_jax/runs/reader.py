@@ -1,8 +1,6 @@
 """What a run reads: its tokenizer with the addressing that it gives the memories, and its text."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 
 from tokenizers import Tokenizer
@@ -15,6 +13,7 @@ from engram_jax.hashing.addressing import Addressing, address
 from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.runs.directory import RunDirectory
+from engram_jax.runs.fingerprints import vocabulary_digest, whole_digest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +35,9 @@ class Reader:
 
     def fingerprints(self) -> dict[str, str]:
         """What a checkpoint must carry: digests of the tokenizer and of each memory's hash."""
-        words = sorted(self.tokenizer.get_vocab().items())
-        digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
-        return {"tokenizer": digest, **self.addressing.fingerprints()}
+        return {"tokenizer": whole_digest(self.tokenizer),
+                "vocabulary": vocabulary_digest(self.tokenizer),
+                **self.addressing.fingerprints()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,8 @@
 """Train a run to its end, from wherever it stopped."""
 
 import dataclasses
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -14,12 +13,14 @@ from jax.sharding import Mesh
 
 from engram_jax import __version__, distributed
 from engram_jax.config import RunConfig
-from engram_jax.costs.accounting import account
 from engram_jax.data.batches import train_batches
 from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory, environment
+from engram_jax.runs.divergence import Divergence
 from engram_jax.runs.evaluate import Evaluation, evaluator
+from engram_jax.runs.lock import Lock
+from engram_jax.runs.outcome import outcome
 from engram_jax.runs.progress import Progress
 from engram_jax.runs.reader import Inputs, open_inputs
 from engram_jax.runs.tensorboard import TensorBoard
@@ -62,13 +63,15 @@ def train(
                                  "tokenizer_digest": inputs.tokens.tokenizer_digest})
     # Refuses bad settings before the folder is claimed.
     loop = _Loop(run, inputs, records, say, mesh)
-    records.start(run, environment(
+    env = environment(
         data_fingerprint=inputs.tokens.fingerprint,
         tokenizer_digest=inputs.tokens.tokenizer_digest,
         mesh=placement.shape_of(loop.mesh),
-        row_capacity=loop.run.training.row_capacity))
-    records.keep_tokenizer(inputs.tokenizer)
-    return loop.run_to_end()
+        row_capacity=loop.run.training.row_capacity)
+    records.make()
+    with Lock(records.path, say) as lock:
+        records.claim(run, env, inputs.tokenizer)
+        return loop.run_to_end(env, lock)
 
 
 class _Loop:
@@ -90,61 +93,83 @@ class _Loop:
         self.evaluate = evaluator(self.run, inputs, mesh)
         self.batch_tokens = run.data.batch_size * run.data.sequence_length
         self.clock = _Clock()
+        self.divergence = Divergence(run.training.skips_in_a_row)
 
-    def run_to_end(self) -> dict[str, Any]:
+    def run_to_end(self, env: Mapping[str, Any], lock: Lock) -> dict[str, Any]:
         training = self.run.training
         fingerprints = self.inputs.fingerprints()
         with Checkpoints(
             self.records.checkpoints, training.keep_checkpoints, fingerprints
         ) as checkpoints:
-            state, start = self._begin(checkpoints)
+            self.checkpoints, self.lock = checkpoints, lock
+            state, start = self._begin(env)
             # Not before a checkpoint of an older version has been found to have the same.
             self.records.keep_artifact(HashArtifact.of(self.inputs.addressing))
             with (Progress(self.run.name, start, training.steps, self.say) as self.progress,
                   TensorBoard(self.records.path, training.tensorboard) as self.board):
-                state = self._steps(state, start, checkpoints)
-                evaluation = self.evaluate(state)
-                if start < training.steps:  # else it was recorded before the last checkpoint
-                    self._record(training.steps, evaluation)
-                    self.records.flush()
-                    checkpoints.save(training.steps, state, self.batches)
-                    checkpoints.wait()
-        result = self._result(evaluation)
+                if 0 < start < training.steps and due(start, training.evaluate_every):
+                    self._record(start, self.evaluate(state))
+                state = self._steps(state, start)
+                evaluation = self._end(state, start)
+        result = outcome(self.run, evaluation, self.records.metrics())
         self.records.finish(result)
         return result
 
-    def _begin(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
-        checkpoints.discard_unfinished()
-        start = checkpoints.latest or 0
+    def _begin(self, env: Mapping[str, Any]) -> tuple[TrainState, int]:
+        self.checkpoints.discard_unfinished()
+        start = self.checkpoints.latest or 0
         self.records.truncate_metrics(start)
+        self.records.begin(start, env)
         if start == 0:
             placed = placement.shardings(self.run, self.mesh)
             init = jax.jit(lambda seed: init_state(self.run, seed), out_shardings=placed)
             return init(np.int32(self.run.training.seed)), 0
         self.say(f"{self.run.name}: going on from step {start}")
-        return checkpoints.restore(
+        return self.checkpoints.restore(
             placement.placed_state(self.run, self.mesh), self.batches), start
 
-    def _steps(self, state: TrainState, start: int, checkpoints: Checkpoints) -> TrainState:
+    def _steps(self, state: TrainState, start: int) -> TrainState:
         training, pending = self.run.training, None
         for number in range(start + 1, training.steps + 1):
             state, metrics = self.step(state, placement.put(next(self.batches), self.mesh))
             if pending:  # log step n - 1 while step n runs
                 self._log(*pending)
             pending = number, metrics
-            evaluates = due(number, training.evaluate_every) and number < training.steps
-            saves = due(number, training.checkpoint_every) and number < training.steps
-            if evaluates or saves or number == training.steps:
+            last = number == training.steps
+            evaluates = due(number, training.evaluate_every) and not last
+            saves = due(number, training.checkpoint_every) and not last
+            if evaluates or saves or last:
                 # What is in a checkpoint is in the records: whoever goes on from it repeats nothing
                 # and misses nothing.
                 self._log(*pending)
                 pending = None
+            # First what cannot be had again: an evaluation may need memory that is not there.
+            if saves:
+                self._save(number, state)
             if evaluates:
                 self._record(number, self.evaluate(state))
-            if saves:
-                self.records.flush()
-                checkpoints.save(number, state, self.batches)
         return state
+
+    def _end(self, state: TrainState, start: int) -> Evaluation:
+        """Save and evaluate the last state, as far as that was not done before a stop."""
+        steps = self.run.training.steps
+        if start < steps:
+            self._save(steps, state)
+            self.checkpoints.wait()
+        evaluation = self.evaluate(state)
+        self._record(steps, evaluation)
+        if start < steps and self.divergence.skips:  # a good state after all
+            self.divergence.skips = 0
+            self._save(steps, state)
+            self.checkpoints.wait()
+        return evaluation
+
+    def _save(self, number: int, state: TrainState) -> None:
+        if self.divergence.skips:  # it might take the place of the last good one
+            return
+        self.lock.check()
+        self.records.flush()
+        self.checkpoints.save(number, state, self.batches)
 
     def _log(self, number: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: float(value) for name, value in metrics.items()}  # waits for the step
@@ -153,45 +178,29 @@ class _Loop:
         values["perf/per_device_tokens_per_sec"] = (
             self.batch_tokens / seconds / self.mesh.size if seconds else 0.0)
         self.progress.step(number, values)
+        self._keep(number, values)
+        self.divergence.watch(number, values)
         if lost := values.get("engram/ids_out_of_range"):
             self.say(f"{self.run.name}: step {number}: {lost:,.0f} row ids are of no row; "
                      "they read zeros and teach nothing")
+
+    def _keep(self, number: int, values: Mapping[str, float]) -> None:
         training = self.run.training
         if number == training.steps or due(number, training.log_every):
             self.records.log({"step": number, **values})
             self.board.log(number, values)
 
     def _record(self, number: int, evaluation: Evaluation) -> None:
+        """Keep an evaluation, unless that was done before a stop."""
+        self.divergence.watch_evaluation(number, evaluation.loss)
+        self.clock.skip()
+        if any(row["step"] == number and "evaluation/loss" in row
+               for row in self.records.metrics()):
+            return
         values = {"evaluation/loss": evaluation.loss,
                   "evaluation/bits_per_byte": evaluation.bits_per_byte}
         self.records.log({"step": number, **values})
         self.board.log(number, values)
-        self.clock.skip()
-
-    def _result(self, evaluation: Evaluation) -> dict[str, Any]:
-        numbers, run = account(self.run), self.run
-        seconds = [row["perf/step_time_seconds"] for row in self.records.metrics()
-                   if row.get("perf/step_time_seconds")]
-        memory = run.model.engram or run.model.over_encoding
-        return {
-            "name": run.name,
-            "memory": _memory_kind(run),
-            "slots": memory.rows_per_head[0] if memory else 0,
-            "memory_params": numbers.engram_params,
-            "total_params": numbers.total_params,
-            "active_params": numbers.active_params,
-            "experts": run.model.moe.experts if run.model.moe else 0,
-            "rho": numbers.rho,
-            "flops_per_token": numbers.flops_per_token,
-            "loss": evaluation.loss,
-            "bits_per_byte": evaluation.bits_per_byte,
-            "validation_tokens": evaluation.tokens,
-            "tokens_per_s": self.batch_tokens / statistics.median(seconds) if seconds else 0.0,
-            "text": epath.Path(run.data.path).name,
-            "seed": run.training.seed,
-            "steps": run.training.steps,
-            "tokens": run.training.steps * self.batch_tokens,
-        }
 
 
 def _batches(run: RunConfig, inputs: Inputs) -> grain.DatasetIterator:
@@ -220,11 +229,3 @@ class _Clock:
 
     def skip(self) -> None:
         self.last = None
-
-
-def _memory_kind(run: RunConfig) -> str:
-    if run.model.engram and run.model.over_encoding:
-        return "Engram and OverEncoding"
-    if run.model.engram:
-        return "Engram"
-    return "OverEncoding" if run.model.over_encoding else "no memory"

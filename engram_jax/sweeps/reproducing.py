@@ -150,13 +150,13 @@ def _same(before: float | None, now: float | None) -> bool:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
-    """What differs between two env.json, "name: before, now" each; the command is left out."""
+    """What differs between two env.json, "name: before, now" each, at their first starts."""
     lines = []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += differences(old, new, f"{where}{name}.")
-        elif old != new and name != "command":
+        elif old != new and name not in ("command", "starts"):
             lines.append(f"{where}{name}: {_word(old)}, {_word(new)}")
     return lines
 

@@ -464,7 +464,7 @@ def test_models_that_differ_in_memory_see_the_same_text_and_start_alike(run, inp
 def test_text_that_changed_is_not_gone_on_with(run, tmp_path, monkeypatch):
     text = write_text(tmp_path / "text.txt", words=1500)
     mine = with_data(run, path=text)
-    monkeypatch.setattr(train._Loop, "run_to_end", lambda self: {})
+    monkeypatch.setattr(train._Loop, "run_to_end", lambda self, env, lock: {})
     train.train(mine, tmp_path / "run", silent)
     write_text(tmp_path / "text.txt", words=1500, seed=1)
     with pytest.raises(UserError, match=r"data.path = .*no longer the text"):
@@ -578,7 +578,7 @@ def test_another_tokenizer_or_hash_is_refused(run, inputs, whole, name):
 
 
 def test_the_fingerprint_is_of_hash_and_tokenizer(run, inputs, tmp_path):
-    assert set(inputs.fingerprints()) == {"tokenizer", "layer_0"}
+    assert set(inputs.fingerprints()) == {"tokenizer", "vocabulary", "layer_0"}
     seeded = with_model(run, engram=dataclasses.replace(run.model.engram, hash_seed=1))
     assert open_inputs(seeded).fingerprints()["layer_0"] != inputs.fingerprints()["layer_0"]
     other = with_data(run, path=write_text(tmp_path / "other.txt", seed=5))
