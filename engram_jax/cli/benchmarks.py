@@ -1,11 +1,11 @@
 """The command that measures this machine: `bench`."""
 
-import json
 import os
 import typing
 
 from engram_jax.cli.words import Commands, Options, add_command, add_json
 from engram_jax.errors import UserError
+from engram_jax.settings import json_text
 
 
 def add(commands: Commands) -> None:
@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
 def bench(options: Options) -> None:
     result = _measured(options)
     if options.json:
-        print(json.dumps(result, indent=1))
+        print(json_text(result, indent=1))
     else:
         for name, value in result.items():
             print(f"{name:<28} {value:,.4g}" if isinstance(value, float) else f"{name:<28} {value}")

@@ -1,12 +1,11 @@
 """Commands about models that need not be trained: `describe` counts one, `plan` compiles it."""
 
-import json
 import os
 import sys
 
 from engram_jax.cli.words import Commands, Options, Parser, add_command, add_json, add_set
 from engram_jax.config import RunConfig
-from engram_jax.settings import with_settings
+from engram_jax.settings import json_text, with_settings
 
 
 def add(commands: Commands) -> None:
@@ -46,7 +45,7 @@ def describe(options: Options) -> None:
 
     run = named_run(options)
     if options.json:
-        print(json.dumps({"name": run.name, **accounting.account(run).to_dict()}, indent=1))
+        print(json_text({"name": run.name, **accounting.account(run).to_dict()}, indent=1))
     else:
         print(accounting.described(run))
 

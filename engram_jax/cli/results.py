@@ -1,8 +1,8 @@
 """Commands that look at trained runs: `compare`, `analyze` and `report`."""
 
-import json
 
 from engram_jax.cli.words import Commands, Options, add_command, add_directories, add_json, say
+from engram_jax.settings import json_text
 
 ANALYSES = ("gates", "lens", "cka", "suppression", "patchscope", "tokenizer", "memory")
 
@@ -31,7 +31,7 @@ def compare(options: Options) -> None:
     from engram_jax.results import comparing
 
     compared = comparing.comparison(options.directories, options.baseline, options.axis)
-    print(json.dumps(comparing.to_json(compared), indent=1) if options.json
+    print(json_text(comparing.to_json(compared), indent=1) if options.json
           else comparing.described(compared))
 
 
@@ -62,7 +62,7 @@ def analyze(options: Options) -> None:
 
     findings = analyses.analyze(options.what, options.directories, options.text, options.spans,
                                 options.tasks)
-    text = json.dumps(findings, indent=1)
+    text = json_text(findings, indent=1)
     if options.out:
         analyses.write(text, options.what, options.out)
     else:

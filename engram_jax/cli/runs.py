@@ -1,6 +1,5 @@
 """Commands about one run on a disk: `train`, `evaluate` and `reproduce`."""
 
-import json
 import typing
 
 from engram_jax.cli.models import add_recipe, named_run
@@ -17,7 +16,7 @@ from engram_jax.cli.words import (
     say,
 )
 from engram_jax.config import RunConfig
-from engram_jax.settings import with_settings
+from engram_jax.settings import json_text, with_settings
 
 if typing.TYPE_CHECKING:
     from engram_jax.runs.directory import RunDirectory
@@ -73,7 +72,7 @@ def evaluate(options: Options) -> None:
     inputs = open_inputs(run, artifact=records.artifact())  # in silence: the answer is printed
     loss, per_byte, tokens = evaluator(run, inputs)(_restored(records, run, inputs))
     if options.json:
-        print(json.dumps({"loss": loss, "bits_per_byte": per_byte, "tokens": tokens}))
+        print(json_text({"loss": loss, "bits_per_byte": per_byte, "tokens": tokens}))
     else:
         print(f"loss {loss:.4f} nats a token, {per_byte:.4f} bits per byte, {tokens:,} tokens")
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
-import json
 
 from engram_jax.cli.words import Commands, Options, add_command, add_directory, add_json, say
 from engram_jax.config import ROW_DTYPES
+from engram_jax.settings import json_text
 
 
 def add(commands: Commands) -> None:
@@ -86,7 +86,7 @@ def verify(options: Options) -> None:
 
     tables = {path: verified(path) for path in options.files}
     if options.json:
-        print(json.dumps({path: dataclasses.asdict(info) for path, info in tables.items()}))
+        print(json_text({path: dataclasses.asdict(info) for path, info in tables.items()}))
         return
     for path, info in tables.items():
         print(f"{path}: whole; {info.rows:,} rows of {info.dim} columns in {info.dtype}, "

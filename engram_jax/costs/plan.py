@@ -7,7 +7,6 @@ that is not compressed (`CompressedVocabulary.identity`), which changes constant
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
@@ -26,6 +25,7 @@ from engram_jax.costs.hlo import parse
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import address
 from engram_jax.hashing.compression import CompressedVocabulary
+from engram_jax.settings import json_text
 from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES
 from engram_jax.training.step import train_step
@@ -108,7 +108,7 @@ class Plan:
     reason: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
+        return json_text(dataclasses.asdict(self), indent=1)
 
 
 def plan(run: RunConfig, topology: str, fsdp: int = 0) -> Plan:

@@ -5,7 +5,6 @@ can be mailed, kept beside its runs and opened without a network is worth the me
 own policy forbids every request.
 """
 
-import json
 import os
 import shlex
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from engram_jax.report.blocks import Folded, Section
 from engram_jax.report.findings import Material, material
 from engram_jax.report.looks import signed
 from engram_jax.runs.directory import RunDirectory
-from engram_jax.settings import to_dict
+from engram_jax.settings import json_text, to_dict
 from engram_jax.storage import is_local, write_text
 
 SECTIONS: tuple[Callable[[Material], Section], ...] = (
@@ -137,5 +136,5 @@ def _of_run(path: epath.Path, config: dict[str, Any]) -> list[tuple[str, str]]:
     env = RunDirectory(path).env()
     command = shlex.join(map(str, env.get("command", [])))
     return [*([("made by", command)] if command else []), ("folder", str(path)),
-            ("config.json", json.dumps(config, indent=1, sort_keys=True)),
-            *([("env.json", json.dumps(env, indent=1, sort_keys=True))] if env else [])]
+            ("config.json", json_text(config, indent=1, sort_keys=True)),
+            *([("env.json", json_text(env, indent=1, sort_keys=True))] if env else [])]

@@ -35,7 +35,6 @@ from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.recipes import read_config
 from engram_jax.runs.fingerprints import whole_digest
 from engram_jax.runs.metrics import Metrics
-from engram_jax.runs.fingerprints import whole_digest
 from engram_jax.settings import first_difference, json_text, to_dict
 from engram_jax.storage import (
     check_readable,

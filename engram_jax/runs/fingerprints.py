@@ -16,7 +16,7 @@ def whole_digest(tokenizer: Tokenizer) -> str:
 
 
 def vocabulary_digest(tokenizer: Tokenizer) -> str:
-    """Hex sha256 of a tokenizer's words with their ids; checkpoints of version 0.1.0 have no other."""
+    """Hex sha256 of a tokenizer's words with their ids, all that version 0.1.0 digested."""
     return _digest(sorted(tokenizer.get_vocab().items()))
 
 

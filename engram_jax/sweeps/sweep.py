@@ -27,7 +27,7 @@ from engram_jax.errors import UserError
 from engram_jax.results.arms import Result
 from engram_jax.results.figures import save
 from engram_jax.runs.directory import git_revision
-from engram_jax.settings import changed, first_difference, with_settings
+from engram_jax.settings import changed, first_difference, json_text, with_settings
 from engram_jax.storage import refusals, write_text
 from engram_jax.sweeps.launchers import Launcher, local, share
 
@@ -163,7 +163,7 @@ def _claim(sweep: Sweep, place: epath.Path) -> None:
             return
     with refusals(place, "written"):
         place.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(mine, indent=1) + "\n")
+    write_text(path, json_text(mine, indent=1) + "\n")
 
 
 def report(experiment: str, results: Sequence[Result], place: epath.Path, say: Say) -> None:
