@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from engram_jax.config.checks import require, require_at_least
+from engram_jax.config.checks import require, require_all_whole, require_at_least, require_whole
 
 MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
 KEYS = ("ngrams", "shuffled", "random")
@@ -40,6 +40,8 @@ class HashConfig:
 
     def __post_init__(self) -> None:
         name = type(self).__name__
+        require_all_whole(self, name, "rows_per_head")
+        require_whole(self, name, "max_order", "heads", "hash_seed", "shards")
         require(self.keys in KEYS, f"{name}.keys", self.keys, f"must be one of {', '.join(KEYS)}")
         rows = self.rows_per_head
         require(self.max_order >= 2, f"{name}.max_order", self.max_order, "must be at least 2")
@@ -66,7 +68,9 @@ class EngramConfig(HashConfig):
     """The Engram module (docs/spec.md section 1).
 
     Attributes:
-      layers: 0-based blocks before whose attention the module stands.
+      layers: 0-based blocks before whose attention the module stands. In a network of your own a
+        block's number only seeds its hash, so a single module may keep the default, the paper's
+        first.
       head_dim: columns of a row.
       kernel: taps of the causal depthwise convolution; 0 leaves the convolution out (V4.1).
       dilation: dilation of the convolution; 0 means N, the longest n-gram.
@@ -83,7 +87,7 @@ class EngramConfig(HashConfig):
         `pad_id`. Used by the drop-in module; inside a run the tokenizer decides.
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = (1,)
     head_dim: int = 80
     kernel: int = 4
     dilation: int = 0
@@ -99,6 +103,9 @@ class EngramConfig(HashConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_all_whole(self, "EngramConfig", "layers")
+        require_whole(self, "EngramConfig", "head_dim", "kernel", "dilation", "vocab_size",
+                      "pad_id")
         require(len(self.layers) >= 1, "EngramConfig.layers", self.layers,
                 "names no block, so the memory would not be used; set model.engram to none instead")
         require(list(self.layers) == sorted(set(self.layers)) and self.layers[0] >= 0,

@@ -101,12 +101,10 @@ class Addressing:
         out = {}
         for site in self.sites:
             ngrams, vocabulary = self.hashes[site.name], self.vocabularies[site.name]
-            lookup = jnp.asarray(vocabulary.lookup)
             reach_BT = None if positions_BT is None else positions_BT + 1
-            before_BN = None if history_BP is None else lookup.at[
-                history_BP[:, history_BP.shape[1] - ngrams.max_order + 1:]].get(
-                    mode="promise_in_bounds")
-            canonical_BT = lookup.at[tokens_BT].get(mode="promise_in_bounds")
+            before_BN = None if history_BP is None else vocabulary.canonical(
+                history_BP[:, history_BP.shape[1] - ngrams.max_order + 1:])
+            canonical_BT = vocabulary.canonical(tokens_BT)
             if (keys := site.hash_config.keys) != "ngrams":
                 assert history_BP is None, "controls only train and evaluate"
                 canonical_BT = (controls.of_neighbours(canonical_BT) if keys == "shuffled"

@@ -98,7 +98,8 @@ class CompressedVocabulary:
     def canonical(self, ids: Any) -> Any:
         """Canonical ids, int32, of raw ids of any shape: NumPy in, NumPy out; jax in, jax out.
 
-        Under jax an id out of range counts as the nearest one in range: nothing can be raised.
+        Under jax, where nothing can be raised, the canonical id of an id out of range is -1, which
+        `NgramHash` gives no row.
 
         Raises:
           UserError: not whole numbers; or (NumPy only) an id that the vocabulary does not have.
@@ -108,7 +109,7 @@ class CompressedVocabulary:
                 "must be a whole-number type")
         if isinstance(raw, jax.Array):
             return jnp.asarray(self.lookup).at[raw].get(
-                mode="clip", wrap_negative_indices=False,
+                mode="fill", fill_value=-1, wrap_negative_indices=False,
                 out_sharding=jax.typeof(raw).sharding)
         if raw.size:
             for extreme in (int(raw.min()), int(raw.max())):

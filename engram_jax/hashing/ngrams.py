@@ -169,10 +169,11 @@ class NgramHash:
             None sees all.
 
         Returns:
-          int32 [B, T, H], each below its head's prime.
+          int32 [B, T, H], each below its head's prime; -1 for an n-gram with an id that is not in
+          0..vocab_size - 1, so that it has no row of any other.
 
         Raises:
-          UserError: an unknown layer, or a wrong shape or dtype. Ids out of range are not seen.
+          UserError: an unknown layer, or a wrong shape or dtype.
         """
         self._check(ids_BT, layer, history, reach_BT)
         return _row_ids(self, layer, ids_BT, history, reach_BT)
@@ -180,9 +181,10 @@ class NgramHash:
     def table_ids(self, ids_BT: jax.Array | np.ndarray, layer: int,
                   history: jax.Array | np.ndarray | None = None,
                   reach_BT: jax.Array | np.ndarray | None = None) -> jax.Array:
-        """Row of the layer's one table: `row_ids` plus `offsets`, int32 [B, T, H]."""
+        """Row of the layer's one table: `row_ids` plus `offsets`, int32 [B, T, H]; -1 stays -1."""
         offsets_11H = self._offsets_11H(layer)
-        return self.row_ids(ids_BT, layer, history, reach_BT) + offsets_11H
+        rows_BTH = self.row_ids(ids_BT, layer, history, reach_BT)
+        return jnp.where(rows_BTH < 0, rows_BTH, rows_BTH + offsets_11H)
 
     def row_ids_numpy(self, ids_BT: jax.Array | np.ndarray, layer: int,
                       history: jax.Array | np.ndarray | None = None,
@@ -302,6 +304,7 @@ def _row_ids(hashing: NgramHash, layer: int, ids_BT: Any, history: Any,
     else:
         x_BS = jnp.concatenate([jnp.asarray(history).astype(jnp.uint32), x_BS], axis=1)
     mixes: list[tuple[jax.Array, jax.Array]] = []
+    unknown: list[jax.Array] = []  # does the n-gram hold an id that there is not?
     for back, multiplier in enumerate(hashing.multipliers[layer]):
         token_BT = x_BS[:, before - back:before - back + time]
         if reach_BT is not None:
@@ -310,12 +313,16 @@ def _row_ids(hashing: NgramHash, layer: int, ids_BT: Any, history: Any,
         if back:
             high_BT, low_BT = high_BT ^ mixes[-1][0], low_BT ^ mixes[-1][1]
         mixes.append((high_BT, low_BT))
+        unknown_BT = token_BT >= np.uint32(hashing.vocab_size)  # a negative id is a large one
+        unknown.append(unknown[-1] | unknown_BT if back else unknown_BT)
     high_BTO1, low_BTO1 = (jnp.stack(words, axis=-1)[..., None]
                            for words in zip(*mixes[1:], strict=True))
     primes_OK = np.array(hashing.primes[layer], np.int64)
     rows_BTOK = _modulo(high_BTO1, low_BTO1, primes_OK)
     if hashing.variant == "qwen":
         rows_BTOK = _floored(rows_BTOK, high_BTO1, primes_OK)
+    unknown_BTO1 = jnp.stack(unknown[1:], axis=-1)[..., None]
+    rows_BTOK = jnp.where(unknown_BTO1, np.uint32(2**32 - 1), rows_BTOK)  # -1 as int32
     return rows_BTOK.reshape(*np.shape(ids_BT), hashing.total_heads).astype(jnp.int32)
 
 
