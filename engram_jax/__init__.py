@@ -1,7 +1,8 @@
 """Engram: conditional memory for language models, on JAX meshes.
 
-The names below are what other people's models reach for first; they are imported when asked for,
-so that `import engram_jax` alone does not start jax.
+The names below are what other people's models reach for, each with its section in docs/parts.md;
+they stay. What is not among them is free to change. They are imported when asked for, so that
+`import engram_jax` alone does not start jax.
 """
 
 import importlib
@@ -9,23 +10,67 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engram_jax.config import EngramConfig
+    from engram_jax.errors import UserError
+    from engram_jax.hashing.addressing import Addressing, address
     from engram_jax.hashing.compression import CompressedVocabulary
     from engram_jax.hashing.ngrams import NgramHash
-    from engram_jax.model.engram import Engram
+    from engram_jax.model.engram import fuse, init_engram
+    from engram_jax.model.linen import Engram, EngramFusion
+    from engram_jax.offload.prefetch import HostRows
+    from engram_jax.tables.row_optimizers import (
+        balanced_momentum,
+        dense_adam,
+        row_adagrad,
+        row_adam,
+        row_rmsprop,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["CompressedVocabulary", "Engram", "EngramConfig", "NgramHash"]
-
-_HOMES = {
-    "CompressedVocabulary": "engram_jax.hashing.compression",
-    "Engram": "engram_jax.model.engram",
-    "EngramConfig": "engram_jax.config",
-    "NgramHash": "engram_jax.hashing.ngrams",
+_MODULES = {
+    "Addressing": "hashing.addressing",
+    "CompressedVocabulary": "hashing.compression",
+    "Engram": "model.linen",
+    "EngramConfig": "config",
+    "EngramFusion": "model.linen",
+    "HostRows": "offload.prefetch",
+    "NgramHash": "hashing.ngrams",
+    "UserError": "errors",
+    "address": "hashing.addressing",
+    "balanced_momentum": "tables.row_optimizers",
+    "dense_adam": "tables.row_optimizers",
+    "fuse": "model.engram",
+    "init_engram": "model.engram",
+    "row_adagrad": "tables.row_optimizers",
+    "row_adam": "tables.row_optimizers",
+    "row_rmsprop": "tables.row_optimizers",
 }
+
+__all__ = [
+    "Addressing",
+    "CompressedVocabulary",
+    "Engram",
+    "EngramConfig",
+    "EngramFusion",
+    "HostRows",
+    "NgramHash",
+    "UserError",
+    "address",
+    "balanced_momentum",
+    "dense_adam",
+    "fuse",
+    "init_engram",
+    "row_adagrad",
+    "row_adam",
+    "row_rmsprop",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import EngramConfig, HashConfig, ModelConfig, require

@@ -1,7 +1,6 @@
-"""The Engram module: what the n-grams retrieved, gated by the hidden state.
+"""The Engram module as a pure function: what the n-grams retrieved, gated by the hidden state.
 
-It is docs/spec.md section 1. `fuse` is the module as a pure function with rows as an input;
-`Engram` is the drop-in Linen module that hashes, looks up in a table of its own and fuses.
+`fuse` takes rows as an input (docs/spec.md section 1). As a module it stands in `linen` and `nnx`.
 
 Shapes: B batch, T time, M streams, D width, H = (N - 1) * K rows of a token, C columns of a row,
 E = H * C, L taps of the convolution.
@@ -9,15 +8,11 @@ E = H * C, L taps of the convolution.
 
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from engram_jax.config import EngramConfig, require
-from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.hashing.ngrams import NgramHash
 from engram_jax.model.layers import Params, matrix, rms_norm
-from engram_jax.tables.layout import TableLayout
 
 GATE_CLAMP = 1e-6
 
@@ -42,6 +37,13 @@ def init_engram(key: jax.Array, width: int, branches: int, config: EngramConfig)
     return params
 
 
+def as_streams(hidden: jax.Array) -> jax.Array:
+    """A guest's hidden state, [B, T, D] or [B, T, M, D], as residual streams [B, T, M, D]."""
+    require(hidden.ndim in (3, 4), "hidden.shape", hidden.shape,
+            "must be [B, T, D] or [B, T, M, D]")
+    return hidden if hidden.ndim == 4 else hidden[:, :, None]
+
+
 class Fused(NamedTuple):
     """delta_BTMD, to be added to the streams; the gates, float32 [B, T, M]; what the convolution
     read, [B, T, M, D], None without one. M is 1 where one gate serves all streams."""
@@ -49,6 +51,12 @@ class Fused(NamedTuple):
     delta_BTMD: jax.Array
     gate_BTM: jax.Array
     taps_BTMD: jax.Array | None
+
+    def last_taps(self, before_BPMD: jax.Array) -> jax.Array:
+        """`before_BPMD` of the tokens that come next, from that of these."""
+        assert self.taps_BTMD is not None, "there is no convolution"
+        joined_BSMD = jnp.concatenate([before_BPMD, self.taps_BTMD], axis=1)
+        return joined_BSMD[:, joined_BSMD.shape[1] - before_BPMD.shape[1]:]
 
 
 def fuse(
@@ -70,7 +78,11 @@ def fuse(
         document's start.
       before_BPMD: what the convolution read at the P = `config.conv_reach` positions before these,
         oldest first; None where there were none.
+
+    Raises:
+      UserError: shapes that do not go together, or rows that are bits and not numbers.
     """
+    _check(params, hidden_BTMD, rows_BTHC, config, position_BT, before_BPMD)
     if not config.per_branch:
         hidden_BTMD = jnp.mean(hidden_BTMD, axis=2, keepdims=True)
     memory_BTE = rows_BTHC.reshape(*rows_BTHC.shape[:2], -1).astype(hidden_BTMD.dtype)
@@ -86,6 +98,32 @@ def fuse(
     mixed_BTMD = causal_conv(
         normed_BTMD, params["conv"], config.conv_dilation, position_BT, before_BPMD)
     return Fused(jax.nn.silu(mixed_BTMD) + gated_BTMD, gate_BTM, normed_BTMD)
+
+
+def _check(
+    params: Params, hidden: jax.Array, rows: jax.Array, config: EngramConfig,
+    position: jax.Array | None, before: jax.Array | None,
+) -> None:
+    """Refuse (UserError) what would broadcast, or be read as other numbers."""
+    require(hidden.ndim == 4, "hidden.shape", hidden.shape,
+            "must be [B, T, M, D]; one residual stream is hidden[:, :, None]")
+    batch_time, branches = hidden.shape[:2], config.branches(hidden.shape[2])
+    project = params["project"].shape
+    made_for = project[0] - 1 if config.gated else branches, project[2]
+    require(made_for == (branches, hidden.shape[3]), "hidden.shape", hidden.shape,
+            f"has {branches} gates and width {hidden.shape[3]}, and the parameters are of "
+            f"{made_for[0]} and {made_for[1]}")
+    right = *batch_time, config.total_heads, config.head_dim
+    require(rows.shape == right, "rows.shape", rows.shape,
+            f"must be {right}: B, T, (max_order - 1) * heads, head_dim")
+    require(bool(jnp.issubdtype(rows.dtype, jnp.floating)), "rows.dtype", str(rows.dtype),
+            "must be a float type; the bits of a bfloat16 table are decoded by "
+            "engram_jax.tables.rounding.decode")
+    require(position is None or position.shape == batch_time, "position.shape",
+            getattr(position, "shape", None), f"must be {batch_time}, B and T")
+    right = batch_time[0], config.conv_reach, branches, hidden.shape[3]
+    require(before is None or before.shape == right, "before.shape",
+            getattr(before, "shape", None), f"must be {right}: B, conv_reach, gates, D")
 
 
 def gate(
@@ -130,66 +168,3 @@ def causal_conv(
             shifted = jnp.where((position_BT >= back)[:, :, None, None], shifted, 0)
         total = total + shifted * taps_LMD[tap][None, None].astype(x_BTMD.dtype)
     return total
-
-
-class Engram(nn.Module):
-    """Engram for somebody else's Flax block: hashes, looks up and fuses.
-
-    The table is a parameter of the module, so its gradient is dense: right for small tables and
-    for trying things out. Large tables want the training loop of this library, where rows are an
-    input and only the touched rows are updated.
-
-    Attributes:
-      config: settings; the table's rows per head included.
-      vocabulary: canonical ids of the tokenizer; None hashes raw ids below `config.vocab_size`.
-      layer: which of `config.layers` this module stands for (it seeds the hash); None is the first.
-    """
-
-    config: EngramConfig
-    vocabulary: CompressedVocabulary | None = None
-    layer: int | None = None
-
-    @nn.compact
-    def __call__(self, hidden: jax.Array, token_ids: jax.Array) -> jax.Array:
-        """The hidden state with what the memory gave added.
-
-        Args:
-          hidden: [B, T, D], or [B, T, M, D] for M residual streams.
-          token_ids: raw ids, int32 [B, T].
-
-        Returns:
-          The shape and dtype of `hidden`.
-
-        Raises:
-          UserError: a layer or pad id that there is not, or shapes that do not go together.
-        """
-        config = self.config
-        layer = config.layers[0] if self.layer is None else self.layer
-        vocabulary = self.vocabulary or CompressedVocabulary.identity(config.vocab_size)
-        raw_ids = vocabulary.lookup.size
-        require(config.keys == "ngrams", "EngramConfig.keys", config.keys,
-                "is a control of the training loop; a module of its own has ngrams")
-        require(not config.one_table, "EngramConfig.one_table", config.one_table,
-                "is of the training loop; a module of its own has a table of its own")
-        require(layer in config.layers, "Engram.layer", layer, f"must be one of {config.layers}")
-        require(0 <= config.pad_id < raw_ids, "EngramConfig.pad_id", config.pad_id,
-                f"must be a raw token id, in 0..{raw_ids - 1}")
-        require(hidden.ndim in (3, 4), "hidden.shape", hidden.shape,
-                "must be [B, T, D] or [B, T, M, D]")
-        require(token_ids.shape == hidden.shape[:2], "token_ids.shape", token_ids.shape,
-                f"must be {hidden.shape[:2]}, the first two of hidden's")
-        ngrams = NgramHash(
-            rows_per_head=config.rows_per_head, heads=config.heads, layers=config.layers,
-            vocab_size=vocabulary.size, pad_id=int(vocabulary.lookup[config.pad_id]),
-            seed=config.hash_seed)
-        layout = TableLayout(
-            rows=ngrams.table_rows[layer], dim=config.head_dim, shards=config.shards)
-        table = self.param("table", layout.init, config.table_std)
-        streams_BTMD = hidden if hidden.ndim == 4 else hidden[:, :, None]
-        params = self.param("fusion", init_engram, hidden.shape[-1],
-                            config.branches(streams_BTMD.shape[2]), config)
-        rows_BTHC = layout.gather(
-            table, ngrams.table_ids(vocabulary.canonical(token_ids), layer))
-        fused = fuse(params, streams_BTMD, rows_BTHC, config)
-        self.sow("intermediates", "gate", fused.gate_BTM)
-        return (streams_BTMD + fused.delta_BTMD).reshape(hidden.shape)

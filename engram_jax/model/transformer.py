@@ -18,7 +18,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -294,22 +293,3 @@ def apply(
     """
     x_BTMD, seen = body(params, tokens_BT, rows, router_bias, config, starts_BT)
     return head(params, x_BTMD, config), seen
-
-
-class Transformer(nn.Module):
-    """The model as a Linen module: the same tree, kept under the parameter `model`."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        rows: dict[str, jax.Array],
-        starts_BT: jax.Array | None = None,
-    ) -> jax.Array:
-        """Logits float32 [B, T, V]; router biases live in the collection `router_bias`."""
-        params = self.param("model", lambda key: init(self.config, key))
-        bias = self.variable("router_bias", "bias", init_router_bias, self.config)
-        logits_BTV, _ = apply(params, tokens_BT, rows, bias.value, self.config, starts_BT)
-        return logits_BTV

@@ -1,4 +1,4 @@
-"""The Engram module: against NumPy, and the fused path against the drop-in module."""
+"""The Engram module as a pure function: against NumPy, and what it refuses."""
 
 import dataclasses
 import functools
@@ -6,24 +6,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from engram_jax.config import EngramConfig
 from engram_jax.errors import UserError
-from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.hashing.ngrams import NgramHash
-from engram_jax.model.engram import Engram, causal_conv, fuse, init_engram
-from engram_jax.tables import exchange
-from engram_jax.tables.layout import TableLayout
-from engram_jax.tables.row_optimizers import row_adam
+from engram_jax.model.engram import causal_conv, fuse, init_engram
 
-BATCH, TIME, WIDTH, VOCAB = 2, 13, 32, 64
+BATCH, TIME, WIDTH = 2, 13, 32
 CONFIG = EngramConfig(layers=(1, 3), rows_per_head=(31, 37), heads=2, head_dim=8, shards=4,
-                      table_std=1.0, vocab_size=VOCAB)
-TOKENS_BT = np.random.default_rng(0).integers(0, VOCAB, (BATCH, TIME)).astype(np.int32)
-ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-8}
-RATE = 1e-2
+                      table_std=1.0)
 QUICK = {"xla_backend_optimization_level": 0}  # compiles faster
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 
@@ -173,166 +164,29 @@ def test_a_row_reaches_only_the_taps_of_the_convolution():
     assert np.flatnonzero(changed.any(axis=(0, 2, 3))).tolist() == [2, 5, 8, 11]
 
 
-# --- The drop-in module ---
-
-
-@functools.cache
-def variables(streams, config=CONFIG, layer=None):
-    module = Engram(config, layer=layer)
-    shapes = jax.eval_shape(lambda: module.init(
-        jax.random.key(0), jnp.zeros((BATCH, TIME, streams, WIDTH)), TOKENS_BT)["params"])
-    return module, {"params": randomised(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes))}
-
-
-def row_path(layer=1, config=CONFIG):
-    """(layout, row ids) of what the drop-in module reads."""
-    hashing = NgramHash(rows_per_head=config.rows_per_head, heads=config.heads,
-                        layers=config.layers, vocab_size=VOCAB, pad_id=config.pad_id,
-                        seed=config.hash_seed)
-    layout = TableLayout(
-        rows=hashing.table_rows[layer], dim=config.head_dim, shards=config.shards)
-    return layout, jnp.asarray(hashing.table_ids_numpy(TOKENS_BT, layer))
-
-
-@pytest.mark.parametrize("layer", [None, 1, 3])
-def test_drop_in_is_look_up_and_fuse(layer):
-    module, tree = variables(2, layer=layer)
-    hidden = random(BATCH, TIME, 2, WIDTH)
-    layout, ids = row_path(layer or 1)
-    rows = layout.gather(tree["params"]["table"], ids)
-    fused = fuse(tree["params"]["fusion"], hidden, rows, CONFIG)
-    out, seen = module.apply(tree, hidden, TOKENS_BT, mutable="intermediates")
-    np.testing.assert_allclose(out, hidden + fused.delta_BTMD, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(seen["intermediates"]["gate"][0], fused.gate_BTM, rtol=1e-6)
-
-
-def test_hidden_may_have_no_axis_of_streams():
-    module, tree = variables(1)
-    hidden = random(BATCH, TIME, WIDTH)
-    flat = module.apply(tree, hidden, TOKENS_BT)
-    assert flat.shape == hidden.shape
-    np.testing.assert_array_equal(
-        flat, module.apply(tree, hidden[:, :, None], TOKENS_BT)[:, :, 0])
-
-
-def test_the_dtype_of_hidden_is_kept():
-    module, tree = variables(1)
-    hidden = jnp.asarray(random(BATCH, TIME, WIDTH))
-    half = module.apply(tree, hidden.astype(jnp.bfloat16), TOKENS_BT)
-    assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), module.apply(tree, hidden, TOKENS_BT),
-                               rtol=0.1, atol=0.2)
-
-
-def test_a_vocabulary_merges_tokens():
-    """Tokens of one canonical id retrieve the same; without the vocabulary they do not."""
-    vocabulary = CompressedVocabulary.from_lookup(np.arange(VOCAB) // 2)
-    _, tree = variables(1)
-    hidden = random(BATCH, TIME, WIDTH)
-    for module, same in ((Engram(CONFIG, vocabulary), True), (Engram(CONFIG), False)):
-        found = [np.array_equal(module.apply(tree, hidden, tokens),
-                                module.apply(tree, hidden, TOKENS_BT // 2 * 2))
-                 for tokens in (TOKENS_BT, TOKENS_BT // 2 * 2 + 1)]
-        assert found == [same, same]
-
-
-def test_drop_in_is_causal():
-    module, tree = variables(1)
-    hidden = random(BATCH, TIME, WIDTH)
-    other = TOKENS_BT.copy()
-    other[:, 5] = (other[:, 5] + 1) % VOCAB
-    changed = (module.apply(tree, hidden, TOKENS_BT) != module.apply(tree, hidden, other))
-    found = np.flatnonzero(changed.any(axis=(0, 2)))
-    assert found[0] == 5
-    assert {5, 6, 7} <= set(found.tolist()), "the 3-gram looks two tokens back"
-
-
-def test_a_token_that_the_vocabulary_does_not_have():
-    module, tree = variables(1)
-    hidden, wrong = random(BATCH, TIME, WIDTH), TOKENS_BT.copy()
-    wrong[0, 0] = VOCAB
-    with pytest.raises(UserError, match=f"token id = {VOCAB}"):
-        module.apply(tree, hidden, wrong)
-
-
-@pytest.mark.parametrize(("module", "shape", "word"), [
-    (Engram(CONFIG, layer=2), (BATCH, TIME, WIDTH), "layer = 2"),
-    (Engram(dataclasses.replace(CONFIG, pad_id=VOCAB)), (BATCH, TIME, WIDTH), f"pad_id = {VOCAB}"),
-    (Engram(dataclasses.replace(CONFIG, keys="random")), (BATCH, TIME, WIDTH), "keys = 'random'"),
-    (Engram(dataclasses.replace(CONFIG, one_table=True)), (BATCH, TIME, WIDTH), "one_table = True"),
-    (Engram(CONFIG), (BATCH, WIDTH), "hidden.shape = (2, 32)"),
-    (Engram(CONFIG), (BATCH, TIME + 1, WIDTH), "token_ids.shape = (2, 13)"),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_a_wrong_call_is_one_clear_line(module, shape, word):
+@pytest.mark.parametrize(("streams", "change", "word"), [
+    (2, {"hidden_BTMD": (BATCH, TIME, WIDTH)}, "hidden.shape = (2, 13, 32): must be [B, T, M, D]"),
+    (2, {"hidden_BTMD": (BATCH, TIME, 3, WIDTH)}, "has 3 gates and width 32, and the parameters"),
+    (2, {"hidden_BTMD": (BATCH, TIME, 2, 2 * WIDTH)}, "has 2 gates and width 64"),
+    (2, {"rows_BTHC": (BATCH, TIME, 4, 9)}, "rows.shape = (2, 13, 4, 9): must be (2, 13, 4, 8)"),
+    (2, {"rows_BTHC": (BATCH, TIME, 8, 4)}, "rows.shape = (2, 13, 8, 4): must be (2, 13, 4, 8)"),
+    (2, {"rows_BTHC": (BATCH, 1, 4, 8)}, "rows.shape = (2, 1, 4, 8)"),
+    (2, {"position_BT": (BATCH, 1)}, "position.shape = (2, 1): must be (2, 13)"),
+    (2, {"before_BPMD": (BATCH, 8, 2, WIDTH)}, "before.shape = (2, 8, 2, 32): must be (2, 9, 2"),
+])
+def test_shapes_that_do_not_go_together_are_one_clear_line(streams, change, word):
+    config, params, hidden, rows = setting(streams)
+    arguments = {"hidden_BTMD": hidden, "rows_BTHC": rows,
+                 **{name: jnp.zeros(shape) for name, shape in change.items()}}
     with pytest.raises(UserError) as failure:
-        module.init(jax.random.key(0), jnp.zeros(shape), TOKENS_BT)
+        fuse(params, config=config, **arguments)
     assert word in str(failure.value)
     assert "\n" not in str(failure.value)
 
 
-# --- The fused path against dense Adam on the drop-in's table ---
-
-
-def loss_of(out, target):
-    return jnp.mean((out - target) ** 2)
-
-
-@functools.cache
-def dense_step():
-    """Dense gradient and optax's Adam on every parameter of the drop-in module."""
-    module, transform = Engram(CONFIG), optax.adam(RATE, **ADAM)
-
-    @quick_jit
-    def step(params, state, hidden, target):
-        loss, grads = jax.value_and_grad(lambda p: loss_of(
-            module.apply({"params": p}, hidden, TOKENS_BT), target))(params)
-        updates, state = transform.update(grads, state)
-        return optax.apply_updates(params, updates), state, grads["table"], loss
-
-    return transform.init, step
-
-
-@functools.cache
-def row_step():
-    """Rows as an input, combined gradients, row Adam on the table."""
-    layout, ids = row_path()
-    transform, rows_adam = optax.adam(RATE, **ADAM), row_adam(**ADAM)
-
-    @quick_jit
-    def step(table, table_state, fusion, state, hidden, target, number):
-        rows = layout.gather(table, ids)
-        loss, (grads, row_grads) = jax.value_and_grad(lambda p, r: loss_of(
-            hidden + fuse(p, hidden, r, CONFIG).delta_BTMD, target), (0, 1))(fusion, rows)
-        unique = exchange.combine(ids.reshape(-1), row_grads.reshape(-1, layout.dim))
-        table, table_state = rows_adam.update(
-            layout, table, table_state, unique, number, jnp.float32(RATE))
-        updates, state = transform.update(grads, state)
-        fusion = optax.apply_updates(fusion, updates)
-        scattered = layout.put(jnp.zeros(layout.shape), unique.ids_U, unique.grads_UD)
-        return table, table_state, fusion, state, scattered, loss
-
-    return rows_adam.init(layout), transform.init, step
-
-
-@pytest.mark.parametrize("streams", [4])
-def test_rows_as_an_input_train_like_a_dense_table(streams):
-    """The same tokens in every step, so that dense Adam and row Adam agree exactly."""
-    params = variables(streams)[1]["params"]
-    init, dense = dense_step()
-    state = init(params)
-    table_state, init, rows = row_step()
-    table, fusion, fusion_state = params["table"], params["fusion"], init(params["fusion"])
-    for number in range(1, 6):
-        hidden, target = (random(BATCH, TIME, streams, WIDTH, seed=10 * number + i)
-                          for i in range(2))
-        params, state, dense_grad, dense_loss = dense(params, state, hidden, target)
-        table, table_state, fusion, fusion_state, scattered, loss = rows(
-            table, table_state, fusion, fusion_state, hidden, target, jnp.int32(number))
-        assert float(loss) == pytest.approx(float(dense_loss), rel=1e-6)
-        biggest = float(jnp.max(jnp.abs(dense_grad)))
-        np.testing.assert_allclose(scattered, dense_grad, rtol=0, atol=1e-5 * biggest)
-        assert 0 < (np.asarray(dense_grad) != 0).any(axis=-1).sum() < scattered[..., 0].size
-        np.testing.assert_allclose(table, params["table"], rtol=0, atol=1e-6)
-        for ours, theirs in zip(jax.tree.leaves(fusion), jax.tree.leaves(params["fusion"]),
-                                strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-6)
+def test_bits_of_a_bfloat16_table_are_no_rows():
+    """They would be read as numbers up to 65,535."""
+    config, params, hidden, rows = setting(1)
+    bits = jax.lax.bitcast_convert_type(jnp.asarray(rows, jnp.bfloat16), jnp.uint16)
+    with pytest.raises(UserError, match=r"rows.dtype = 'uint16': must be a float type.*decode"):
+        fuse(params, hidden, bits, config)
