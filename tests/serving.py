@@ -58,7 +58,7 @@ def parts(model):
     tables = {site.name: jnp.asarray(random.standard_normal(layout_of(site).shape), jnp.float32)
               for site in sites(model)}
     return Parts(params, transformer.init_router_bias(model), tables,
-                 address(model, CompressedVocabulary.from_lookup(np.arange(VOCAB) // 2), PAD))
+                 address(model, CompressedVocabulary(np.arange(VOCAB) // 2), PAD))
 
 
 def table_array(model, site):

@@ -178,7 +178,7 @@ def test_v41_token_map(path, vocabulary):
     recipe = golden["token_map_recipe"]
     distinct = recipe["distinct_in_first_128000"]
     added = recipe["compressed"] - distinct
-    token_map = CompressedVocabulary.from_lookup(np.concatenate([
+    token_map = CompressedVocabulary(np.concatenate([
         vocabulary.lookup[:recipe["len"] - added], distinct + np.arange(added)]))
     assert (vocabulary.lookup.size, vocabulary.size) == (
         recipe["v3_total"]["len"], recipe["v3_total"]["compressed"])

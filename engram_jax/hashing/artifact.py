@@ -212,4 +212,4 @@ def _token_map(value: Any) -> CompressedVocabulary:
         raise UserError(f"token_map.base64: is no base64 of int32 ({error})") from error
     require(lookup_V.size == value["length"], "token_map.length", value["length"],
             f"the map has {lookup_V.size} ids")
-    return CompressedVocabulary.from_lookup(lookup_V)
+    return CompressedVocabulary(lookup_V)

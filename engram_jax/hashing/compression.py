@@ -6,7 +6,7 @@ Shape suffixes: V raw vocabulary.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -28,7 +28,8 @@ class CompressedVocabulary:
     Two are equal when their digests are, so one can be a static argument or a module's attribute.
 
     Attributes:
-      lookup: np.int32 [V], read-only; the canonical id of each raw id.
+      lookup: np.int32 [V], read-only; the canonical id of each raw id. May be given as a list or
+        any array of whole numbers, for example from a checkpoint.
 
     Raises:
       UserError: `lookup` is not a list of whole numbers that covers 0..max without a gap.
@@ -65,15 +66,6 @@ class CompressedVocabulary:
         return cls(_by_first_appearance(
             names.get(i, text) if _REPLACEMENT in text else normalizer.normalize_str(text) or text
             for i, text in zip(ids, texts, strict=True)))
-
-    @classmethod
-    def from_lookup(cls, lookup_V: np.ndarray | Sequence[int]) -> "CompressedVocabulary":
-        """A vocabulary whose lookup is known, for example from a checkpoint.
-
-        Raises:
-          UserError: the lookup is not a list of whole numbers that covers 0..max without a gap.
-        """
-        return cls(np.asarray(lookup_V))
 
     @classmethod
     def identity(cls, vocab_size: int) -> "CompressedVocabulary":

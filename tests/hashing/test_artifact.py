@@ -23,7 +23,7 @@ from engram_jax.hashing.token_hash import BEFORE, TokenHash
 from engram_jax.hashing.variants import HashNumbers
 
 CONFIG = EngramConfig(layers=(1, 4), rows_per_head=(50, 70), heads=2, head_dim=4)
-VOCABULARY = CompressedVocabulary.from_lookup(np.arange(60) // 2)
+VOCABULARY = CompressedVocabulary(np.arange(60) // 2)
 ADDRESSING = address(CONFIG, VOCABULARY, pad_id=3)
 KEPT = HashArtifact.of(ADDRESSING)
 TOKENS_BT = np.random.default_rng(0).integers(0, 60, (3, 11)).astype(np.int32)

@@ -203,6 +203,24 @@ def test_reach_agrees_with_its_definition_and_between_chunks(marks, cut, dead):
     assert tail.tolist() == whole[:, cut:].tolist()
 
 
+@pytest.mark.parametrize("wrong", [-1, 2**31 - 1, None], ids=["negative", "large", "one too many"])
+def test_an_id_that_does_not_exist_has_no_row_and_no_other_has_another(wrong):
+    """Nor has an n-gram that looks back at it, unless its reach hides it."""
+    hashing, layer, ids = SMALL, SMALL.layers[-1], IDS_BT
+    bad = ids.copy()
+    bad[1, 4] = hashing.vocab_size if wrong is None else wrong
+    reach = np.full(ids.shape, ids.shape[1])
+    reach[1, 5:] = range(1, 7)
+    for method in (hashing.row_ids, hashing.table_ids):
+        for hidden in (None, reach):
+            good, seen = (np.asarray(method(x, layer, reach_BT=hidden)) for x in (ids, bad))
+            expected = good.copy()
+            for order in range(2, hashing.max_order + 1):
+                heads = slice((order - 2) * hashing.heads, (order - 1) * hashing.heads)
+                expected[1, 4:5 if hidden is not None else 4 + order, heads] = -1
+            np.testing.assert_array_equal(seen, expected)
+
+
 def test_primes_are_never_reused_and_tables_lie_end_to_end():
     hashing = NgramHash(rows_per_head=(20, 20, 5), heads=2, layers=(0, 2), vocab_size=9, pad_id=0)
     assert hashing.primes == {0: ((23, 29), (31, 37), (5, 7)), 2: ((41, 43), (47, 53), (11, 13))}
@@ -318,7 +336,7 @@ def test_tokens_that_differ_by_case_accents_or_spaces_are_one():
 
 
 def test_canonical_looks_up_numpy_and_jax_arrays():
-    vocabulary = CompressedVocabulary.from_lookup([0, 1, 0, 2])
+    vocabulary = CompressedVocabulary([0, 1, 0, 2])
     raw = np.array([[3, 2], [1, 0]])
     np.testing.assert_array_equal(vocabulary.canonical(raw), [[2, 0], [1, 0]])
     assert vocabulary.canonical(raw).dtype == np.int32
@@ -344,12 +362,12 @@ def test_identity_compresses_nothing():
 @pytest.mark.parametrize("lookup", [[], [[0, 1]], [0.0, 1.0], [1, 2], [0, 2], [-1, 0]])
 def test_a_lookup_that_is_no_surjection_is_refused(lookup):
     with pytest.raises(UserError, match="lookup"):
-        CompressedVocabulary.from_lookup(np.array(lookup))
+        CompressedVocabulary(np.array(lookup))
 
 
 def test_vocabularies_are_equal_by_digest_and_may_be_static_arguments():
-    one, same = (CompressedVocabulary.from_lookup(np.array([0, 1, 0], t)) for t in ("i8", "u2"))
-    other = CompressedVocabulary.from_lookup([0, 1, 1])
+    one, same = (CompressedVocabulary(np.array([0, 1, 0], t)) for t in ("i8", "u2"))
+    other = CompressedVocabulary([0, 1, 1])
     assert one == same
     assert hash(one) == hash(same)
     assert one != other

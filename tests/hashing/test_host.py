@@ -93,7 +93,7 @@ def addressing(compress=True, over=True, vocabulary=None, **fields):
     model = dataclasses.replace(model, engram=engram, over_encoding=other if over else None,
                                 vocab_size=300)
     if vocabulary is None:
-        vocabulary = CompressedVocabulary.from_lookup(np.arange(300) // 2)
+        vocabulary = CompressedVocabulary(np.arange(300) // 2)
     return address(model, vocabulary, pad_id=7)
 
 
