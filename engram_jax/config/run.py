@@ -7,6 +7,7 @@ from engram_jax.config.checks import require, require_at_least
 from engram_jax.config.model import ModelConfig
 
 MAX_SEED = MAX_STEPS = 2**31 - 1  # int32
+SCHEDULES = ("step", "wsd")
 TABLE_OPTIMIZERS = ("row_adam", "dense_adam", "row_rmsprop", "row_adagrad", "balanced_momentum")
 
 
@@ -49,12 +50,23 @@ class DataConfig:
 class OptimizerConfig:
     """Muon for matrices, Adam for the rest, an optimizer of rows for tables.
 
-    Rules and rates are those of docs/spec.md section 3.3.
-
-    The learning rate warms up linearly, then is multiplied by `decay_to[i]` from the share
-    `decay_at[i]` of the steps on.
+    Rules and rates are those of docs/spec.md section 3.3. The learning rate warms up linearly and
+    never rises once its decay has begun, however long the warm-up is.
 
     Attributes:
+      learning_rate: the highest rate of the backbone.
+      schedule: "step" is the paper's, a lower rate from given shares of the run on; "wsd" keeps the
+        rate until the last `decay_share` of the steps, in which it falls on a line.
+      warmup_steps: steps in which the rate rises; the rise ends where the decay begins.
+      decay_at: of "step": ascending shares of the run from which on a factor holds.
+      decay_to: of "step": these factors of `learning_rate`, none above the one before.
+      decay_share: of "wsd": the share of the run, at its end, in which the rate falls.
+      decay_floor: of "wsd": the factor that the last step has.
+      weight_decay: decoupled, of matrices and embeddings, in shares of the learning rate.
+      muon_momentum: momentum of the backbone's matrices.
+      muon_rms: root mean square of an update's entries, before the learning rate.
+      adam_b1, adam_b2, adam_eps: Adam's of embeddings, head and vectors.
+      clip_norm: the largest norm of a whole gradient, the tables' included; longer ones are scaled.
       table_optimizer: one of `TABLE_OPTIMIZERS`, as `tables.row_optimizers` has them.
       table_multiplier: learning rate of the tables over that of the backbone.
       table_b1, table_b2, table_eps: of Adam; RMSProp reads the last two, Adagrad the last.
@@ -62,9 +74,12 @@ class OptimizerConfig:
     """
 
     learning_rate: float = 4e-4
+    schedule: str = "step"
     warmup_steps: int = 2000
     decay_at: tuple[float, ...] = (0.8, 0.9)
     decay_to: tuple[float, ...] = (0.316, 0.1)
+    decay_share: float = 0.1
+    decay_floor: float = 0.0
     weight_decay: float = 0.1
     muon_momentum: float = 0.95
     muon_rms: float = 0.18
@@ -89,13 +104,24 @@ class OptimizerConfig:
                       "table_momentum"):
             value = getattr(self, field)
             require(0 <= value < 1, f"optimizer.{field}", value, "must be in [0, 1)")
+        require(self.schedule in SCHEDULES, "optimizer.schedule", self.schedule,
+                f"must be one of {', '.join(SCHEDULES)}")
+        self._check_decay()
+
+    def _check_decay(self) -> None:
         require(len(self.decay_at) == len(self.decay_to), "optimizer.decay_at", self.decay_at,
                 f"must have as many entries as optimizer.decay_to ({len(self.decay_to)})")
         require(all(0 < share <= 1 for share in self.decay_at)
-                and list(self.decay_at) == sorted(self.decay_at), "optimizer.decay_at",
+                and list(self.decay_at) == sorted(set(self.decay_at)), "optimizer.decay_at",
                 self.decay_at, "must be ascending shares of the run, in (0, 1]")
-        require(all(0 <= factor < math.inf for factor in self.decay_to), "optimizer.decay_to",
-                self.decay_to, "must not be negative")
+        require(all(0 <= factor <= 1 for factor in self.decay_to)
+                and list(self.decay_to) == sorted(self.decay_to, reverse=True),
+                "optimizer.decay_to", self.decay_to,
+                "must be factors in [0, 1], none above the one before")
+        require(0 < self.decay_share <= 1, "optimizer.decay_share", self.decay_share,
+                "must be a share of the run, in (0, 1]")
+        require(0 <= self.decay_floor <= 1, "optimizer.decay_floor", self.decay_floor,
+                "must be in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

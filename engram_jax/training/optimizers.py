@@ -3,11 +3,13 @@
 Tables have optimizers of their own, `tables.row_optimizers`.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from engram_jax.config import OptimizerConfig
@@ -22,12 +24,25 @@ VECTORS = frozenset({"final_gain", "attention_gain", "ffn_gain", "latent_gain", 
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then the rate times `decay_to[i]` from the share `decay_at[i]` on."""
+    """The learning rate at each step: a linear warm-up, then `config.schedule`.
+
+    The warm-up ends where the decay begins, if it has not before, so that no rate is above the one
+    before from there on.
+    """
+    shares = config.decay_at if config.schedule == "step" else (1 - config.decay_share,)
+    # As the comparison in the program rounds it.
+    begin = min((math.ceil(np.float32(share * steps)) for share in shares), default=steps)
+    last = max(0, begin - 1)  # before the decay
 
     def rate(step: jax.Array) -> jax.Array:
-        factor = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
+        warm = jnp.minimum(1.0, (jnp.minimum(step, last) + 1) / max(1, config.warmup_steps))
+        if config.schedule == "wsd":
+            fallen = jnp.clip((step - last) / max(1, steps - 1 - last), 0.0, 1.0)
+            return config.learning_rate * jnp.minimum(
+                warm, 1.0 - (1.0 - config.decay_floor) * fallen)
+        factor = warm
         for share, value in zip(config.decay_at, config.decay_to, strict=True):
-            factor = jnp.where(step >= share * steps, value, factor)
+            factor = jnp.where(step >= share * steps, jnp.minimum(value, warm), factor)
         return config.learning_rate * factor
 
     return rate

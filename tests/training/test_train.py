@@ -313,6 +313,38 @@ def test_schedule_warms_up_and_decays_in_steps():
     assert float(no_warmup(jnp.int32(0))) == 2.0
 
 
+@pytest.mark.parametrize("changes", [
+    {"warmup_steps": 2000},
+    {"warmup_steps": 430, "decay_at": (0.1, 0.7), "decay_to": (0.9, 0.0)},
+    {"warmup_steps": 450},
+    {"warmup_steps": 357, "decay_at": (0.7000001, 0.9)},
+    {"schedule": "wsd", "warmup_steps": 2000},
+    {"schedule": "wsd", "warmup_steps": 10, "decay_share": 1.0, "decay_floor": 0.1},
+    {"schedule": "wsd", "warmup_steps": 0, "decay_share": 0.3},
+])
+@pytest.mark.parametrize("steps", [500, 7, 1])
+def test_the_rate_never_rises_again(changes, steps):
+    config = OptimizerConfig(**{"learning_rate": 1.0, **changes})
+    rates = np.asarray(jax.vmap(schedule(config, steps))(jnp.arange(steps)))
+    assert (rates >= 0).all()
+    assert rates[0] > 0
+    shares = config.decay_at if config.schedule == "step" else (1 - config.decay_share,)
+    begin = math.ceil(shares[0] * steps)
+    assert (np.diff(rates[max(0, begin - 1):]) <= 0).all(), rates
+    assert (np.diff(rates[:begin]) >= 0).all(), rates
+
+
+def test_a_schedule_that_is_constant_and_then_falls():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule="wsd", decay_share=0.2,
+                             decay_floor=0.1)
+    rates = np.asarray(jax.vmap(schedule(config, 100))(jnp.arange(100)))
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) * 0.2, rtol=1e-5)
+    np.testing.assert_array_equal(rates[10:80], np.full(70, 2.0))
+    np.testing.assert_allclose(rates[80:], 2.0 * (1 - 0.9 * np.arange(1, 21) / 20), rtol=1e-5)
+    longer = np.asarray(jax.vmap(schedule(config, 200))(jnp.arange(80)))
+    np.testing.assert_array_equal(longer, rates[:80])  # so a run may be extended before it falls
+
+
 # --- A run and its records ---
 
 
