@@ -17,8 +17,13 @@ class DataConfig:
 
     Attributes:
       path: "stdlib" (the source of Python's standard library), a text file, a folder of text
-        files, a .jsonl file, "hf:NAME" (Hugging Face datasets) or a folder of token shards.
-      text_field: the field that holds the text, for JSONL and Hugging Face datasets.
+        files, a .jsonl, .ndjson, .json or .parquet file, "hf:NAME" (Hugging Face datasets) or a
+        folder of token shards.
+      mixture: several such sources in the place of `path`, each "PATH=WEIGHT": its share of the
+        bytes is its weight over the sum of all.
+      revision: the commit, tag or branch of the Hugging Face hub at which "hf:NAME" is read; "" is
+        the newest.
+      text_field: the field that holds the text, for records and Hugging Face datasets.
       tokenizer: "bpe:SIZE" trains a byte-level BPE of that size on the text; else a
         tokenizer.json, a folder that holds one, or a hub name.
       sequence_length: tokens that a sequence predicts (T).
@@ -30,6 +35,8 @@ class DataConfig:
     """
 
     path: str = "stdlib"
+    mixture: tuple[str, ...] = ()
+    revision: str = ""
     text_field: str = "text"
     tokenizer: str = "bpe:4096"
     sequence_length: int = 256
@@ -40,10 +47,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", self.path, "must name a source of text")
+        require(not self.revision or any(path.startswith("hf:") for path in self.sources),
+                "data.revision", self.revision, "is of a data set hf:NAME; no source is one")
         require_at_least(self, 1, "data", "sequence_length", "batch_size")
         require_at_least(self, 0, "data", "seed")
         require(0 < self.validation_fraction < 1, "data.validation_fraction",
                 self.validation_fraction, "must be between 0 and 1")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The paths of `mixture`, or `path`."""
+        return tuple(entry.rpartition("=")[0] for entry in self.mixture) or (self.path,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,51 +4,39 @@
     "stdlib"             every source file of Python's standard library (a folder of that name
                          is "./stdlib")
     FILE                 the file is one document
-    FILE.jsonl           one document a line, in the field data.text_field
+    FILE.jsonl, .ndjson  one document a line, in the field data.text_field
+    FILE.json            the same, or one array of objects
+    FILE.parquet         one document a row
     FOLDER               every file below it, in sorted order, hidden ones left out
     "hf:NAME", "hf:NAME:SPLIT", "hf:NAME:CONFIG:SPLIT"
                          a Hugging Face dataset, one document a row; the split is "train" if unnamed
 
-Paths may be object storage (`gs://`, `s3://`). A folder of ready token shards is `tokens.py`'s.
+`data.mixture` mixes several of them. Capitals in a file's suffix do not matter, and gzip and
+Zstandard (.gz, .zst) are looked through. Paths may be object storage (`gs://`, `s3://`). A folder
+of ready token shards is `tokens.py`'s.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import importlib
-import json
 import os
-import re
+import stat
 import sysconfig
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from engram_jax.config import DataConfig
+from engram_jax.data import hugging_face, mixtures
+from engram_jax.data.reading import Part, Unreadable, decoded
+from engram_jax.data.records import Wanted, file_parts
 from engram_jax.errors import UserError
-from engram_jax.storage import check_readable, refusals
+from engram_jax.storage import check_readable, is_local, refusals
 
 # Folders of the standard library that are not its source.
 SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"))
-HUGGING_FACE = "hf:"
-
-
-@dataclasses.dataclass(frozen=True)
-class TextSummary:
-    """What one reading of a source finds out.
-
-    Attributes:
-      fingerprint: hex sha256 over the UTF-8 texts in order, each after its length in bytes.
-      sizes: UTF-8 bytes of each document, int64 [documents].
-    """
-
-    fingerprint: str
-    sizes: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,75 +44,106 @@ class Source:
     """Documents that can be read again and again, always the same ones in the same order.
 
     Attributes:
-      path: data.path as the user wrote it, for messages.
-      read: starts a reading; `documents` is the one to call.
+      path: of a file or folder, or another name.
+      setting: the setting that names it, as "data.path = 'x'", for messages.
+      read: starts a reading; `parts` and `documents` are the ones to call.
+      stamp: what changes when the text does, plain JSON that costs little to find out: sizes and
+        times of files, the commit of a data set. None where there is nothing of that kind.
+      revision: the commit of a data set on the Hugging Face hub; "" for other sources.
     """
 
     path: str
-    read: Callable[[], Iterator[str]]
+    setting: str
+    read: Callable[[], Iterator[Part]]
+    stamp: Callable[[], Any] = lambda: None
+    revision: str = ""
 
-    def documents(self) -> Iterator[str]:
-        """The texts, in order; those of nothing but white space are left out.
+    def parts(self) -> Iterator[Part]:
+        """The texts, in order, long ones in parts; those of nothing but white space are left out.
 
         Raises:
-          UserError: text that is not text (binary, not UTF-8, a JSONL line without the field).
+          UserError: text that is not text (binary, not UTF-8, a record without the field).
           MachineError: a file that the machine refuses to read.
         """
-        with refusals(self.path, "read", f"data.path = {self.path!r}"):
-            for text in self.read():
-                if text and not text.isspace():
-                    yield _encodable(text)
+        blank: list[Part] = []  # white space at the beginning of a document that may be no more
+        begun = False
+        with refusals(self.path, "read", self.setting):
+            for part in self.read():
+                if not begun and (not part.text or part.text.isspace()):
+                    blank = [] if part.ends else [*blank, part]
+                    continue
+                yield from blank
+                yield Part(_encodable(part.text), part.ends)
+                blank, begun = [], not part.ends
 
-    @functools.cached_property
-    def summary(self) -> TextSummary:
-        """Fingerprint and sizes, from one reading of everything.
+    def documents(self) -> Iterator[str]:
+        """The texts, in order, each whole.
 
         Raises:
-          UserError: there is no text.
+          UserError, MachineError: as `parts`.
         """
-        digest, sizes = hashlib.sha256(), []
-        for text in self.documents():
-            data = text.encode()
-            digest.update(len(data).to_bytes(8, "little"))
-            digest.update(data)
-            sizes.append(len(data))
-        if not sizes:
-            raise UserError(f"data.path = {self.path!r}: holds no text; name a file, a folder or "
-                            "a data set with at least one document")
-        return TextSummary(digest.hexdigest(), np.asarray(sizes, np.int64))
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex sha256 over the texts in order; equal texts have equal fingerprints anywhere."""
-        return self.summary.fingerprint
+        waiting: list[str] = []
+        for part in self.parts():
+            waiting.append(part.text)
+            if part.ends:
+                yield "".join(waiting)
+                waiting = []
 
     @property
     def amount(self) -> str:
-        """How much text there is, for messages."""
-        sizes = self.summary.sizes
-        return f"{len(sizes):,} documents, {sizes.sum() / 1e6:.1f} MB"
+        """How much text there is, in words; reads all of it.
+
+        Raises:
+          UserError, MachineError: as `parts`.
+        """
+        documents = size = 0
+        for part in self.parts():
+            documents, size = documents + part.ends, size + len(part.text.encode())
+        return in_words(documents, size)
+
+
+def in_words(documents: int, size: int) -> str:
+    """An amount of text, for messages; `size` in bytes."""
+    return f"{documents:,} documents, {size / 1e6:.1f} MB"
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that `config.path` names; nothing but its existence is looked at yet.
+    """The source that the settings name; nothing but its existence is looked at yet.
 
     Raises:
-      UserError: the path does not exist, or a folder holds no documents.
+      UserError: a path does not exist, a folder holds no documents, or bad shares of a mixture.
     """
-    path, field = config.path, config.text_field
+    if not config.mixture:
+        return _open(config, config.path, f"data.path = {config.path!r}")
+    shares = mixtures.parsed_shares(config.mixture)
+    sources = [_open(config, share.path, f"data.mixture = {share.path!r}") for share in shares]
+    return Source(
+        "mixture", "data.mixture",
+        lambda: mixtures.mixed([source.parts() for source in sources],
+                               [share.weight for share in shares]),
+        lambda: mixtures.stamp([source.stamp() for source in sources], shares),
+        " ".join(source.revision for source in sources if source.revision))
+
+
+def _open(config: DataConfig, path: str, setting: str) -> Source:
+    wanted = Wanted(setting, config.text_field)
     if path == "stdlib":
-        return Source(path, _standard_library)
-    if path.startswith(HUGGING_FACE):
-        return Source(path, functools.partial(_hugging_face, path, field))
-    check_readable(path, "data.path")
+        return Source(path, setting, _standard_library,
+                      lambda: _stamp(map(epath.Path, _own_source())))
+    if path.startswith(hugging_face.PREFIX):
+        rows = hugging_face.Rows.named(path, config.revision, wanted)
+        return Source(path, setting, rows.parts, rows.stamp, rows.commit)
+    check_readable(path, setting.split(" = ")[0])
     place = epath.Path(path).expanduser()
-    with refusals(path, "read", f"data.path = {path!r}"):
+    with refusals(path, "read", setting):
         if place.is_dir():
-            return Source(path, functools.partial(_folder, place, path, field))
+            return Source(path, setting, functools.partial(_folder, place, wanted),
+                          lambda: [config.text_field, _stamp(files_below(place))])
         if not place.exists():
-            raise UserError(f"data.path = {path!r}: does not exist; name a text file, a folder, a "
+            raise UserError(f"{setting}: does not exist; name a text file, a folder, a "
                             '.jsonl file, a folder of token shards, "stdlib" or "hf:NAME"')
-    return Source(path, functools.partial(_file, place, path, field))
+    return Source(path, setting, functools.partial(file_parts, place, wanted),
+                  lambda: [config.text_field, _stamp([place])])
 
 
 def _encodable(text: str) -> str:
@@ -136,130 +155,81 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _decoded(data: bytes) -> str:
-    """Text of a file: UTF-8, a byte order mark dropped, line ends as they are.
+def _stamp(files: Any) -> Any:
+    """Where files are, their sizes and times; None for those of object storage without times."""
+    stamps: list[Any] = []
+    for file in files:
+        if is_local(file):
+            status = os.stat(file)
+            # The second time is that of the inode: a copy that keeps the first one changes it.
+            stamps.append([os.path.abspath(file), status.st_size, status.st_mtime_ns,
+                           status.st_ctime_ns])
+            continue
+        there = file.stat()
+        if not there.mtime:
+            return None
+        stamps.append([os.fspath(file), there.length, int(there.mtime * 1e9)])
+    return stamps
 
-    Raises:
-      ValueError: binary data, and why.
-    """
-    if b"\0" in data:
-        raise ValueError(f"holds a NUL byte at offset {data.index(0)}")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 at byte {error.start}") from error
+
+# --- The standard library ---
 
 
-def _standard_library() -> Iterator[str]:
-    """Python's own source, sorted by path; files in other encodings are left out."""
+def _own_source() -> list[str]:
+    """Files of Python's own source, sorted by path."""
     root = sysconfig.get_path("stdlib")
     paths = []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in SKIPPED_FOLDERS]
         paths += [os.path.relpath(os.path.join(folder, name), root)
                   for name in names if name.endswith(".py")]
-    for path in sorted(paths, key=lambda path: path.split(os.sep)):
-        with contextlib.suppress(ValueError):
-            yield _decoded(epath.Path(root, path).read_bytes())
+    return [os.path.join(root, path)
+            for path in sorted(paths, key=lambda path: path.split(os.sep))]
 
 
-def _folder(place: epath.Path, path: str, field: str) -> Iterator[str]:
-    files = list(_files_below(place))
-    if not files:
-        raise UserError(f"data.path = {path!r}: the folder holds no documents; put text or .jsonl "
+def _standard_library() -> Iterator[Part]:
+    """Python's own source; files in other encodings are left out."""
+    for path in _own_source():
+        with contextlib.suppress(Unreadable):
+            yield Part(decoded(epath.Path(path).read_bytes()))
+
+
+# --- Folders ---
+
+
+def _folder(folder: epath.Path, wanted: Wanted) -> Iterator[Part]:
+    file = None
+    for file in files_below(folder):
+        yield from file_parts(file, wanted)
+    if file is None:
+        raise UserError(f"{wanted.setting}: the folder holds no documents; put text or .jsonl "
                         "files into it")
-    for file in files:
-        yield from _file(file, path, field)
 
 
-def _files_below(place: epath.Path) -> Iterator[epath.Path]:
-    for entry in sorted(place.iterdir(), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _files_below(entry)
-        else:
-            yield entry
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """Every file below a folder, in sorted order, hidden ones left out.
 
-
-def _file(file: epath.Path, path: str, field: str) -> Iterator[str]:
-    if file.suffix == ".jsonl":
-        yield from _jsonl(file, path, field)
-        return
-    try:
-        text = _decoded(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"data.path = {path!r}: {file} {error}; only text in UTF-8 can be "
-                        "trained on") from error
-    yield text
-
-
-def _jsonl(file: epath.Path, path: str, field: str) -> Iterator[str]:
-    """One document a line; blank lines are left out. Lines count from 1 in messages."""
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _json_text(line, field, path, f"line {number} of {file}")
-
-
-def _json_text(line: bytes, field: str, path: str, where: str) -> str:
-    try:
-        row = json.loads(_decoded(line))
-    except json.JSONDecodeError as error:
-        raise UserError(f"data.path = {path!r}: {where} is not JSON: {error.msg} at column "
-                        f"{error.colno}") from error
-    except ValueError as error:
-        raise UserError(f"data.path = {path!r}: {where} {error} of the line; JSONL is text in "
-                        "UTF-8") from error
-    if not isinstance(row, dict):
-        raise UserError(f"data.path = {path!r}: {where} is not a JSON object with a field "
-                        f"{field!r}")
-    if field not in row:
-        raise UserError(f"data.text_field = {field!r}: {where} has no such field; it has "
-                        f"{', '.join(map(repr, row)) or 'none'}")
-    return _text_of(row[field], field, where)
-
-
-def _text_of(value: Any, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"data.text_field = {field!r}: {where} holds "
-                        f"{type(value).__name__} there; it must be text")
-    return value
-
-
-HuggingFaceName = collections.namedtuple("HuggingFaceName", ["name", "config", "split"])
-
-
-def hugging_face_name(path: str) -> HuggingFaceName:
-    """The parts of "hf:NAME[[:CONFIG]:SPLIT]"; a colon in brackets belongs to its split.
-
-    Raises:
-      UserError: no name, an empty part, or more than three parts.
+    Links are followed. A folder that several paths lead to is read once, by the first of them in
+    the order: a folder may hold a link to itself.
     """
-    parts = re.split(r":(?![^\[]*\])", path.removeprefix(HUGGING_FACE))
-    if not all(parts) or len(parts) > 3:
-        raise UserError(f"data.path = {path!r}: must be hf:NAME, hf:NAME:SPLIT or "
-                        "hf:NAME:CONFIG:SPLIT")
-    name, *rest = parts
-    split = rest.pop() if rest else "train"
-    return HuggingFaceName(name, rest[0] if rest else None, split)
+    seen, waiting = {_identity(folder)}, [folder]
+    while waiting:
+        path = waiting.pop()
+        if path != folder and not path.is_dir():
+            yield path
+            continue
+        if path != folder:
+            if _identity(path) in seen:
+                continue
+            seen.add(_identity(path))
+        entries = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+        waiting += sorted(entries, key=lambda entry: entry.name, reverse=True)
 
 
-def _hugging_face(path: str, field: str) -> Iterator[str]:
-    wanted = hugging_face_name(path)
-    try:
-        library = importlib.import_module("datasets")
-    except ImportError as error:
-        raise UserError(f"data.path = {path!r}: needs the Hugging Face datasets library; pip "
-                        "install engram_jax[datasets]") from error
-    try:
-        rows = library.load_dataset(wanted.name, wanted.config, split=wanted.split)
-    except Exception as error:  # of many kinds, none of them in its documentation
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"data.path = {path!r}: Hugging Face datasets cannot load it: "
-                        f"{type(error).__name__}: {reason}") from error
-    if field not in rows.column_names:
-        raise UserError(f"data.text_field = {field!r}: {path} has no such field; it has "
-                        f"{', '.join(map(repr, rows.column_names))}")
-    for number, row in enumerate(rows.select_columns([field])):
-        yield _text_of(row[field], field, f"row {number} of {path}")
+def _identity(folder: epath.Path) -> Any:
+    """Equal for two paths to one folder."""
+    if not is_local(folder):
+        return os.fspath(folder)
+    status = os.stat(folder)
+    assert stat.S_ISDIR(status.st_mode)
+    return status.st_dev, status.st_ino

@@ -3,19 +3,17 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from etils import epath
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engram_jax.config import DataConfig
 from engram_jax.data.cache import cache_folder, cache_key, publish, working_folder
-from engram_jax.data.sources import Source
+from engram_jax.data.read_ahead import TextAhead
+from engram_jax.data.splitting import pieces
 from engram_jax.errors import UserError
-from engram_jax.storage import check_readable
-
-PIECE_CHARACTERS = 2**20
-TRAINED_ON_CHARACTERS = 2**30  # the first of the text
+from engram_jax.storage import check_readable, first_line
 
 END_TOKEN, PAD_TOKEN = "<|end|>", "<|pad|>"
 SMALLEST_BPE = 256 + len((END_TOKEN, PAD_TOKEN))
@@ -26,67 +24,110 @@ PAD_TOKENS = (PAD_TOKEN, "<｜▁pad▁｜>", "<pad>", "[PAD]", "<PAD>", "<|padd
               "<|finetune_right_pad_id|>")
 
 
-def load_tokenizer(config: DataConfig, source: Source,
+def load_tokenizer(config: DataConfig, text: TextAhead,
                    progress: Callable[[str], None] | None = None) -> Tokenizer:
-    """The tokenizer that `config.tokenizer` names, without truncation and padding.
+    """The tokenizer that `config.tokenizer` names, as `parse_tokenizer` gives it.
 
     Args:
-      source: the text that "bpe:SIZE" is trained on, once for each text and size.
+      text: what "bpe:SIZE" is trained on, once for each text and size.
       progress: gets a line before a training.
 
     Raises:
       UserError: a size that is too small, a file that is no tokenizer, an unknown hub name.
       MachineError: the cache cannot be written.
     """
+    if (ready := ready_tokenizer(config, text.fingerprint)) is not None:
+        return ready
+    size = _bpe_size(config)
+    if progress is not None:
+        progress(f"training a tokenizer of {size} tokens on {text.amount}")
+    tokenizer = train_bpe(text.documents(), size)
+    name = cache_key(text.fingerprint, size)
+    with working_folder(config) as folder:
+        (folder / f"{name}.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        (folder / f"{name}.sha256").write_text(tokenizer_digest(tokenizer))
+        publish(folder, cache_folder(config) / "tokenizers", [f"{name}.json", f"{name}.sha256"])
+    return tokenizer
+
+
+def ready_tokenizer(config: DataConfig, fingerprint: str) -> Tokenizer | None:
+    """The tokenizer that `config.tokenizer` names, if it need not be trained.
+
+    Args:
+      fingerprint: of the text that it would be trained on.
+
+    Raises:
+      UserError: as `load_tokenizer`.
+    """
     name = config.tokenizer
     check_readable(name, "data.tokenizer")
     if name.startswith("bpe:"):
-        tokenizer = _own_bpe(config, source, progress)
-    else:
-        try:
-            tokenizer = _named(name)
-        except Exception as error:  # the library raises nothing narrower
-            reason = (str(error).splitlines() or [""])[0]
-            raise UserError(f"data.tokenizer = {name!r}: must be bpe:SIZE, a tokenizer.json, a "
-                            f"folder that holds one or a hub name: {reason}") from error
+        folder, key = cache_folder(config) / "tokenizers", cache_key(fingerprint, _bpe_size(config))
+        with contextlib.suppress(Exception):  # not there, or not whole: train it
+            tokenizer = parse_tokenizer((folder / f"{key}.json").read_bytes().decode())
+            if tokenizer_digest(tokenizer) == (folder / f"{key}.sha256").read_text():
+                return tokenizer
+        return None
+    try:
+        return _named(name)
+    except Exception as error:  # the library raises nothing narrower
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"data.tokenizer = {name!r}: must be bpe:SIZE, a tokenizer.json, a "
+                        f"folder that holds one or a hub name: {reason}") from error
+
+
+def parse_tokenizer(text: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json: the one reading of text, in training and everywhere.
+
+    It neither truncates nor pads, and takes special tokens that a text spells out as ordinary text.
+
+    Raises:
+      ValueError: it is none, or has no tokens.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except BaseException as error:  # a panic of the library is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise ValueError(f"is no tokenizer.json ({first_line(error)})") from error
+    if not tokenizer.get_vocab():
+        raise ValueError("has no tokens")
+    return _plain(tokenizer)
+
+
+def _plain(tokenizer: Tokenizer) -> Tokenizer:
+    """`tokenizer`, told to read text as `parse_tokenizer` says."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # not a part of its JSON
     return tokenizer
 
 
 def _named(name: str) -> Tokenizer:
-    place = epath.Path(name).expanduser()
-    if place.is_dir():
-        place = place / "tokenizer.json"
-    elif not place.exists() and not re.search(r"^[.~/]|\.json$|://", name):
-        return Tokenizer.from_pretrained(name)
-    return Tokenizer.from_str(place.read_text())
+    path = epath.Path(name).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    elif not path.exists() and not re.search(r"^[.~/]|\.json$|://", name):
+        return parse_tokenizer(Tokenizer.from_pretrained(name).to_str())
+    return parse_tokenizer(path.read_bytes().decode())
 
 
-def _own_bpe(config: DataConfig, source: Source,
-             progress: Callable[[str], None] | None) -> Tokenizer:
+def _bpe_size(config: DataConfig) -> int:
     text = config.tokenizer.removeprefix("bpe:")
-    size = int(text) if text.isdecimal() else 0
+    size = int(text) if text.isdecimal() and len(text) < 10 else 0
     if size < SMALLEST_BPE:
         raise UserError(f"data.tokenizer = {config.tokenizer!r}: must be bpe:SIZE with a size of "
                         f"at least {SMALLEST_BPE} (all bytes, the end and the pad token)")
-    name = cache_key(source.fingerprint, size) + ".json"
-    place = cache_folder(config) / "tokenizers"
-    with contextlib.suppress(Exception):  # not there, or not whole: train it
-        return Tokenizer.from_str((place / name).read_text())
-    if progress is not None:
-        progress(f"training a tokenizer of {size} tokens on {source.amount}")
-    tokenizer = train_bpe(source.documents(), size)
-    with working_folder(config) as folder:
-        (folder / name).write_text(tokenizer.to_str(), encoding="utf-8")
-        publish(folder, place, [name])
-    return tokenizer
+    return size
 
 
-def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[Iterable[str]], size: int) -> Tokenizer:
     """A byte-level BPE of at most `size` tokens; ids 0 and 1 are its end and pad tokens.
 
     The same texts give the same tokenizer. It encodes any text and loses nothing.
+
+    Args:
+      texts: each whole, or in blocks.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -94,33 +135,10 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=size, special_tokens=[END_TOKEN, PAD_TOKEN], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.train_from_iterator(_first_pieces(texts), trainer)
-    return tokenizer
-
-
-def _first_pieces(texts: Iterable[str]) -> Iterator[str]:
-    room = TRAINED_ON_CHARACTERS
-    for text in texts:
-        for piece in pieces(text):
-            if room <= 0:
-                return
-            yield piece
-            room -= len(piece)
-
-
-def pieces(text: str) -> Iterator[str]:
-    """`text` in parts of at most PIECE_CHARACTERS, cut after a line where there is one.
-
-    Parts are tokenized by themselves: many at a time, and in bounded memory. A cut may change the
-    tokens beside it, one in several hundred thousand.
-    """
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        line = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-        stop = line if line > start else start + PIECE_CHARACTERS
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+    tokenizer.train_from_iterator(
+        (piece for text in texts
+         for piece in pieces([text] if isinstance(text, str) else text)), trainer)
+    return _plain(tokenizer)
 
 
 def find_end_id(tokenizer: Tokenizer) -> int:

@@ -12,23 +12,24 @@ Each document's ids are followed by the end token. Folders are kept in a cache u
 tokenizer and validation share. Shards in object storage are copied to this machine's disk as they
 are read. Files are moved into place one by one, and equal keys have equal
 bytes, so processes that pack the same text at the same time do not disturb each other.
+
+Every file is checked: shards against their checksums in meta.json and the tokenizer's size when
+they are opened for the first time after they have been written, ids whenever they are read.
 """
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
-import pathlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 from etils import epath
 from tokenizers import Tokenizer
 
-from engram_jax.config import DataConfig
-from engram_jax.data import packing
+from engram_jax.config import DataConfig, require
+from engram_jax.data import packing, remembered
 from engram_jax.data.cache import (
     cache_folder,
     cache_key,
@@ -36,68 +37,41 @@ from engram_jax.data.cache import (
     publish,
     working_folder,
 )
-from engram_jax.data.sources import HUGGING_FACE, open_source
-from engram_jax.data.tokenizer import load_tokenizer, tokenizer_digest
+from engram_jax.data.encoding import cores
+from engram_jax.data.hugging_face import PREFIX
+from engram_jax.data.read_ahead import TextAhead
+from engram_jax.data.reading import Unreadable, json_value
+from engram_jax.data.shards import Shard, ShardInfo, TokenStream, shard_name
+from engram_jax.data.sources import Source, open_source
+from engram_jax.data.tokenizer import (
+    load_tokenizer,
+    parse_tokenizer,
+    ready_tokenizer,
+    tokenizer_digest,
+)
 from engram_jax.errors import UserError
 from engram_jax.settings import from_dict
-from engram_jax.storage import download, is_local, refusals
-
-
-class _Remote:
-    """A shard in object storage; copied to this disk, for good, when it is first read."""
-
-    def __init__(self, path: epath.Path, copy: pathlib.Path, dtype: str, size: int):
-        self._path, self._copy, self._dtype, self._size = path, copy, dtype, size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        return self._ids[part]
-
-    @functools.cached_property
-    def _ids(self) -> np.ndarray:
-        if not self._copy.exists():
-            download(self._path, self._copy)
-        try:
-            return _mapped(self._copy, self._dtype, self._size)
-        except UserError:
-            self._copy.unlink(missing_ok=True)  # so that the next start copies it again
-            raise
-
-
-class TokenStream:
-    """A long row of token ids in memory-mapped shards."""
-
-    def __init__(self, shards: Sequence[np.ndarray | _Remote]):
-        self._shards = shards
-        self._ends = np.cumsum([0] + [len(shard) for shard in shards])
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids start..stop-1, int32 [stop - start], 0 <= start <= stop <= len."""
-        parts = [shard[max(start - begin, 0):max(stop - begin, 0)]
-                 for shard, begin in zip(self._shards, self._ends, strict=False)
-                 if begin < stop and start < begin + len(shard)]
-        return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+from engram_jax.storage import is_local, refusals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenData:
-    """A packed text; all but `directory` is its meta.json.
+    """A packed text; all but `directory` and `revision` is its meta.json.
 
     Attributes:
-      fingerprint: of the text (`sources.TextSummary`).
+      fingerprint: of the text (`read_ahead`, `packing`).
       tokenizer_digest: hex sha256 of tokenizer.json.
       vocab_size: ids are below it.
       end_id: the token after each document; one that follows it starts a document.
       pad_id: the token that fills up what is not there.
       documents: in both splits.
       dtype: of the shards, "uint16" or "uint32".
+      split: the rule that chose the validation text (`splitting`).
       train_shards, validation_shards: tokens in each shard.
+      train_sha256, validation_sha256: hex sha256 of each shard's ids.
       train_bytes, validation_bytes: UTF-8 bytes of the text in each split.
+      sha256: of the other fields (`packing.meta_digest`).
+      revision: the commit of a dataset of the Hugging Face hub; "" for other text.
     """
 
     directory: str
@@ -108,10 +82,15 @@ class TokenData:
     pad_id: int
     documents: int
     dtype: str
+    split: str
     train_shards: tuple[int, ...]
     validation_shards: tuple[int, ...]
+    train_sha256: tuple[str, ...]
+    validation_sha256: tuple[str, ...]
     train_bytes: int
     validation_bytes: int
+    sha256: str
+    revision: str = ""
 
     @property
     def train_tokens(self) -> int:
@@ -131,123 +110,167 @@ class TokenData:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that packed the text."""
-        return Tokenizer.from_str((epath.Path(self.directory) / "tokenizer.json").read_text())
+        path = epath.Path(self.directory) / "tokenizer.json"
+        try:
+            return parse_tokenizer(path.read_bytes().decode())
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
 
     @functools.cached_property
     def train(self) -> TokenStream:
         """The training stream."""
-        return TokenStream(self._shards("train", self.train_shards))
+        return TokenStream(self.shards("train"))
 
     @functools.cached_property
     def validation(self) -> TokenStream:
         """The validation stream; shares no text with `train`."""
-        return TokenStream(self._shards("validation", self.validation_shards))
+        return TokenStream(self.shards("validation"))
 
-    def _shards(self, split: str, sizes: Sequence[int]) -> list[np.ndarray | _Remote]:
+    def shards(self, split: str) -> list[Shard]:
+        """The files of a split in their order."""
         folder = epath.Path(self.directory)
-        paths = [folder / packing.shard_name(split, number) for number in range(len(sizes))]
-        if is_local(folder):
-            return [_mapped(path, self.dtype, size)
-                    for path, size in zip(paths, sizes, strict=True)]
-        with refusals(folder, "read"):
-            there = {entry.name for entry in folder.iterdir()}
-        for path in paths:
-            if path.name not in there:
-                raise UserError(f"{path}: is missing")
-        copies = download_folder() / cache_key(
-            self.directory, self.fingerprint, self.tokenizer_digest,
-            self.train_shards, self.validation_shards)
-        return [_Remote(path, copies / path.name, self.dtype, size)
-                for path, size in zip(paths, sizes, strict=True)]
+        infos = map(ShardInfo, getattr(self, f"{split}_shards"), getattr(self, f"{split}_sha256"))
+        copies = download_folder() / cache_key(self.directory, self.sha256)
+        return [Shard(folder / name, self.dtype, info, self.vocab_size, copies / name)
+                for number, info in enumerate(infos) for name in [shard_name(split, number)]]
 
 
-def _mapped(path: epath.PathLike, dtype: str, size: int) -> np.ndarray:
-    """A shard of this disk, checked."""
-    try:
-        shard: np.ndarray = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: is missing, truncated or no NumPy array of token ids "
-                        f"({error})") from error
-    if shard.dtype != dtype or shard.shape != (size,):
-        raise UserError(f"{path}: holds {shard.dtype} {shard.shape}, but meta.json says "
-                        f"{dtype} ({size},)")
-    return shard
-
-
-def open_tokens(config: DataConfig,
-                progress: Callable[[str], None] | None = None) -> TokenData:
+def open_tokens(config: DataConfig, progress: Callable[[str], None] | None = None,
+                processes: int = 0) -> TokenData:
     """The packed text that `config` names; tokenizes and packs it if the cache does not hold it.
 
     A folder of token shards is used as it is; `config.tokenizer` then does not matter.
 
     Args:
       progress: gets one line at the start of each stage that takes time.
+      processes: to tokenize in, which does not change a bit; 0 is one for each core.
 
     Raises:
       UserError: see `sources`, `load_tokenizer` and `open_packed`.
       MachineError: the text cannot be read or the cache cannot be written.
     """
-    if (ready := _ready_folder(config.path)) is not None:
+    if (ready := _ready_folder(config)) is not None:
         try:
             return open_packed(ready)
         except UserError as error:
             raise UserError(f"data.path = {config.path!r}: not a whole folder of token shards: "
                             f"{error}") from error
-    source = open_source(config)
-    tokenizer = load_tokenizer(config, source, progress)
-    key = cache_key(source.fingerprint, tokenizer_digest(tokenizer), config.validation_fraction)
-    place = cache_folder(config) / "tokens" / key
-    with contextlib.suppress(UserError):  # not there, or damaged: pack it
-        return open_packed(place)
     say = progress or (lambda line: None)
-    say(f"tokenizing {source.amount}")
-    with working_folder(config) as folder:
-        names = packing.pack(source, tokenizer, config.validation_fraction, folder)
-        publish(folder, place, names)
-    data = open_packed(place)
-    say(f"packed {data.train_tokens:,} tokens to train on and {data.validation_tokens:,} to "
-        f"validate on into {place}")
+    source = open_source(config)
+    stamp = remembered.stamp(source)
+    data = None
+    if (before := remembered.recall(config, stamp)) is not None:
+        tokenizer = ready_tokenizer(config, before.trained_on)
+        data = tokenizer and _kept(config, before.fingerprint, tokenizer, say)
+    if data is None:
+        data = _packed(config, source, stamp, say, processes)
+    return dataclasses.replace(data, revision=source.revision)
+
+
+def _packed(config: DataConfig, source: Source, stamp: object, say: Callable[[str], None],
+            processes: int) -> TokenData:
+    """The text, read and packed unless the cache holds it from another place."""
+    with working_folder(config) as folder, contextlib.closing(TextAhead(source, folder)) as text:
+        tokenizer = load_tokenizer(config, text, say)
+        data = _kept(config, text.fingerprint, tokenizer, say) if text.whole else None
+        if data is None:
+            say(f"tokenizing {text.amount}")
+            fingerprint, names = packing.pack(
+                text, tokenizer, config.validation_fraction, folder, processes)
+            target = _target(config, fingerprint, tokenizer)
+            publish(folder, target, names)
+            data = open_packed(target)
+            say(f"packed {data.train_tokens:,} tokens to train on and {data.validation_tokens:,} "
+                f"to validate on into {target}")
+        remembered.remember(config, source, stamp, remembered.Known(
+            data.fingerprint, text.fingerprint))
     return data
 
 
+def _target(config: DataConfig, fingerprint: str, tokenizer: Tokenizer) -> epath.Path:
+    key = cache_key(fingerprint, tokenizer_digest(tokenizer), config.validation_fraction)
+    return cache_folder(config) / "tokens" / key
+
+
+def _kept(config: DataConfig, fingerprint: str, tokenizer: Tokenizer,
+          say: Callable[[str], None]) -> TokenData | None:
+    """What the cache holds, whole; None where it has to be packed."""
+    target = _target(config, fingerprint, tokenizer)
+    try:
+        return open_packed(target)
+    except UserError as error:
+        if (target / "meta.json").exists():
+            say(f"packing again what is damaged: {error}")
+        return None
+
+
 def open_packed(folder: epath.PathLike) -> TokenData:
-    """A folder of token shards, checked: every file there, of the right length and dtype.
+    """A folder of token shards, checked: every file there, and what meta.json says.
+
+    Shards in object storage are checked when they are copied to this disk.
 
     Raises:
       UserError: it is not whole; the line names the file.
     """
-    place = epath.Path(folder)
-    try:
-        values = json.loads((place / "meta.json").read_text())
-        digest = hashlib.sha256((place / "tokenizer.json").read_bytes()).hexdigest()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place}: meta.json or tokenizer.json is missing or unreadable "
-                        f"({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{place / 'meta.json'}: must be an object with fields")
-    where = f"{place / 'meta.json'}: "
-    data: TokenData = from_dict({**values, "directory": os.fspath(place)}, TokenData, where)
-    if digest != data.tokenizer_digest:
-        raise UserError(f"{place / 'tokenizer.json'}: its sha256 is {digest}, but meta.json says "
-                        f"{data.tokenizer_digest}")
-    for field in ("end_id", "pad_id"):
-        if not 0 <= getattr(data, field) < data.vocab_size:
-            raise UserError(f"{where}{field} = {getattr(data, field)}: must be below vocab_size "
-                            f"= {data.vocab_size}")
-    if data.dtype not in ("uint16", "uint32"):
-        raise UserError(f"{where}dtype = {data.dtype!r}: must be uint16 or uint32")
-    opened = len(data.train), len(data.validation)
-    assert opened == (data.train_tokens, data.validation_tokens)
+    path = epath.Path(folder)
+    data = _read_meta(path)
+    shards = [*data.shards("train"), *data.shards("validation")]
+    if is_local(path):
+        with ThreadPoolExecutor(cores()) as threads:
+            for _ in threads.map(Shard.check, shards):
+                pass
+        return data
+    with refusals(path, "read"):
+        there = {entry.name for entry in path.iterdir()}
+    for shard in shards:
+        if shard.path.name not in there:
+            raise UserError(f"{shard.path}: is missing")
     return data
 
 
-def _ready_folder(path: str) -> epath.Path | None:
-    """The folder that `path` names if it is one of token shards, whole or not."""
-    if path == "stdlib" or path.startswith(HUGGING_FACE):
+def _read_meta(path: epath.Path) -> TokenData:
+    try:
+        values = json_value((path / "meta.json").read_bytes().decode())
+        digest = hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest()
+    except (OSError, UnicodeDecodeError, Unreadable) as error:
+        raise UserError(f"{path}: meta.json or tokenizer.json is missing or unreadable "
+                        f"({error})") from error
+    where = f"{path / 'meta.json'}: "
+    if not isinstance(values, dict):
+        raise UserError(f"{where}must be an object with fields")
+    for field in ("directory", "revision"):
+        require(field not in values, f"{where}{field}", values.get(field), "is no field of it")
+    data: TokenData = from_dict({**values, "directory": os.fspath(path)}, TokenData, where)
+    if digest != data.tokenizer_digest:
+        raise UserError(f"{path / 'tokenizer.json'}: its sha256 is {digest}, but meta.json says "
+                        f"{data.tokenizer_digest}")
+    _check_meta(data, where)
+    require(data.sha256 == packing.meta_digest(values), f"{where}sha256", data.sha256,
+            "is not that of its other fields; they have been changed")
+    return data
+
+
+def _check_meta(data: TokenData, where: str) -> None:
+    for field in ("end_id", "pad_id"):
+        require(0 <= getattr(data, field) < data.vocab_size, f"{where}{field}",
+                getattr(data, field), f"must be below vocab_size = {data.vocab_size}")
+    require(data.dtype in ("uint16", "uint32"), f"{where}dtype", data.dtype,
+            "must be uint16 or uint32")
+    for split in packing.SPLITS:
+        sizes: Sequence[int] = getattr(data, f"{split}_shards")
+        require(len(sizes) == len(getattr(data, f"{split}_sha256")), f"{where}{split}_shards",
+                list(sizes[:8]), f"must be as many as {split}_sha256")
+        require(all(size > 0 for size in sizes), f"{where}{split}_shards", list(sizes[:8]),
+                "must be positive")
+
+
+def _ready_folder(config: DataConfig) -> epath.Path | None:
+    """The folder that `data.path` names if it is one of token shards, whole or not."""
+    if config.mixture or config.path == "stdlib" or config.path.startswith(PREFIX):
         return None
-    place = epath.Path(path).expanduser()
+    path = epath.Path(config.path).expanduser()
     with contextlib.suppress(Exception):  # `open_source` has the words for it
-        if place.is_dir() and any(entry.suffix == ".npy" or entry.name == "meta.json"
-                                  for entry in place.iterdir()):
-            return place
+        if path.is_dir() and any(entry.suffix == ".npy" or entry.name == "meta.json"
+                                 for entry in path.iterdir()):
+            return path
     return None

@@ -8,6 +8,7 @@ import numpy as np
 from etils import epath
 
 from engram_jax.config import require
+from engram_jax.data.reading import read_file
 from engram_jax.errors import UserError
 from engram_jax.insides import cka as similarity
 from engram_jax.insides import gates, memory_use, spans, suppression, tasks
@@ -15,7 +16,7 @@ from engram_jax.insides.examples import GATED
 from engram_jax.insides.logit_lens import logit_lens
 from engram_jax.insides.observing import Opened, open_run
 from engram_jax.insides.patchscope import patchscope
-from engram_jax.insides.texts import Text, read_file, validation_text
+from engram_jax.insides.texts import Text, validation_text
 from engram_jax.insides.token_classes import compression
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.storage import refusals, write_text

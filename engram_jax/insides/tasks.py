@@ -4,7 +4,6 @@ Shapes: B batch, T time, N examples, V vocabulary.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import require
+from engram_jax.data.reading import Unreadable, json_value
 from engram_jax.errors import UserError
 from engram_jax.insides.observing import Opened
 from engram_jax.insides.suppression import Kept
@@ -66,9 +66,9 @@ def parsed(content: str) -> list[Example]:
 def _example(line: str, number: int) -> Example:
     where, shown = f"tasks line {number}", line.strip()[:SHOWN]
     try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} = {shown!r}: is not JSON ({error})") from error
+        values = json_value(line)
+    except Unreadable as error:
+        raise UserError(f"{where} = {shown!r}: {error}") from error
     require(isinstance(values, dict), where, shown, f"must be an object with {', '.join(FIELDS)}")
     for field in FIELDS:
         require(isinstance(values.get(field), str), where, shown, f"needs a text {field!r}")

@@ -3,17 +3,13 @@
 Shapes: B batch, T time, N tokens of the text, P positions, S spans.
 """
 
-import os
 from collections.abc import Iterator
 
 import numpy as np
-from etils import epath
 
 from engram_jax.config import require
-from engram_jax.errors import UserError
 from engram_jax.insides.observing import Opened
 from engram_jax.runs.reader import open_inputs
-from engram_jax.storage import refusals
 
 BATCHES = 8  # of the text that an analysis reads
 
@@ -73,23 +69,6 @@ class Text:
     def _batch(self, each_N: np.ndarray, number: int) -> np.ndarray:
         tokens = self._length * self._size
         return each_N[number * tokens : (number + 1) * tokens].reshape(self._size, self._length)
-
-
-def read_file(file: epath.PathLike, field: str) -> str:
-    """A file that the user named in `field`.
-
-    Raises:
-      UserError: it is not there, or not UTF-8.
-      MachineError: it cannot be read.
-    """
-    place = epath.Path(file)
-    require(place.is_file(), field, os.fspath(file), "must be a text file")
-    with refusals(place, "read"):
-        try:
-            return place.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{field} = {os.fspath(file)!r}: is not UTF-8 ({error.reason} at byte "
-                            f"{error.start})") from error
 
 
 def validation_text(opened: Opened) -> str:

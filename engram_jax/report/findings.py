@@ -7,10 +7,11 @@ from typing import Any
 from etils import epath
 
 from engram_jax.config import require
+from engram_jax.data.reading import read_file
 from engram_jax.errors import UserError
 from engram_jax.insides import analyses
 from engram_jax.insides.observing import Opened, open_run
-from engram_jax.insides.texts import read_file, validation_text
+from engram_jax.insides.texts import validation_text
 from engram_jax.report.looks import Look, looks, memory_kind, slots
 from engram_jax.results import comparing
 from engram_jax.results.comparing import Arm

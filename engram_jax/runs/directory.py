@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 
 from engram_jax import __version__
 from engram_jax.config import RunConfig, require
+from engram_jax.data.tokenizer import parse_tokenizer
 from engram_jax.distributed import is_first
 from engram_jax.errors import UserError
 from engram_jax.hashing import artifact
@@ -168,8 +169,8 @@ class RunDirectory:
           UserError: it is not there or no tokenizer.
         """
         try:
-            return Tokenizer.from_str(self.tokenizer_path.read_text())
-        except Exception as error:  # of `tokenizers`: a bare Exception
+            return parse_tokenizer(self.tokenizer_path.read_bytes().decode())
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.tokenizer_path}: is missing or no tokenizer "
                             f"({error})") from error
 
