@@ -313,7 +313,7 @@ def test_what_the_model_says_itself_is_right(opened):
 
 @pytest.mark.parametrize(("content", "said"), [
     ("", "tasks = '': must have a line of JSON for each example"),
-    (f"{line()}\n{{task", "tasks line 2 = '{task': is not JSON (Expecting"),
+    (f"{line()}\n{{task", "tasks line 2 = '{task': is not JSON: Expecting"),
     ("[1]", "tasks line 1 = '[1]': must be an object with task, prompt, answer"),
     (line(answer=3), "needs a text 'answer'"),
     (line(task=None), "needs a text 'task'"),
