@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.runs.train import train
+from engram_jax.sweeps.compilations import kept_compilations
 from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
 from engram_jax.training.placement import chosen_mesh
 
@@ -27,11 +28,15 @@ def local(
     runs: Sequence[RunConfig], place: epath.Path, say: Callable[[str], None],
     mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the runs in this process, one after another; errors are those of `train`."""
+    """Train the runs in this process, one after another; errors are those of `train`.
+
+    Programs that several runs share are compiled once (`compilations`).
+    """
     results = []
-    for number, run in enumerate(runs, start=1):
-        say(f"run {number} of {len(runs)}: {run.name}")
-        results.append(train(run, place / run.name, say, mesh))
+    with kept_compilations():
+        for number, run in enumerate(runs, start=1):
+            say(f"run {number} of {len(runs)}: {run.name}")
+            results.append(train(run, place / run.name, say, mesh))
     return results
 
 

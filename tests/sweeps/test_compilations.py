@@ -1,0 +1,60 @@
+"""What runs of a sweep share is compiled once, and changes no bit."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+from micro import STEPS, micro, plain, with_training, write_text
+
+from engram_jax.runs.directory import RunDirectory
+from engram_jax.runs.train import train
+from engram_jax.sweeps import compilations, launchers
+from engram_jax.sweeps.reproducing import compared
+from engram_jax.sweeps.sweep import seeded
+
+
+def silent(line):
+    del line
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """Programs are compiled quickly, and kept though they are."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    monkeypatch.setitem(
+        compilations.SETTINGS, "jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_seeds_share_their_programs_and_have_the_same_bits(tmp_path):
+    text = write_text(tmp_path / "text.txt")
+    run = with_training(plain(micro(text)), checkpoint_every=0)
+    first, second = seeded([run], (0, 1))
+    folder = compilations.folder()
+    assert not folder.exists()
+    jax.jit(lambda x: x * 17)(jnp.ones(3))  # something is compiled before the sweep begins
+    launchers.local([first], epath.Path(tmp_path / "sweep"), silent)
+    steps = sorted(path.name for path in folder.glob("jit_step*-cache"))
+    assert len(steps) == 2, "the step and the evaluation"
+    launchers.local([second], epath.Path(tmp_path / "sweep"), silent)
+    assert sorted(path.name for path in folder.glob("jit_step*-cache")) == steps
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    jax.clear_caches()
+    kept = sorted(folder.iterdir())
+    alone = train(second, tmp_path / "alone", silent)
+    swept = RunDirectory(tmp_path / "sweep" / second.name)
+    assert sorted(folder.iterdir()) == kept, "out of a sweep nothing is kept"
+    assert swept.result()["loss"] == alone["loss"]
+    metrics = RunDirectory(tmp_path / "alone").metrics()
+    assert compared(swept.metrics(), metrics) == (STEPS, None)
+
+
+def test_a_cache_of_the_user_s_own_is_left(tmp_path):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    with compilations.kept_compilations():
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
+    jax.config.update("jax_compilation_cache_dir", before)
