@@ -33,6 +33,7 @@ SILENCE_S = 100  # a process says every second that it is alive; JAX's own limit
 FIRST_S = 6 * 3600  # for what process 0 does while the others wait: packing a text
 GRACE_S = 30  # what JAX's own checks wait longer than ours, which end with one line
 PERIOD_S = 1.0
+AHEAD = 2  # pieces of work by which processes may be apart
 ROOT = "engram_jax"
 
 
@@ -204,6 +205,28 @@ def agree(name: str, values: Mapping[str, Any], timeout_s: float | None = None) 
             field, before, now = first_difference(ours, theirs) or (name, ours, theirs)
             raise UserError(f"{field} = {now!r} in process {other}, but {before!r} in process 0; "
                             "all processes of a run need the same")
+
+
+def stops(piece: int, asked: bool) -> bool:
+    """Whether all processes stop before this piece of work; alike in all of them.
+
+    Each process asks before each piece, in the same order, and only with the results of all pieces
+    but the last one behind it. So when one names a piece two ahead of its own, nobody has passed
+    that yet, and everybody reads the name before it gets there.
+
+    Args:
+      piece: the number of the piece, from 1 on.
+      asked: whether this process was told to stop.
+    """
+    if (group := _group) is None:
+        return asked
+    name = f"{ROOT}/stop"
+    named = group.under(name)
+    if not named and asked:
+        with contextlib.suppress(RuntimeError):  # another process was quicker
+            group.client.key_value_set(f"{name}/{piece + AHEAD}", "", allow_overwrite=False)
+        named = group.under(name)
+    return bool(named) and piece >= min(named)
 
 
 def _late(group: _Group, name: str, limit: float, there: set[int]) -> MachineError:

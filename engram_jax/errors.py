@@ -1,4 +1,6 @@
-"""The two ways in which a command can fail without a bug being to blame."""
+"""The ways in which a command can end early without a bug being to blame."""
+
+STOPPED = 75  # exit code of a run that was told to stop and can go on: EX_TEMPFAIL of sysexits.h
 
 
 class UserError(ValueError):
@@ -10,3 +12,15 @@ class UserError(ValueError):
 
 class MachineError(RuntimeError):
     """Something that the machine refused (disk full, file unreadable); exit code 1."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was told to stop and did, in good order; exit code `STOPPED`.
+
+    Attributes:
+      together: whether all processes of the run stop here.
+    """
+
+    def __init__(self, line: str, together: bool = True):
+        super().__init__(line)
+        self.together = together

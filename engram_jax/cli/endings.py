@@ -6,7 +6,7 @@ import sys
 import typing
 from collections.abc import Callable
 
-from engram_jax.errors import MachineError, UserError
+from engram_jax.errors import STOPPED, MachineError, Stopped, UserError
 
 
 def ending(error: BaseException) -> tuple[int, str] | None:
@@ -20,6 +20,8 @@ def ending(error: BaseException) -> tuple[int, str] | None:
             return 1, one_line(error)
         case RuntimeError() if "RESOURCE_EXHAUSTED" in str(error):
             return 1, one_line(MachineError(f"out of memory: {error}"))
+        case Stopped():
+            return STOPPED, one_line(error)
         case KeyboardInterrupt():
             return 130, "stopped; the same command goes on from the last checkpoint"
     return None

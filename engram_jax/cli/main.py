@@ -3,8 +3,9 @@
 Each family of commands is a file beside this one, and in it each command's words stand above its
 deed; to add a command, write both there and name it in the family's `add`.
 
-Exit codes: 0 done, 1 the machine failed (disk, memory), 2 the user can mend it; the reason is one
-line on standard error. `reproduce` ends with 1, too, where the second run differs.
+Exit codes: 0 done, 1 the machine failed (disk, memory) or a run diverged, 2 the user can mend it,
+75 told to stop and stopped in good order; the reason is one line on standard error. `reproduce`
+ends with 1, too, where the second run differs, and `verify` where something is damaged.
 """
 
 import sys

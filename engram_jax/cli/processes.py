@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from engram_jax.cli.endings import ending, one_line
 from engram_jax.cli.words import Options, Parser, say
+from engram_jax.errors import Stopped
 
 
 def add_processes(command: Parser) -> None:
@@ -35,6 +36,9 @@ def joined(options: Options) -> Iterator[Callable[[str], None]]:
         yield distributed.first_only(say)
         distributed.stop()
     except BaseException as error:  # the others must hear of it, and an exit would wait for them
+        if isinstance(error, Stopped) and error.together:
+            distributed.stop()
+            raise
         last = ending(error)
         if last is None and (line := distributed.lost(error)):
             last = 1, line

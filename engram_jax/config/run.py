@@ -147,6 +147,8 @@ class TrainingConfig:
       evaluate_batches: validation batches that an evaluation reads; 0 reads all.
       keep_checkpoints: how many of the latest checkpoints are kept.
       tensorboard: also write TensorBoard events (extra `tensorboard`).
+      grace_seconds: from SIGTERM or Ctrl-C to the end of the process; by then the step under way
+        and its checkpoint should be done.
       skips_in_a_row: a step whose loss or gradient is not finite is skipped; when more than so many
         follow one another the run has diverged, and stops.
       accumulate: a step's batch is cut into so many parts, one after another; the gradients add up,
@@ -166,11 +168,13 @@ class TrainingConfig:
     log_every: int = 10
     tensorboard: bool = False
     skips_in_a_row: int = 3
+    grace_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "training", "steps", "keep_checkpoints", "accumulate")
         require_at_least(self, 0, "training", "seed", "evaluate_every", "evaluate_batches",
-                         "checkpoint_every", "log_every", "row_capacity", "skips_in_a_row")
+                         "checkpoint_every", "log_every", "row_capacity", "skips_in_a_row",
+                         "grace_seconds")
         for field, most in (("seed", MAX_SEED), ("steps", MAX_STEPS)):
             value = getattr(self, field)
             require(value <= most, f"training.{field}", value, f"must be at most {most}")

@@ -1,7 +1,7 @@
 """The loss of a state on the fixed validation split."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -15,6 +15,13 @@ from engram_jax.training.state import TrainState
 from engram_jax.training.step import evaluation_step
 
 
+class Evaluator(Protocol):
+    """Evaluates a state; `before_each` is called before each batch, and may raise."""
+
+    def __call__(self, state: TrainState,
+                 before_each: Callable[[], None] = ...) -> "Evaluation": ...
+
+
 class Evaluation(NamedTuple):
     """loss in nats a token, bits_per_byte of text, and the tokens that were predicted."""
 
@@ -25,7 +32,7 @@ class Evaluation(NamedTuple):
 
 def evaluator(
     run: RunConfig, inputs: Inputs, mesh: Mesh | None = None
-) -> Callable[[TrainState], Evaluation]:
+) -> Evaluator:
     """A function that evaluates states that lie on `mesh` (None: on this process's first device).
 
     It compiles on its first call.
@@ -38,12 +45,19 @@ def evaluator(
     validation_batches(inputs.tokens, run.data, **mine)  # now, not when the training is done
     step = jax.jit(evaluation_step(run, inputs.addressing, mesh))
 
-    def evaluate(state: TrainState) -> Evaluation:
-        total, weight = 0.0, 0.0
+    def evaluate(state: TrainState,
+                 before_each: Callable[[], None] = lambda: None) -> Evaluation:
+        total, weight, waiting = 0.0, 0.0, None
         batches = validation_batches(
             inputs.tokens, run.data, run.training.evaluate_batches, **mine)
-        for loss_sum, weight_sum in [step(state, put(batch, mesh)) for batch in batches]:
-            total, weight = total + float(loss_sum), weight + float(weight_sum)
+        for batch in batches:
+            before_each()
+            sums = step(state, put(batch, mesh))
+            if waiting:  # read while the next batch is under way; never more than two are
+                total, weight = total + float(waiting[0]), weight + float(waiting[1])
+            waiting = sums
+        assert waiting, "there is at least one batch"
+        total, weight = total + float(waiting[0]), weight + float(waiting[1])
         loss = total / weight
         per_byte = bits_per_byte(loss, inputs.tokens.validation_bytes_per_token)
         return Evaluation(loss, per_byte, int(weight))

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import grain
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from engram_jax import __version__, distributed
 from engram_jax.config import RunConfig
 from engram_jax.data.batches import train_batches
+from engram_jax.errors import Stopped
 from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory, environment
@@ -23,6 +24,7 @@ from engram_jax.runs.lock import Lock
 from engram_jax.runs.outcome import outcome
 from engram_jax.runs.progress import Progress
 from engram_jax.runs.reader import Inputs, open_inputs
+from engram_jax.runs.stopping import Stopping
 from engram_jax.runs.tensorboard import TensorBoard
 from engram_jax.settings import to_dict
 from engram_jax.training import placement
@@ -48,7 +50,8 @@ def train(
 
     Raises:
       UserError: bad data settings, or a directory that holds another run.
-      MachineError: something could not be read or written.
+      MachineError: something could not be read or written, or the run diverged.
+      Stopped: SIGTERM or Ctrl-C; a checkpoint of the last step is written.
     """
     mesh = mesh or placement.chosen_mesh()
     distributed.agree("the config", {
@@ -58,20 +61,22 @@ def train(
         records.check(run)
         say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
         return result
-    inputs = open_inputs(run, say, records.artifact())
-    distributed.agree("the text", {"data_fingerprint": inputs.tokens.fingerprint,
-                                 "tokenizer_digest": inputs.tokens.tokenizer_digest})
-    # Refuses bad settings before the folder is claimed.
-    loop = _Loop(run, inputs, records, say, mesh)
-    env = environment(
-        data_fingerprint=inputs.tokens.fingerprint,
-        tokenizer_digest=inputs.tokens.tokenizer_digest,
-        mesh=placement.shape_of(loop.mesh),
-        row_capacity=loop.run.training.row_capacity)
-    records.make()
-    with Lock(records.path, say) as lock:
-        records.claim(run, env, inputs.tokenizer)
-        return loop.run_to_end(env, lock)
+    with Stopping(run.training.grace_seconds, say) as stopping:
+        inputs = open_inputs(run, say, records.artifact())
+        distributed.agree("the text", {"data_fingerprint": inputs.tokens.fingerprint,
+                                       "tokenizer_digest": inputs.tokens.tokenizer_digest})
+        # Refuses bad settings before the folder is claimed.
+        loop = _Loop(run, inputs, records, say, mesh)
+        env = environment(
+            data_fingerprint=inputs.tokens.fingerprint,
+            tokenizer_digest=inputs.tokens.tokenizer_digest,
+            mesh=placement.shape_of(loop.mesh),
+            row_capacity=loop.run.training.row_capacity)
+        records.make()
+        with Lock(records.path, say) as lock:
+            stopping.at_last(lock.release)
+            records.claim(run, env, inputs.tokenizer)
+            return loop.run_to_end(env, lock, stopping)
 
 
 class _Loop:
@@ -93,24 +98,28 @@ class _Loop:
         self.evaluate = evaluator(self.run, inputs, mesh)
         self.batch_tokens = run.data.batch_size * run.data.sequence_length
         self.clock = _Clock()
+        self.saved = 0  # the last checkpoint's step
         self.divergence = Divergence(run.training.skips_in_a_row)
 
-    def run_to_end(self, env: Mapping[str, Any], lock: Lock) -> dict[str, Any]:
+    def run_to_end(
+        self, env: Mapping[str, Any], lock: Lock, stopping: Stopping
+    ) -> dict[str, Any]:
         training = self.run.training
         fingerprints = self.inputs.fingerprints()
         with Checkpoints(
             self.records.checkpoints, training.keep_checkpoints, fingerprints
         ) as checkpoints:
-            self.checkpoints, self.lock = checkpoints, lock
+            self.checkpoints, self.lock, self.stopping = checkpoints, lock, stopping
             state, start = self._begin(env)
             # Not before a checkpoint of an older version has been found to have the same.
             self.records.keep_artifact(HashArtifact.of(self.inputs.addressing))
             with (Progress(self.run.name, start, training.steps, self.say) as self.progress,
                   TensorBoard(self.records.path, training.tensorboard) as self.board):
+                stopping.begin()
                 if 0 < start < training.steps and due(start, training.evaluate_every):
-                    self._record(start, self.evaluate(state))
+                    self._evaluate(start, state)
                 state = self._steps(state, start)
-                evaluation = self._end(state, start)
+                evaluation = self._end(state)
         result = outcome(self.run, evaluation, self.records.metrics())
         self.records.finish(result)
         return result
@@ -124,6 +133,7 @@ class _Loop:
             placed = placement.shardings(self.run, self.mesh)
             init = jax.jit(lambda seed: init_state(self.run, seed), out_shardings=placed)
             return init(np.int32(self.run.training.seed)), 0
+        self.saved = start
         self.say(f"{self.run.name}: going on from step {start}")
         return self.checkpoints.restore(
             placement.placed_state(self.run, self.mesh), self.batches), start
@@ -131,6 +141,10 @@ class _Loop:
     def _steps(self, state: TrainState, start: int) -> TrainState:
         training, pending = self.run.training, None
         for number in range(start + 1, training.steps + 1):
+            if self.stopping.due():
+                if pending:
+                    self._log(*pending)
+                self._stop(number - 1, state)
             state, metrics = self.step(state, placement.put(next(self.batches), self.mesh))
             if pending:  # log step n - 1 while step n runs
                 self._log(*pending)
@@ -147,26 +161,44 @@ class _Loop:
             if saves:
                 self._save(number, state)
             if evaluates:
-                self._record(number, self.evaluate(state))
+                self._evaluate(number, state)
         return state
 
-    def _end(self, state: TrainState, start: int) -> Evaluation:
+    def _end(self, state: TrainState) -> Evaluation:
         """Save and evaluate the last state, as far as that was not done before a stop."""
         steps = self.run.training.steps
-        if start < steps:
-            self._save(steps, state)
-            self.checkpoints.wait()
-        evaluation = self.evaluate(state)
-        self._record(steps, evaluation)
-        if start < steps and self.divergence.skips:  # a good state after all
-            self.divergence.skips = 0
-            self._save(steps, state)
-            self.checkpoints.wait()
+        self._save(steps, state)
+        self.checkpoints.wait()
+        evaluation = self._evaluate(steps, state)
+        self.divergence.skips = 0  # it is a good state, whatever the last steps were
+        self._save(steps, state)
+        self.checkpoints.wait()
         return evaluation
+
+    def _evaluate(self, number: int, state: TrainState) -> Evaluation:
+        """Evaluate a state and record it; if it is to stop in between, the next start does it."""
+        def before_each() -> None:
+            if self.stopping.due():
+                self._stop(number, state)
+
+        evaluation = self.evaluate(state, before_each)
+        self._record(number, evaluation)
+        return evaluation
+
+    def _stop(self, number: int, state: TrainState) -> NoReturn:
+        if number > 0:
+            self._save(number, state)
+        self.checkpoints.wait()
+        kept = self.checkpoints.latest
+        raise Stopped(f"stopped by {self.stopping.reason} after step {number}; the same command "
+                      + ("begins again" if kept is None else f"goes on from step {kept}"))
 
     def _save(self, number: int, state: TrainState) -> None:
         if self.divergence.skips:  # it might take the place of the last good one
             return
+        if self.saved == number:
+            return
+        self.saved = number
         self.lock.check()
         self.records.flush()
         self.checkpoints.save(number, state, self.batches)
