@@ -20,7 +20,7 @@ LEVELS = (
     ("training",),
     ("costs",),
     ("runs",),
-    ("inference", "insides", "results"),
+    ("inference", "insides", "interop", "results"),
     ("sweeps", "evaluation"),
     ("report", "benchmarks"),
     ("cli",),
