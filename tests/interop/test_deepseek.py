@@ -1,4 +1,4 @@
-"""DeepSeek-V4.1's memory: every bit of its tables, its arithmetic in float64, and what is refused."""
+"""DeepSeek-V4.1's memory: the bits of its tables, its arithmetic in float64, what is refused."""
 
 import json
 import os
