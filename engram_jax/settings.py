@@ -99,7 +99,7 @@ def _changed(config: Config, changes: Mapping[str, Any], where: str) -> Config:
 
 def _check_part(part: Any, hint: Any, name: str, rest: str) -> None:
     """Refuse a field within what has none."""
-    if not dataclasses.is_dataclass(_not_none(hint)):
+    if part_of(hint) is None:
         raise UserError(f"{name}.{rest}: {name} has no fields of its own")
     if part is None:
         raise UserError(f"{name}: is not part of this recipe, so {rest} cannot be set")
@@ -124,7 +124,7 @@ def with_settings(config: Config, settings: Iterable[str]) -> Config:
         path = before.strip()
         for earlier in [name for name in changes if f"{name}.".startswith(f"{path}.")]:
             del changes[earlier]
-        changes[path] = _parsed(text.strip(), _hint(type(config), path))
+        changes[path] = _parsed(text.strip(), field_type(type(config), path))
     return changed(config, changes)
 
 
@@ -132,20 +132,26 @@ def paths(kind: Any) -> Iterator[tuple[str, Any]]:
     """Every field of a config of this kind with its type: "model", "model.width" and so on."""
     for name, hint in _fields(kind).items():
         yield name, hint
-        if dataclasses.is_dataclass(inner := _not_none(hint)):
+        if inner := part_of(hint):
             yield from ((f"{name}.{path}", deeper) for path, deeper in paths(inner))
 
 
-def _hint(kind: Any, path: str, where: str = "") -> Any:
+def field_type(kind: Any, path: str, where: str = "") -> Any:
     """The type of the field `path` of a `kind`."""
     name, _, rest = path.partition(".")
     _known(name, kind, where, path)
     hint = _fields(kind)[name]
     if not rest:
         return hint
-    if not dataclasses.is_dataclass(inner := _not_none(hint)):
+    if (inner := part_of(hint)) is None:
         raise UserError(f"{where}{path}: {name} has no fields of its own")
-    return _hint(inner, rest, f"{where}{name}.")
+    return field_type(inner, rest, f"{where}{name}.")
+
+
+def part_of(hint: Any) -> Any:
+    """The config class of a field that has fields of its own; None for a plain one."""
+    inner = _not_none(hint)
+    return inner if dataclasses.is_dataclass(inner) else None
 
 
 def _not_none(hint: Any) -> Any:

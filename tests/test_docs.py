@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from engram_jax.cli import fields, main
+from engram_jax.config import RunConfig
+from engram_jax.settings import part_of, paths
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")])
 SPEC = (ROOT / "docs" / "spec.md").read_text()
@@ -49,6 +53,20 @@ def test_every_link_of_a_page_arrives(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
             assert anchor in {slug(heading) for heading in headings}, target
+
+
+def test_every_field_of_the_config_has_a_meaning():
+    for name, hint in [("", RunConfig), *paths(RunConfig)]:
+        if kind := RunConfig if not name else part_of(hint):
+            of_kind = {field for field, _ in paths(kind) if "." not in field}
+            assert fields.meanings(kind).keys() == of_kind, f"{kind.__name__} ({name})"
+    assert all(field.meaning for field in fields.every_field())
+
+
+def test_config_md_is_what_the_command_prints(capsys):
+    assert main.main(["fields", "--markdown"]) == 0
+    assert (ROOT / "docs" / "config.md").read_text() == capsys.readouterr().out, (
+        "run `engram-jax fields --markdown > docs/config.md`")
 
 
 def slug(heading):

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 
 from engram_jax import __version__
-from engram_jax.cli import benchmarks, models, results, runs, serving, sweeps
+from engram_jax.cli import benchmarks, fields, models, results, runs, serving, sweeps
 from engram_jax.cli.endings import ending, quieten
 from engram_jax.cli.words import Parser
 
-FAMILIES = (models, runs, sweeps, results, serving, benchmarks)
+FAMILIES = (models, fields, runs, sweeps, results, serving, benchmarks)
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -83,8 +83,9 @@ class EngramConfig(HashConfig):
       bias: biases in W_K and W_V (demo only).
       norm_eps: epsilon of the two norms inside the gate.
       conv_norm_eps: epsilon of the norm before the convolution.
-      vocab_size, pad_id: raw ids are below `vocab_size`, and positions before the start count as
-        `pad_id`. Used by the drop-in module; inside a run the tokenizer decides.
+      vocab_size: raw ids are below it. Used by the drop-in module; inside a run the tokenizer
+        decides.
+      pad_id: the raw id that positions before the start count as. Used as `vocab_size` is.
     """
 
     layers: tuple[int, ...] = (1,)
@@ -152,8 +153,9 @@ class YarnConfig:
     Attributes:
       factor: how many times the original length the model is to read.
       original_length: tokens of a sequence in the training before the extension.
-      beta_fast, beta_slow: wavelengths that fit into the original length (the paper's beta and
-        alpha).
+      beta_fast: so many wavelengths and more in the original length, and a frequency stays (the
+        paper's beta).
+      beta_slow: so many and fewer, and a frequency is divided by the factor (the paper's alpha).
       mscale: of the scores' temperature; 0 leaves them as they are.
     """
 
@@ -183,7 +185,8 @@ class AttentionConfig:
     Attributes:
       heads: query heads, which share one latent.
       kv_rank: width of the latent that a cache keeps of each position.
-      nope_dim, rope_dim: widths of a head's parts without and with rotary positions.
+      nope_dim: width of a head's part that knows nothing of positions.
+      rope_dim: width of a head's part with rotary positions.
       value_dim: width of a head's value.
       rope_theta: base of the rotary frequencies, theta ** (-2i / rope_dim).
       yarn: the extension of the context; none is the frequencies as they are.
@@ -246,8 +249,19 @@ class ModelConfig:
     """A decoder-only language model.
 
     Attributes:
-      embedding_std: standard deviation of the token embedding at the start (not published).
+      vocab_size: rows of the token embedding and columns of the head; the tokenizer may have fewer.
+      width: D, of the residual stream.
+      depth: blocks.
+      ffn: hidden width of a dense block's FFN.
+      attention: of every block.
+      moe: experts in the place of the dense FFN; none is dense FFNs throughout.
       streams: residual streams M; 1 is the plain residual, more are mHC (arXiv 2512.24880).
+      sinkhorn_rounds: of mHC, how often columns and rows are normalised in turn.
+      engram: the memory; none is no memory.
+      over_encoding: OverEncoding, the baseline that joins the input embedding; none is without.
+      tied_head: the head is the token embedding, transposed.
+      embedding_std: standard deviation of the token embedding at the start (not published).
+      norm_eps: epsilon of the backbone's norms.
       compute_dtype: dtype of activations; parameters are kept in float32.
       remat: "none" keeps every activation, "block" recomputes each block in the backward pass.
       isolate_documents: attention, n-grams and convolution stop at document boundaries. Off is

@@ -79,12 +79,18 @@ class OptimizerConfig:
       weight_decay: decoupled, of matrices and embeddings, in shares of the learning rate.
       muon_momentum: momentum of the backbone's matrices.
       muon_rms: root mean square of an update's entries, before the learning rate.
-      adam_b1, adam_b2, adam_eps: Adam's of embeddings, head and vectors.
+      adam_b1: Adam's decay of the mean gradient, for embeddings, head and vectors.
+      adam_b2: Adam's decay of the mean squared gradient, for these.
+      adam_eps: Adam's epsilon, for these.
       clip_norm: the largest norm of a whole gradient, the tables' included; longer ones are scaled.
-      table_optimizer: one of `TABLE_OPTIMIZERS`, as `tables.row_optimizers` has them.
+      table_optimizer: of the tables: "row_adam" moves only rows that were read, and catches up with
+        their moments; "row_rmsprop" and "row_adagrad" keep one number a row; "dense_adam" and
+        "balanced_momentum" move the whole table.
       table_multiplier: learning rate of the tables over that of the backbone.
-      table_b1, table_b2, table_eps: of Adam; RMSProp reads the last two, Adagrad the last.
-      table_momentum: of balanced momentum.
+      table_b1: decay of the mean gradient, for tables with Adam.
+      table_b2: decay of the mean squared gradient, for tables with Adam or RMSProp.
+      table_eps: epsilon, for tables with Adam, RMSProp or Adagrad.
+      table_momentum: momentum, for tables with balanced momentum.
     """
 
     learning_rate: float = 4e-4
@@ -143,7 +149,11 @@ class TrainingConfig:
     """How long to train and what to leave behind.
 
     Attributes:
-      evaluate_every, checkpoint_every, log_every: in steps; 0 means only at the end.
+      steps: updates from the start to the end.
+      seed: of the parameters and tables at the start.
+      evaluate_every: steps from one evaluation to the next; 0 evaluates only at the end.
+      checkpoint_every: steps from one checkpoint to the next; 0 saves only at the end.
+      log_every: steps from one row of metrics.jsonl to the next; 0 writes one only at the end.
       evaluate_batches: validation batches that an evaluation reads; 0 reads all.
       keep_checkpoints: how many of the latest checkpoints are kept.
       tensorboard: also write TensorBoard events (extra `tensorboard`).
@@ -185,6 +195,11 @@ class RunConfig:
     """One run, whole.
 
     Attributes:
+      name: stands in its records and in the tables and figures that are made of them.
+      model: the network and its memory.
+      data: its text.
+      optimizer: how it learns.
+      training: how long, and what it leaves behind.
       baseline: the recipe whose sparse parameters this model divides anew between experts and
         memory; the allocation ratio rho is measured against its budget.
     """

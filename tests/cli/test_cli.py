@@ -148,6 +148,17 @@ def test_a_config_may_be_changed_and_trained(trained, capsys, tmp_path):
     assert RunDirectory(tmp_path / "run").config().training.steps == 1
 
 
+def test_fields_tells_one_field_a_part_or_all(capsys):
+    out = succeeded(capsys, "fields", "optimizer.warmup_steps")
+    assert out.startswith("optimizer.warmup_steps  (whole number, default 2000)\n    steps in ")
+    part = json.loads(succeeded(capsys, "fields", "model.moe", "--json"))
+    assert [field["name"] for field in part][:2] == ["model.moe.experts", "model.moe.top_k"]
+    assert all(field["name"].startswith("model.moe.") for field in part)
+    everything = json.loads(succeeded(capsys, "fields", "--json"))
+    assert len(everything) > 90
+    assert "did you mean model.width?" in refused(capsys, "fields", "width")
+
+
 def test_train_leaves_a_finished_run(trained, text, recipe):
     records = RunDirectory(trained)
     assert records.config().data.path == text
