@@ -65,8 +65,8 @@ class Window(NamedTuple):
 class Route(NamedTuple):
     """Where the rows of one set of ids come from.
 
-    A row's key is its place in the table, counted shard after shard. So keys are ordered by owner,
-    and what is left of one after the places of the owners before is the id in the owner's part.
+    A row's key counts the rows of the table shard after shard. So keys are ordered by owner, and
+    what is left of one after the keys of the owners before is the local row in the owner's part.
 
     Attributes:
       order_N: int32, the stable order that sorts the ids by key.
@@ -85,10 +85,14 @@ class Route(NamedTuple):
     outside: jax.Array
 
 
-class Found(NamedTuple):
-    """rows, ids.shape + (D,), and what it took: int32 scalars of this device.
+class FetchedRows(NamedTuple):
+    """The rows that were asked for, and what fetching them took.
 
-    `unique` distinct rows were asked for, `overflow` of them after the first of `rounds` rounds.
+    Attributes:
+      rows: ids.shape + (D,), as the table stores them.
+      unique: int32 scalar, how many distinct rows this device asked for.
+      overflow: int32 scalar, how many of them came after the first round.
+      rounds: int32 scalar, how many rounds it took.
     """
 
     rows: jax.Array
@@ -97,8 +101,8 @@ class Found(NamedTuple):
     rounds: jax.Array
 
 
-class Returned(NamedTuple):
-    """Gradients on their way to the rows' owners.
+class RowGradients(NamedTuple):
+    """Gradients of distinct rows on their way to the rows' owners.
 
     Attributes:
       route: the way that they take.
@@ -161,7 +165,7 @@ class Exchange:
         outside = jnp.sum(key_N == UNUSED, dtype=jnp.int32)
         return Route(order_N, slot_N, keys_U, first, self._swap(first.keys_PC), outside)
 
-    def lookup(self, table_SRD: jax.Array, ids: jax.Array, route: Route) -> Found:
+    def lookup(self, table_SRD: jax.Array, ids: jax.Array, route: Route) -> FetchedRows:
         """Rows for `ids` in the table's dtype; zeros for ids of no row.
 
         Args:
@@ -171,22 +175,22 @@ class Exchange:
         unique = jnp.sum(route.keys_U != UNUSED, dtype=jnp.int32)
         one = jnp.int32(1)
         if self.devices == 1:
-            return Found(self.layout.gather(table_SRD, ids), unique, one * 0, one)
+            return FetchedRows(self.layout.gather(table_SRD, ids), unique, one * 0, one)
         asking_N = jnp.zeros_like(route.slot_N).at[route.order_N].set(
             route.slot_N, unique_indices=True)
 
         def fetch(window: Window, asked_PC: jax.Array) -> tuple[jax.Array, jax.Array]:
             sent_PCD = self.part.gather(table_SRD, self._local(asked_PC))
             got_PCD = self._swap(sent_PCD)
-            place_N = self._place(route.keys_U, asking_N, window)
+            arrival_N = self._arrival(route.keys_U, asking_N, window)
             flat = got_PCD.reshape(-1, *got_PCD.shape[2:])
-            return place_N, flat.at[place_N].get(mode="fill", fill_value=0)
+            return arrival_N, flat.at[arrival_N].get(mode="fill", fill_value=0)
 
         def again(carry: tuple) -> tuple:
             window, rows_ND, rounds = carry
             window = self._window(route.keys_U, window.end_P)
-            place_N, got_ND = fetch(window, self._swap(window.keys_PC))
-            here_N1 = (place_N < self.devices * self.capacity)[:, None]
+            arrival_N, got_ND = fetch(window, self._swap(window.keys_PC))
+            here_N1 = (arrival_N < self.devices * self.capacity)[:, None]
             return window, jnp.where(here_N1, got_ND, rows_ND), rounds + 1
 
         _, rows_ND = fetch(route.first, route.asked_PC)
@@ -194,9 +198,9 @@ class Exchange:
             lambda carry: carry[0].more, again, (route.first, rows_ND, one))
         served = jnp.sum(route.first.end_P - route.first.begin_P, dtype=jnp.int32)
         rows = rows_ND.reshape(*ids.shape, *rows_ND.shape[1:])
-        return Found(rows, unique, unique - served, rounds)
+        return FetchedRows(rows, unique, unique - served, rounds)
 
-    def combine(self, route: Route, grads_ND: jax.Array) -> Returned:
+    def combine(self, route: Route, grads_ND: jax.Array) -> RowGradients:
         """Sum the gradients of equal ids here, then at their owners, who learn the norm."""
         grads_UD = jax.ops.segment_sum(
             grads_ND[route.order_N].astype(jnp.float32), route.slot_N,
@@ -214,30 +218,30 @@ class Exchange:
         sums = route.first, jnp.sum(first.grads_UD**2), first.used
         if self.devices > 1:
             sums = jax.lax.while_loop(lambda carry: carry[0].more, again, sums)
-        return Returned(route, grads_UD, first, sums[1], sums[2])
+        return RowGradients(route, grads_UD, first, sums[1], sums[2])
 
     def update(
-        self, returned: Returned, carry: Carry, step: Callable[[Carry, UniqueRows], Carry]
+        self, gradients: RowGradients, carry: Carry, move: Callable[[Carry, UniqueRows], Carry]
     ) -> Carry:
-        """`step` for each round's rows in turn: (carry, rows) -> carry. No row comes twice.
+        """Give each round's rows in turn to `move`, (carry, rows) -> carry. No row comes twice.
 
         The carry (a table and its optimizer's state) is updated in place where it is donated.
         """
-        carry = step(carry, returned.first)
+        carry = move(carry, gradients.first)
         if self.devices == 1:
             return carry
-        route = returned.route
+        route = gradients.route
 
         def again(state: tuple[Window, Carry]) -> tuple[Window, Carry]:
             window = self._window(route.keys_U, state[0].end_P)
             asked_PC = self._swap(window.keys_PC)
-            return window, step(state[1], self._arrived(asked_PC, returned.grads_UD, window))
+            return window, move(state[1], self._arrived(asked_PC, gradients.grads_UD, window))
 
         return jax.lax.while_loop(lambda state: state[0].more, again, (route.first, carry))[1]
 
     def _keys(self, ids_N: jax.Array) -> jax.Array:
-        """The places of rows; UNUSED for ids of no row."""
-        return jnp.where(self.layout.holds(ids_N), self.layout.place(ids_N), UNUSED)
+        """The keys of rows; UNUSED for ids of no row."""
+        return jnp.where(self.layout.holds(ids_N), self.layout.key(ids_N), UNUSED)
 
     def _first_keys(self) -> jax.Array:
         return jnp.arange(self.devices, dtype=jnp.int32) * self.part.rows
@@ -251,7 +255,7 @@ class Exchange:
 
     def _global(self, local_U: jax.Array) -> jax.Array:
         """Ids in the whole table of ids in this device's part."""
-        ids_U = self.layout.id_at(local_U + self._me() * self.part.rows)
+        ids_U = self.layout.row_id(local_U + self._me() * self.part.rows)
         return jnp.where(local_U == UNUSED, UNUSED, ids_U)
 
     def _window(self, keys_U: jax.Array, begin_P: jax.Array) -> Window:
@@ -270,13 +274,13 @@ class Exchange:
         keys_PC = jnp.where(slot_PC < end_P[:, None], keys_PC, UNUSED)
         return Window(begin_P, end_P, keys_PC, jnp.any(until_P < last_P))
 
-    def _place(self, keys_U: jax.Array, asking_N: jax.Array, window: Window) -> jax.Array:
+    def _arrival(self, keys_U: jax.Array, asking_N: jax.Array, window: Window) -> jax.Array:
         """For each id, where its row lies among the P * C of this round; P * C if nowhere."""
         owner_U = jnp.minimum(keys_U // self.part.rows, self.devices - 1)
         owner_N = owner_U[asking_N]
         here_N = (asking_N >= window.begin_P[owner_N]) & (asking_N < window.end_P[owner_N])
-        place_N = owner_N * self.capacity + asking_N - window.begin_P[owner_N]
-        return jnp.where(here_N, place_N, self.devices * self.capacity)
+        arrival_N = owner_N * self.capacity + asking_N - window.begin_P[owner_N]
+        return jnp.where(here_N, arrival_N, self.devices * self.capacity)
 
     def _arrived(
         self, asked_PC: jax.Array, grads_UD: jax.Array, window: Window

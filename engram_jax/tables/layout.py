@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from engram_jax.config import EngramConfig, ModelConfig
+from engram_jax.config import EngramConfig, ModelConfig, require
 from engram_jax.hashing.addressing import Site, sites
 from engram_jax.tables import rounding
 
@@ -23,8 +23,8 @@ class TableLayout:
 
     Attributes:
       rows, dim, shards: the sizes.
-      ordered: ids count the places shard after shard, padding included, and come ascending, as in
-        a device's part: then they are sorted by place, and writing them takes no sort.
+      ordered: ids are keys, counted shard after shard, padding included, and come ascending, as
+        local rows of a device's part do: writing them takes no sort.
     """
 
     rows: int
@@ -37,17 +37,31 @@ class TableLayout:
         """(S, R, D)."""
         return (self.shards, -(-self.rows // self.shards), self.dim)
 
-    def place(self, ids: jax.Array) -> jax.Array:
-        """For ids of rows, their places counted shard after shard: ids of a part of the whole."""
+    def key(self, ids: jax.Array) -> jax.Array:
+        """The keys of row ids: rows counted shard after shard, padding included."""
         return ids % self.shards * self.shape[1] + ids // self.shards
 
-    def id_at(self, places: jax.Array) -> jax.Array:
-        """The inverse of `place`."""
-        return places % self.shape[1] * self.shards + places // self.shape[1]
+    def row_id(self, keys: jax.Array) -> jax.Array:
+        """The row ids of keys, the inverse of `key`."""
+        return keys % self.shape[1] * self.shards + keys // self.shape[1]
+
+    def check_divides(self, devices: int, field: str = "shards") -> None:
+        """Refuse a table that cannot be spread over `devices` devices (UserError).
+
+        Args:
+          devices: how many.
+          field: which setting to name.
+        """
+        require(self.shards % devices == 0, field, self.shards,
+                f"does not divide among {devices} devices; set a multiple of {devices}")
+        keys = self.shards * self.shape[1]
+        require(keys < 2**31, field, self.shards,
+                f"pads the table's {self.rows} rows to {keys}, and a table must have less than "
+                "2**31: set fewer shards, or fewer rows")
 
     def part(self, devices: int) -> "TableLayout":
         """The layout of what one of `devices` devices holds: an ordered table of its own."""
-        assert self.shards % devices == 0
+        self.check_divides(devices)
         shards = self.shards // devices
         return TableLayout(
             rows=shards * self.shape[1], dim=self.dim, shards=shards, ordered=True)
@@ -63,8 +77,8 @@ class TableLayout:
             shard, row = ids // self.shape[1], ids % self.shape[1]
         return jnp.where(self.holds(ids), shard, self.shards), row
 
-    def places(self, axes: tuple[str, ...] = ()) -> jax.Array:
-        """The row id of each place, uint32 [S, R]; padding has ids from the number of rows on.
+    def row_ids(self, axes: tuple[str, ...] = ()) -> jax.Array:
+        """The row id of each row, uint32 [S, R]; padding has ids from the number of rows on.
 
         In a device's part of a table, whose shards `axes` of the mesh divide (inside
         `jax.shard_map`), the ids are those of the whole table.

@@ -30,9 +30,11 @@ class RowOptimizer(NamedTuple):
 
     Attributes:
       init: (layout) -> state, of the whole table. Its arrays have the table's shards first.
-      update: (layout, table, state, unique_rows, step, learning_rate) -> (table, state), where
-        `step` counts from 1. Ids out of range are dropped. Donate the table and the state: then
-        they are updated in place.
+      update: (layout, table, state, unique_rows, number, learning_rate, axes=()) -> (table, state),
+        where `number` int32 counts the updates from 1 (skipped steps are none, so that moments
+        are corrected for what they hold), and `axes` are, inside `jax.shard_map`, the mesh axes
+        that divide the table's shards. Ids out of range are dropped. Donate the table and the
+        state: then they are updated in place.
       at_once: it passes over the whole table, so a step must give it all rows in one update.
     """
 
@@ -41,19 +43,15 @@ class RowOptimizer(NamedTuple):
     at_once: bool = False
 
 
-def row_optimizer(config: OptimizerConfig, axes: tuple[str, ...] = ()) -> RowOptimizer:
-    """The optimizer that `config.table_optimizer` names.
-
-    Args:
-      axes: inside `jax.shard_map`, the mesh axes that divide the table's shards.
-    """
+def row_optimizer(config: OptimizerConfig) -> RowOptimizer:
+    """The optimizer that `config.table_optimizer` names."""
     b1, b2, eps = config.table_b1, config.table_b2, config.table_eps
     return {
         "row_adam": lambda: row_adam(b1=b1, b2=b2, eps=eps),
-        "dense_adam": lambda: dense_adam(b1=b1, b2=b2, eps=eps, axes=axes),
+        "dense_adam": lambda: dense_adam(b1=b1, b2=b2, eps=eps),
         "row_rmsprop": lambda: row_rmsprop(b2=b2, eps=eps),
         "row_adagrad": lambda: row_adagrad(eps=eps),
-        "balanced_momentum": lambda: balanced_momentum(momentum=config.table_momentum, axes=axes),
+        "balanced_momentum": lambda: balanced_momentum(momentum=config.table_momentum),
     }[config.table_optimizer]()
 
 
@@ -68,14 +66,15 @@ def state_bytes(optimizer: RowOptimizer, dim: int) -> int:
 
 
 class RowAdamState(NamedTuple):
-    """m_SRD and v_SRD float32: the moments; touched_SR int32: the step of the last touch."""
+    """m_SRD and v_SRD float32: the moments; touched_SR int32: the number of the
+    last update that touched the row."""
 
     m_SRD: jax.Array
     v_SRD: jax.Array
     touched_SR: jax.Array
 
 
-def row_adam(*, b1: float, b2: float, eps: float) -> RowOptimizer:
+def row_adam(*, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8) -> RowOptimizer:
     """Adam on the touched rows alone.
 
     A row's moments miss the decay of the steps in which it was not touched; they catch up at the
@@ -95,19 +94,20 @@ def row_adam(*, b1: float, b2: float, eps: float) -> RowOptimizer:
         table_SRD: jax.Array,
         state: RowAdamState,
         rows: UniqueRows,
-        step: jax.Array,
+        number: jax.Array,
         learning_rate: jax.Array,
+        axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, RowAdamState]:
         ids_U, grads_UD = rows.ids_U, rows.grads_UD
         touched_U = layout.gather(state.touched_SR, ids_U)
-        gap_U1 = (step - touched_U).astype(jnp.float32)[:, None]
+        gap_U1 = (number - touched_U).astype(jnp.float32)[:, None]
         m_UD = layout.gather(state.m_SRD, ids_U) * b1**gap_U1 + (1 - b1) * grads_UD
         v_UD = layout.gather(state.v_SRD, ids_U) * b2**gap_U1 + (1 - b2) * grads_UD**2
-        step_UD = _adam_step(m_UD, v_UD, step, b1, b2, eps)
-        # The maximum is always `step`, but makes the write wait for the read, as it does for the
+        direction_UD = _adam_direction(m_UD, v_UD, number, b1, b2, eps)
+        # The maximum is always `number`, but makes the write wait for the read, as it does for the
         # moments and the table; otherwise XLA copies all of touched_SR.
-        now_U = jnp.maximum(touched_U, step)
-        return _moved(layout, table_SRD, rows, -learning_rate * step_UD, step), RowAdamState(
+        now_U = jnp.maximum(touched_U, number)
+        return _moved(layout, table_SRD, rows, -learning_rate * direction_UD, number), RowAdamState(
             m_SRD=layout.put(state.m_SRD, ids_U, m_UD),
             v_SRD=layout.put(state.v_SRD, ids_U, v_UD),
             touched_SR=layout.put(state.touched_SR, ids_U, now_U),
@@ -123,7 +123,7 @@ class RowRmsPropState(NamedTuple):
     touches_SR: jax.Array
 
 
-def row_rmsprop(*, b2: float, eps: float) -> RowOptimizer:
+def row_rmsprop(*, b2: float = 0.95, eps: float = 1e-8) -> RowOptimizer:
     """RMSProp with one second moment a row: the mean of its gradient's squares.
 
     The average runs over the row's touches, not over steps, and its bias is corrected by their
@@ -143,14 +143,15 @@ def row_rmsprop(*, b2: float, eps: float) -> RowOptimizer:
         table_SRD: jax.Array,
         state: RowRmsPropState,
         rows: UniqueRows,
-        step: jax.Array,
+        number: jax.Array,
         learning_rate: jax.Array,
+        axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, RowRmsPropState]:
         touches_U = layout.gather(state.touches_SR, rows.ids_U) + 1
         v_U = b2 * layout.gather(state.v_SR, rows.ids_U) + (1 - b2) * _mean_square(rows)
         root_U = jnp.sqrt(v_U / (1 - b2 ** touches_U.astype(jnp.float32))) + eps
         change_UD = -learning_rate * rows.grads_UD / root_U[:, None]
-        return _moved(layout, table_SRD, rows, change_UD, step), RowRmsPropState(
+        return _moved(layout, table_SRD, rows, change_UD, number), RowRmsPropState(
             v_SR=layout.put(state.v_SR, rows.ids_U, v_U),
             touches_SR=layout.put(state.touches_SR, rows.ids_U, touches_U),
         )
@@ -164,7 +165,7 @@ class RowAdagradState(NamedTuple):
     v_SR: jax.Array
 
 
-def row_adagrad(*, eps: float) -> RowOptimizer:
+def row_adagrad(*, eps: float = 1e-8) -> RowOptimizer:
     """Adagrad with one accumulator a row.
 
     v <- v + mean(g**2), row -= rate * g / (sqrt(v) + eps); as FBGEMM's row-wise Adagrad.
@@ -178,12 +179,13 @@ def row_adagrad(*, eps: float) -> RowOptimizer:
         table_SRD: jax.Array,
         state: RowAdagradState,
         rows: UniqueRows,
-        step: jax.Array,
+        number: jax.Array,
         learning_rate: jax.Array,
+        axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, RowAdagradState]:
         v_U = layout.gather(state.v_SR, rows.ids_U) + _mean_square(rows)
         change_UD = -learning_rate * rows.grads_UD / (jnp.sqrt(v_U) + eps)[:, None]
-        table_SRD = _moved(layout, table_SRD, rows, change_UD, step)
+        table_SRD = _moved(layout, table_SRD, rows, change_UD, number)
         return table_SRD, RowAdagradState(v_SR=layout.put(state.v_SR, rows.ids_U, v_U))
 
     return RowOptimizer(init, update)
@@ -199,7 +201,7 @@ class DenseAdamState(NamedTuple):
     v_SRD: jax.Array
 
 
-def dense_adam(*, b1: float, b2: float, eps: float, axes: tuple[str, ...] = ()) -> RowOptimizer:
+def dense_adam(*, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8) -> RowOptimizer:
     """Adam as the paper has it: every row moves in every step by its decaying moments.
 
     The same numbers as `optax.adam` on the dense gradient, which is never made: the moments decay
@@ -214,16 +216,17 @@ def dense_adam(*, b1: float, b2: float, eps: float, axes: tuple[str, ...] = ()) 
         table_SRD: jax.Array,
         state: DenseAdamState,
         rows: UniqueRows,
-        step: jax.Array,
+        number: jax.Array,
         learning_rate: jax.Array,
+        axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, DenseAdamState]:
         active = _active(layout, rows, axes)
         m_SRD = layout.add(
             state.m_SRD * jnp.where(active, b1, 1.0), rows.ids_U, (1 - b1) * rows.grads_UD)
         v_SRD = layout.add(
             state.v_SRD * jnp.where(active, b2, 1.0), rows.ids_U, (1 - b2) * rows.grads_UD**2)
-        change_SRD = -learning_rate * _adam_step(m_SRD, v_SRD, step, b1, b2, eps)
-        table_SRD = _all_moved(layout, table_SRD, change_SRD, step, active, axes)
+        change_SRD = -learning_rate * _adam_direction(m_SRD, v_SRD, number, b1, b2, eps)
+        table_SRD = _all_moved(layout, table_SRD, change_SRD, number, active, axes)
         return table_SRD, DenseAdamState(m_SRD, v_SRD)
 
     return RowOptimizer(init, update, at_once=True)
@@ -238,12 +241,11 @@ class BalancedState(NamedTuple):
 
 def balanced_momentum(
     *,
-    momentum: float,
+    momentum: float = 0.95,
     rms: float = 0.18,
     least: float = 1e-3,
     rounds: int = 11,
     eps: float = 1e-20,
-    axes: tuple[str, ...] = (),
 ) -> RowOptimizer:
     """DeepSeek-V4.1's optimizer of tables (docs/spec.md (21)).
 
@@ -265,8 +267,9 @@ def balanced_momentum(
         table_SRD: jax.Array,
         state: BalancedState,
         rows: UniqueRows,
-        step: jax.Array,
+        number: jax.Array,
         learning_rate: jax.Array,
+        axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, BalancedState]:
         active, touched_U = _active(layout, rows, axes), layout.holds(rows.ids_U)
         grads_UD = (1 - momentum) * jnp.where(touched_U[:, None], rows.grads_UD, 0)
@@ -279,8 +282,8 @@ def balanced_momentum(
         u = balance.without_faint_rows(u, total, least, axes)
         u = balance.balanced(u, rounds, eps, axes)
         rate = -rms * learning_rate * layout.dim**0.5
-        table_SRD = _all_moved(layout, table_SRD, rate * u.part(0), step, active, axes)
-        table_SRD = _moved(layout, table_SRD, rows, rate * u.part(1), step)
+        table_SRD = _all_moved(layout, table_SRD, rate * u.part(0), number, active, axes)
+        table_SRD = _moved(layout, table_SRD, rows, rate * u.part(1), number)
         return table_SRD, BalancedState(m_SRD, state.rows_S)
 
     return RowOptimizer(init, update, at_once=True)
@@ -289,10 +292,10 @@ def balanced_momentum(
 # --- What they share ---
 
 
-def _adam_step(
-    m: jax.Array, v: jax.Array, step: jax.Array, b1: float, b2: float, eps: float
+def _adam_direction(
+    m: jax.Array, v: jax.Array, number: jax.Array, b1: float, b2: float, eps: float
 ) -> jax.Array:
-    t = step.astype(jnp.float32)
+    t = number.astype(jnp.float32)
     return (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps)
 
 
@@ -310,11 +313,11 @@ def _moved(
     table_SRD: jax.Array,
     rows: UniqueRows,
     change_UD: jax.Array,
-    step: jax.Array,
+    number: jax.Array,
 ) -> jax.Array:
     """The table with `change_UD` added to its touched rows."""
     new_UD = rounding.decode(layout.gather(table_SRD, rows.ids_U)) + change_UD
-    stored_UD = rounding.encode(new_UD, table_SRD.dtype, rows.global_U, step)
+    stored_UD = rounding.encode(new_UD, table_SRD.dtype, rows.global_U, number)
     return layout.put(table_SRD, rows.ids_U, stored_UD)
 
 
@@ -322,7 +325,7 @@ def _all_moved(
     layout: TableLayout,
     table_SRD: jax.Array,
     change_SRD: jax.Array,
-    step: jax.Array,
+    number: jax.Array,
     active: jax.Array,
     axes: tuple[str, ...],
 ) -> jax.Array:
@@ -331,5 +334,5 @@ def _all_moved(
     Every entry is written from itself alone, so this is in place, too.
     """
     new_SRD = rounding.decode(table_SRD) + change_SRD
-    stored_SRD = rounding.encode(new_SRD, table_SRD.dtype, layout.places(axes), step)
+    stored_SRD = rounding.encode(new_SRD, table_SRD.dtype, layout.row_ids(axes), number)
     return jnp.where(active, stored_SRD, table_SRD)

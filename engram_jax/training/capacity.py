@@ -33,7 +33,7 @@ def with_capacity(
     """
     if run.training.row_capacity or mesh.size == 1 or not addressing.hashes:
         return run
-    tables = placement.exchanges(run, mesh)
+    tables = placement.local_memory(run, mesh).exchanges
 
     def local(batch: dict[str, jax.Array]) -> jax.Array:
         shares = [jnp.max(tables[name].demand(ids)) * (mesh.size / ids.size)

@@ -4,7 +4,6 @@ Axes `data` and `fsdp`; either may be 1. A batch is split over both, parameters 
 over both. Nothing that is saved depends on the mesh.
 """
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
 from engram_jax.tables import collectives
-from engram_jax.tables.exchange import Exchange
 from engram_jax.tables.layout import layout_of
+from engram_jax.tables.local import LocalMemory
 from engram_jax.training.fsdp import AXES, DATA, FSDP, Split, split
 from engram_jax.training.state import TrainState, abstract_state, row_optimizer
 
@@ -80,17 +79,10 @@ def check(run: RunConfig, mesh: Mesh) -> None:
     require(batch // devices % accumulate == 0, "training.accumulate", accumulate,
             f"does not divide the {batch // devices} sequences that each of {devices} devices has")
     for site in sites(run.model):
-        layout = layout_of(site)
         require(site.hash_config.keys != "shuffled" or batch > devices, "data.batch_size", batch,
                 f"leaves each of {devices} devices one sequence, and with shuffled keys each needs "
                 "a neighbour: set at least two for a device")
-        require(layout.shards % devices == 0, f"{site.name}.shards", layout.shards,
-                f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}; "
-                f"set the memory's shards to a multiple of {devices}")
-        places = math.prod(layout.shape[:2])
-        require(places < 2**31, f"{site.name}.shards", layout.shards,
-                f"pads the table's {site.rows} rows to {places}, and a table must have less "
-                "than 2**31: set fewer shards, or fewer rows")
+        layout_of(site).check_divides(devices, f"{site.name}.shards")
 
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
@@ -99,23 +91,17 @@ def param_split(run: RunConfig, mesh: Mesh) -> Split:
                  collectives.neighbours(list(mesh.devices[0])))
 
 
-def exchanges(run: RunConfig, mesh: Mesh) -> dict[str, Exchange]:
-    """For each memory site, the exchange of its table over the mesh.
+def local_memory(run: RunConfig, mesh: Mesh) -> LocalMemory:
+    """The run's tables as each device of the mesh sees them.
 
-    The capacity is `training.row_capacity` of the even share of a device's ids (1 where it is not
-    set). Optimizers that move the whole table at once need every gradient in one round.
+    What a device asks of each peer in a round is `training.row_capacity` of the even share of its
+    ids (all of the share where it is not set).
     """
-    out = {}
-    for site in sites(run.model):
-        tokens = run.data.batch_size // mesh.size * run.data.sequence_length
-        ids, part = tokens * site.hash_config.total_heads, layout_of(site).part(mesh.size)
-        most = min(ids, part.rows)
-        share = math.ceil((run.training.row_capacity or 1.0) * ids / mesh.size)
-        at_once = row_optimizer(run).at_once
-        out[site.name] = Exchange(layout=layout_of(site), axes=AXES, devices=mesh.size,
-                                  near=collectives.neighbours(list(mesh.devices.flat)),
-                                  capacity=most if at_once else max(1, min(share, most)))
-    return out
+    tokens = run.data.batch_size // mesh.size * run.data.sequence_length
+    return LocalMemory.sized(
+        sites(run.model), row_optimizer(run), tokens, axes=AXES, devices=mesh.size,
+        near=collectives.neighbours(list(mesh.devices.flat)),
+        share=run.training.row_capacity or 1.0)
 
 
 def state_specs(run: RunConfig, mesh: Mesh) -> TrainState:

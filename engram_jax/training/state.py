@@ -5,6 +5,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 
 from engram_jax.config import RunConfig
 from engram_jax.hashing.addressing import sites
@@ -36,9 +37,14 @@ class TrainState:
     table_state: dict[str, Any]
 
 
-def row_optimizer(run: RunConfig, axes: tuple[str, ...] = ()) -> RowOptimizer:
-    """The optimizer of the run's tables, whose shards the mesh `axes` divide."""
-    return row_optimizers.row_optimizer(run.optimizer, axes)
+def row_optimizer(run: RunConfig) -> RowOptimizer:
+    """The optimizer of the run's tables."""
+    return row_optimizers.row_optimizer(run.optimizer)
+
+
+def updates_made(opt_state: Any) -> jax.Array:
+    """How many steps have changed the parameters, int32: all but the skipped ones."""
+    return optax.tree.get(opt_state, "made")
 
 
 def init_state(run: RunConfig, seed: jax.Array | None = None) -> TrainState:

@@ -21,12 +21,12 @@ from engram_jax.model import documents, moe, transformer
 from engram_jax.model.layers import Whole, as_they_are
 from engram_jax.model.loss import token_losses
 from engram_jax.model.transformer import Observed
-from engram_jax.tables import exchange, rounding
-from engram_jax.tables.exchange import Exchange, Found, Returned, Route, UniqueRows
+from engram_jax.tables.exchange import RowGradients
+from engram_jax.tables.local import LocalLookup
 from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES
 from engram_jax.training.optimizers import optimizer, schedule
-from engram_jax.training.state import TrainState, row_optimizer
+from engram_jax.training.state import TrainState, updates_made
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -50,39 +50,36 @@ def train_step(
     """
     mesh = mesh or placement.single_mesh()
     placement.check(run, mesh)
-    split, tables = placement.param_split(run, mesh), placement.exchanges(run, mesh)
+    split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
     transform = optimizer(run.optimizer, split.by_matrix)
     rate = schedule(run.optimizer, run.training.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        ids = row_ids(run, addressing, batch)
-        asked = {name: tables[name].route(ids[name]) for name in ids}
-        found = {name: tables[name].lookup(state.tables[name], ids[name], asked[name])
-                 for name in ids}
-        rows = {name: rounding.decode(each.rows) for name, each in found.items()}
+        lookup = memory.lookup(state.tables, row_ids(run, addressing, batch))
         (loss, seen), (grads, row_grads) = gradients(
-            run, state, rows, batch, split.whole, mesh.size)
+            run, state, lookup.rows, batch, split.whole, mesh.size)
         grads = split.summed(grads)
-        returned = {name: tables[name].combine(asked[name], _flat(row_grads[name]))
-                    for name in asked}
-        square = split.square(grads) + _everywhere(sum(r.square for r in returned.values()))
+        combined = memory.combine(lookup.routes, row_grads)
+        square = split.square(grads) + _everywhere(sum(r.square for r in combined.values()))
         norm = jnp.sqrt(square)
         finite, scale = jnp.isfinite(norm), jnp.minimum(1.0, run.optimizer.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
 
-        step_number, learning_rate = state.step + 1, rate(state.step)
+        learning_rate = rate(state.step)
         updates = jax.tree.map(lambda u: u * learning_rate, updates)
-        moved = _update_tables(run, tables, state, returned, scale, finite, learning_rate)
+        moved, moments = memory.update(
+            state.tables, state.table_state, combined, updates_made(state.opt_state) + 1,
+            learning_rate * run.optimizer.table_multiplier, scale, finite)
         seen = jax.lax.psum(seen, AXES)
         new = TrainState(
-            step=step_number,
+            step=state.step + 1,
             params=_if(finite, optax.apply_updates(state.params, updates), state.params),
             router_bias=_if(
                 finite, _rebalanced(run, state.router_bias, seen.loads), state.router_bias),
             opt_state=_if(finite, opt_state, state.opt_state),
-            tables={name: table for name, (table, _) in moved.items()},
-            table_state={name: table_state for name, (_, table_state) in moved.items()},
+            tables=moved,
+            table_state=moments,
         )
         metrics = {
             "learning/loss": _everywhere(loss),
@@ -90,7 +87,7 @@ def train_step(
             "learning/current_learning_rate": learning_rate,
             "learning/skipped": 1.0 - finite.astype(jnp.float32),
             **_seen_metrics(seen),
-            **_exchange_metrics(asked, found, returned),
+            **_exchange_metrics(lookup, combined),
         }
         return new, metrics
 
@@ -196,13 +193,11 @@ def evaluation_step(
     """
     mesh = mesh or placement.single_mesh()
     placement.check(run, mesh)
-    split, tables = placement.param_split(run, mesh), placement.exchanges(run, mesh)
+    split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        found = {name: tables[name].lookup(state.tables[name], ids, tables[name].route(ids))
-                 for name, ids in row_ids(run, addressing, batch).items()}
-        rows = {name: rounding.decode(each.rows) for name, each in found.items()}
-        loss_BT, _ = losses(state.params, rows, state.router_bias, batch, run, split.whole)
+        lookup = memory.lookup(state.tables, row_ids(run, addressing, batch))
+        loss_BT, _ = losses(state.params, lookup.rows, state.router_bias, batch, run, split.whole)
         return (_everywhere(jnp.sum(loss_BT * batch["weights_BT"])),
                 _everywhere(jnp.sum(batch["weights_BT"])))
 
@@ -211,41 +206,9 @@ def evaluation_step(
                          out_specs=PartitionSpec(), check_vma=False)
 
 
-def _update_tables(
-    run: RunConfig,
-    tables: dict[str, Exchange],
-    state: TrainState,
-    returned: dict[str, Returned],
-    scale: jax.Array,
-    finite: jax.Array,
-    learning_rate: jax.Array,
-) -> dict[str, tuple[jax.Array, Any]]:
-    """For each site this device's part of the table and of its optimizer's state, moved."""
-    update = row_optimizer(run, AXES).update
-    moved = {}
-    for name, each in returned.items():
-        def move(carry: Any, rows: UniqueRows, name: str = name) -> Any:
-            return update(tables[name].part, *carry, _scaled(rows, scale, finite), state.step + 1,
-                          learning_rate * run.optimizer.table_multiplier)
-
-        moved[name] = tables[name].update(
-            each, (state.tables[name], state.table_state[name]), move)
-    return moved
-
-
 def _everywhere(value: Any) -> jax.Array:
     """The sum over all devices."""
     return jax.lax.psum(jnp.asarray(value, jnp.float32), AXES)
-
-
-def _flat(grads_BTHC: jax.Array) -> jax.Array:
-    return grads_BTHC.reshape(-1, grads_BTHC.shape[-1])
-
-
-def _scaled(rows: UniqueRows, scale: jax.Array, finite: jax.Array) -> UniqueRows:
-    """Clipped gradients; where the step is bad, no row at all."""
-    ids_U = jnp.where(finite, rows.ids_U, exchange.UNUSED)
-    return rows._replace(ids_U=ids_U, grads_UD=rows.grads_UD * scale)
 
 
 def _if(finite: jax.Array, new: Any, old: Any) -> Any:
@@ -271,20 +234,19 @@ def _seen_metrics(seen: Seen) -> Metrics:
     return metrics
 
 
-def _exchange_metrics(
-    asked: dict[str, Route], found: dict[str, Found], returned: dict[str, Returned]
-) -> Metrics:
+def _exchange_metrics(lookup: LocalLookup, combined: dict[str, RowGradients]) -> Metrics:
     """Sums over all sites and devices; the rounds are those of the site that needed most."""
-    if not found:
+    routes, fetched = lookup.routes.values(), lookup.fetched.values()
+    if not routes:
         return {}
-    ids = sum(route.order_N.size for route in asked.values()) * _everywhere(1)
-    unique = _everywhere(sum(each.unique for each in found.values()))
+    ids = sum(route.order_N.size for route in routes) * _everywhere(1)
+    unique = _everywhere(sum(each.unique for each in fetched))
     return {
-        "engram/rows_touched": _everywhere(sum(each.touched for each in returned.values())),
+        "engram/rows_touched": _everywhere(sum(each.touched for each in combined.values())),
         "engram/unique_share": unique / ids,
-        "engram/ids_out_of_range": _everywhere(sum(r.outside for r in asked.values())),
+        "engram/ids_out_of_range": _everywhere(sum(r.outside for r in routes)),
         "exchange/rows_asked": unique,
-        "exchange/overflow_rows": _everywhere(sum(each.overflow for each in found.values())),
-        "exchange/rounds": jnp.max(jnp.stack([each.rounds for each in found.values()])).astype(
+        "exchange/overflow_rows": _everywhere(sum(each.overflow for each in fetched)),
+        "exchange/rounds": jnp.max(jnp.stack([each.rounds for each in fetched])).astype(
             jnp.float32),
     }

@@ -95,9 +95,9 @@ def test_add_adds_to_rows_and_drops_what_is_outside(shards):
 
 
 @pytest.mark.parametrize("shards", [1, 7, 64])
-def test_places_are_where_locate_finds_the_ids(shards):
+def test_row_ids_are_where_locate_finds_them(shards):
     layout = TableLayout(rows=100, dim=5, shards=shards)
-    ids, padding = flat(layout, layout.places())
+    ids, padding = flat(layout, layout.row_ids())
     np.testing.assert_array_equal(ids, np.arange(100))
     assert (padding >= 100).all()
 

@@ -28,8 +28,8 @@ DENSE = ("dense_adam", "balanced_momentum")
 DTYPES = ("float32", "bfloat16")
 
 
-def named(name, axes=()):
-    return row_optimizer(OptimizerConfig(table_optimizer=name), axes)
+def named(name):
+    return row_optimizer(OptimizerConfig(table_optimizer=name))
 
 
 @functools.cache
@@ -384,7 +384,7 @@ def spread(tree):
 def part_updater(name):
     split = P(AXES)
     return jax.jit(jax.shard_map(
-        functools.partial(named(name, AXES).update, PART), mesh=mesh(),
+        functools.partial(named(name).update, PART, axes=AXES), mesh=mesh(),
         in_specs=(split, split, split, P(), P()), out_specs=(split, split)))
 
 

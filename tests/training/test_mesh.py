@@ -360,8 +360,8 @@ def one_line(error):
      "data.batch_size = 12: does not divide among the 8 devices of the mesh 2x4"),
     (lambda run: with_training(run, accumulate=4), "training.accumulate = 4: does not divide the "
      "6 sequences that each of 8 devices has"),
-    (lambda run: with_memory(run, shards=12), "layer_0.shards = 12: does not divide among the "
-     "8 devices of the mesh 2x4; set the memory's shards to a multiple of 8"),
+    (lambda run: with_memory(run, shards=12), "layer_0.shards = 12: does not divide among "
+     "8 devices; set a multiple of 8"),
 ])
 def test_what_a_mesh_does_not_divide_is_refused(run, change, line):
     mesh, addressing = mesh_of(MANY), inputs_for(run).addressing
@@ -440,7 +440,7 @@ def test_the_capacity_is_measured_on_the_first_batches(run):
     assert share == pytest.approx(math.ceil(110 * most) / 100, abs=0.0101)
     assert share >= 1.1 * most - 1e-6
     assert with_training(measured, row_capacity=0.0) == unset, "nothing else changes"
-    (here,) = placement.exchanges(measured, mesh_of(MANY)).values()
+    (here,) = placement.local_memory(measured, mesh_of(MANY)).exchanges.values()
     ids = 6 * 16 * 4
     assert here.capacity == math.ceil(share * ids / 8) >= most * ids / 8, "one round is enough"
 
@@ -457,6 +457,6 @@ def test_the_capacity_is_not_measured_where_it_is_set_or_not_needed(run):
 
 def test_dense_optimizers_get_every_gradient_in_one_round(run):
     for name in ("dense_adam", "balanced_momentum"):
-        (here,) = placement.exchanges(
-            with_optimizer(run, table_optimizer=name), mesh_of(MANY)).values()
+        (here,) = placement.local_memory(
+            with_optimizer(run, table_optimizer=name), mesh_of(MANY)).exchanges.values()
         assert here.capacity == 6 * 16 * 4, "a device asks for no more rows than it has ids"
