@@ -1,1 +1,50 @@
-"""Tables on a mesh: their layout, the exact exchange of rows, and optimizers of the rows read."""
+"""Tables on a mesh: a memory for a training step of one's own, and the parts that it is made of.
+
+The names below stay; what is not among them is free to change. They are imported when asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engram_jax.tables.exchange import Exchange
+    from engram_jax.tables.layout import TableLayout
+    from engram_jax.tables.memory import Combined, Lookup, Memory, Tables
+    from engram_jax.tables.row_optimizers import (
+        RowOptimizer,
+        balanced_momentum,
+        dense_adam,
+        row_adagrad,
+        row_adam,
+        row_rmsprop,
+    )
+
+_HOMES = {
+    "Combined": "memory",
+    "Exchange": "exchange",
+    "Lookup": "memory",
+    "Memory": "memory",
+    "RowOptimizer": "row_optimizers",
+    "TableLayout": "layout",
+    "Tables": "memory",
+    "balanced_momentum": "row_optimizers",
+    "dense_adam": "row_optimizers",
+    "row_adagrad": "row_optimizers",
+    "row_adam": "row_optimizers",
+    "row_rmsprop": "row_optimizers",
+}
+
+__all__ = [
+    "Combined", "Exchange", "Lookup", "Memory", "RowOptimizer", "TableLayout", "Tables",
+    "balanced_momentum", "dense_adam", "row_adagrad", "row_adam", "row_rmsprop",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
 """The three verbs of a memory, look up, combine and update, as one device of a mesh does them.
 
-Everything here runs inside `jax.shard_map` over the axes of the exchanges, on what one device holds;
-on one device it needs none. `Memory` wraps it for callers outside, and the training step of this
+Everything here runs inside `jax.shard_map` over the axes of the exchanges, on what one device
+holds; on one device it needs none. `Memory` wraps it for callers outside, and the training step of this
 library is written with it.
 
 Shapes: B batch, T time, H rows of a token, C columns of a row, S shards, R rows of a shard.
@@ -17,7 +17,14 @@ import jax.numpy as jnp
 
 from engram_jax.hashing.addressing import Site
 from engram_jax.tables import rounding
-from engram_jax.tables.exchange import UNUSED, Exchange, FetchedRows, Route, RowGradients, UniqueRows
+from engram_jax.tables.exchange import (
+    UNUSED,
+    Exchange,
+    FetchedRows,
+    Route,
+    RowGradients,
+    UniqueRows,
+)
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.row_optimizers import RowOptimizer
 

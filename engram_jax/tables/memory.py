@@ -46,7 +46,7 @@ def _pytree(*fields: str) -> Callable[[type], type]:
 @_pytree("values", "moments", "updates")
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """The tables of a memory and what their optimizer remembers: the pytree that a checkpoint holds.
+    """The tables of a memory and what their optimizer remembers, as a checkpoint holds them.
 
     Attributes:
       values: for each table, by the name of its site, [S, R, C] as `tables.rounding` stores it.
@@ -270,19 +270,12 @@ class Memory:
           UserError: gradients that have not the layers or shapes of the look-up's rows.
         """
         self._refuse_shard_map()
-        if not isinstance(lookup, Lookup):
-            require(len(lookup) == len(row_grads) > 0, "row_grads", len(row_grads),
-                    f"must be as many as the look-ups, which are {len(lookup)}")
-            for one, grads in zip(lookup, row_grads, strict=True):
-                _check_row_grads(one, grads)
-            stack = lambda *parts: jnp.stack(parts)  # noqa: E731
-            lookup, row_grads = jax.tree.map(stack, *lookup), jax.tree.map(stack, *row_grads)
-        _check_row_grads(lookup, row_grads)
+        whole, grads = _in_one(lookup, row_grads)
         by_table: dict[str, Any] = {}
-        for layer, grads in row_grads.items():
+        for layer, grad in grads.items():
             name = engram_site(self.config, layer)
-            by_table[name] = by_table[name] + grads if name in by_table else grads
-        return _combine(self, lookup.ids, lookup.routes, by_table)
+            by_table[name] = by_table[name] + grad if name in by_table else grad
+        return _combine(self, whole.ids, whole.routes, by_table)
 
     def update(
         self,
@@ -400,8 +393,8 @@ class Memory:
 
     def _refuse_shard_map(self) -> None:
         manual = jax.sharding.get_abstract_mesh().manual_axes
-        require(not manual, "axes", tuple(manual), "are those of a jax.shard_map, and a Memory works "
-                "on global arrays: call it outside")
+        require(not manual, "axes", tuple(manual), "are those of a jax.shard_map, and a Memory "
+                "works on global arrays: call it outside")
 
     def _check_tables(self, tables: Tables) -> None:
         right = {site.name: layout_of(site).shape for site in self.sites}
@@ -417,6 +410,22 @@ class Memory:
         if isinstance(ids, np.ndarray):
             self._vocabulary.canonical(ids)
         return ids
+
+
+def _in_one(lookup: Any, row_grads: Any) -> tuple[Lookup, Mapping[int, Any]]:
+    """The look-ups of several parts stacked, as `jax.lax.scan` does it; one as it is."""
+    if isinstance(lookup, Lookup):
+        _check_row_grads(lookup, row_grads)
+        return lookup, row_grads
+    require(len(lookup) == len(row_grads) > 0, "row_grads", len(row_grads),
+            f"must be as many as the look-ups, which are {len(lookup)}")
+    for one, grads in zip(lookup, row_grads, strict=True):
+        _check_row_grads(one, grads)
+
+    def stack(*parts: Any) -> Any:
+        return jnp.stack(parts)
+
+    return jax.tree.map(stack, *lookup), jax.tree.map(stack, *row_grads)
 
 
 def _check_row_grads(lookup: Lookup, row_grads: Mapping[int, Any]) -> None:
