@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from engram_jax.model.engram import fuse, init_engram
     from engram_jax.model.linen import Engram, EngramFusion
     from engram_jax.offload.prefetch import HostRows
+    from engram_jax.tables.memory import Memory
     from engram_jax.tables.row_optimizers import (
         balanced_momentum,
         dense_adam,
@@ -34,6 +35,7 @@ _MODULES = {
     "EngramConfig": "config",
     "EngramFusion": "model.linen",
     "HostRows": "offload.prefetch",
+    "Memory": "tables.memory",
     "NgramHash": "hashing.ngrams",
     "UserError": "errors",
     "address": "hashing.addressing",
@@ -53,6 +55,7 @@ __all__ = [
     "EngramConfig",
     "EngramFusion",
     "HostRows",
+    "Memory",
     "NgramHash",
     "UserError",
     "address",

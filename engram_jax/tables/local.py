@@ -1,8 +1,8 @@
 """The three verbs of a memory, look up, combine and update, as one device of a mesh does them.
 
 Everything here runs inside `jax.shard_map` over the axes of the exchanges, on what one device
-holds; on one device it needs none. `Memory` wraps it for callers outside, and the training step of this
-library is written with it.
+holds; on one device it needs none. `Memory` wraps it for callers outside, and the training step of
+this library is written with it.
 
 Shapes: B batch, T time, H rows of a token, C columns of a row, S shards, R rows of a shard.
 """
