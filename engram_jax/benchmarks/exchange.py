@@ -21,6 +21,7 @@ from engram_jax.config import RunConfig, require
 from engram_jax.costs.collectives import Collective, collectives
 from engram_jax.data.batches import train_batches
 from engram_jax.hashing.addressing import Addressing, sites
+from engram_jax.model import transformer
 from engram_jax.runs.reader import open_inputs
 from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows
@@ -126,7 +127,7 @@ def _state(run: RunConfig, mesh: Mesh) -> TrainState:
 def _gspmd(run: RunConfig, addressing: Addressing, mesh: Mesh) -> _Arm:
     """The same network by the same shard_map, the table's part by the compiler."""
     split, transform = placement.param_split(run, mesh), optax.adam(run.optimizer.learning_rate)
-    backbone = optimizer(run.optimizer, split.by_matrix)
+    backbone = optimizer(run.optimizer, transformer.declared(run.model), split.by_matrix)
     specs, spread = placement.state_specs(run, mesh), PartitionSpec(AXES)
 
     def network(state: TrainState, rows: Any, batch: Batch) -> Any:

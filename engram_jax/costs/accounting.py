@@ -14,7 +14,7 @@ import jax
 from engram_jax import recipes
 from engram_jax.config import ModelConfig, RunConfig
 from engram_jax.hashing.addressing import sites
-from engram_jax.model import transformer
+from engram_jax.model import parameters, transformer
 from engram_jax.tables import rounding
 
 ISO_PARAMETER_TOLERANCE = 0.01
@@ -62,59 +62,40 @@ class Account:
         return dataclasses.asdict(self)
 
 
-KINDS = {  # the first key found in a parameter's path names its kind
-    "over_encoding": "over-encoding projections",
-    "engram": "engram fusion",
-    "attention": "attention",
-    "experts": "routed experts",
-    "shared": "shared experts",
-    "router": "routers",
-    "ffn": "dense FFN",
-    "attention_mixing": "hyper-connections",
-    "ffn_mixing": "hyper-connections",
-    "attention_gain": "norms",
-    "ffn_gain": "norms",
-    "final_gain": "norms",
-    "head": "LM head",
-    "embedding": "token embedding",
-}
-
-
 def parts(model: ModelConfig) -> dict[str, Part]:
-    """Parameters by kind, from `jax.eval_shape` of the model's own init."""
-    tree = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    """Parameters by kind, as the model declares them."""
     counts: collections.Counter[str] = collections.Counter()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        keys = {getattr(key, "key", None) for key in path}
-        counts[next(kind for key, kind in KINDS.items() if key in keys)] += leaf.size
-    found = {kind: Part(total=counts[kind], active=counts[kind])
-             for kind in dict.fromkeys(KINDS.values()) if counts[kind]}
+    for parameter in jax.tree.leaves(
+            transformer.declared(model), is_leaf=parameters.is_parameter):
+        counts[parameter.part] += parameter.value.size
+    by_kind = {kind: Part(total=counts[kind], active=counts[kind])
+             for kind in parameters.PARTS if counts[kind]}
     if model.moe is not None:
         routed = counts["routed experts"]
-        found["routed experts"] = Part(
+        by_kind["routed experts"] = Part(
             total=routed, active=routed * model.moe.top_k // model.moe.experts)
     for site in sites(model):
-        found[f"table {site.name}"] = Part(
+        by_kind[f"table {site.name}"] = Part(
             total=site.rows * site.dim,
             active=site.hash_config.total_heads * site.dim)
-    return found
+    return by_kind
 
 
 @functools.lru_cache(maxsize=256)
 def account(run: RunConfig) -> Account:
     """Count a run."""
     model = run.model
-    found = parts(model)
-    embedding = found["token embedding"].total
-    head = embedding if model.tied_head else found["LM head"].total
-    counted = {k: p for k, p in found.items() if k not in ("token embedding", "LM head")}
+    by_kind = parts(model)
+    embedding = by_kind["token embedding"].total
+    head = embedding if model.tied_head else by_kind["LM head"].total
+    counted = {k: p for k, p in by_kind.items() if k not in ("token embedding", "LM head")}
     without_head = sum(part.total for part in counted.values())
     active = sum(part.active for part in counted.values())
     tables = sum(part.total for kind, part in counted.items() if kind.startswith("table "))
     rows_read = sum(part.active for kind, part in counted.items() if kind.startswith("table "))
     rho, rho_of = _allocation(run, without_head, without_head - active, tables)
     return Account(
-        parts=found,
+        parts=by_kind,
         total_params=without_head + head,
         active_params=active,
         sparse_params=without_head - active,

@@ -19,7 +19,7 @@ from engram_jax.config import ModelConfig
 from engram_jax.hashing.addressing import INPUT_SITE, engram_site
 from engram_jax.inference.caches import Keys, Place, of_slot, put_slot
 from engram_jax.inference.sampling import Sampling, sample
-from engram_jax.model import transformer
+from engram_jax.model import parameters, transformer
 from engram_jax.model.attention import cached_attention, latents
 from engram_jax.model.engram import fuse
 from engram_jax.model.layers import Params
@@ -262,18 +262,11 @@ def last_logits(
     return transformer.head(params, jnp.take_along_axis(x_BTMD, last_B111, axis=1), model)[:, 0]
 
 
-# Matrices that are cast where they are used; everything else is used in float32.
-CAST = frozenset({"embedding", "head", "query", "latent", "expand", "output", "gate", "up", "down",
-                  "project", "conv"})
-
-
 def serving_params(params: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     """The parameters as inference keeps them: matrices in the dtype that they are used in."""
-
-    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(model.compute_dtype) if path[-1].key in CAST else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return parameters.each(
+        lambda parameter, leaf: leaf.astype(model.compute_dtype) if parameter.cast else leaf,
+        transformer.declared(model), params)
 
 
 def stage_params(params: dict[str, Any], stage: Stage) -> dict[str, Any]:

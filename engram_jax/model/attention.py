@@ -15,21 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import AttentionConfig, YarnConfig
-from engram_jax.model.layers import Params, linear, matrix, rms_norm
+from engram_jax.model.layers import Params, linear, rms_norm
+from engram_jax.model.parameters import Declared, matrix, vector
 
 # Sequences up to this length are attended to in one piece. At 32 heads and 4096 keys the scores of
 # a chunk are 512 MiB of float32 for each sequence; smaller chunks take longer to compile.
 QUERY_CHUNK = 1024
 
 
-def init_attention(key: jax.Array, width: int, config: AttentionConfig) -> Params:
+def attention_parameters(key: jax.Array, width: int, config: AttentionConfig) -> Declared:
     """query [D, H(N+R)], latent [D, C+R], latent_gain [C], expand [C, H(N+V)], output [HV, D]."""
     keys = jax.random.split(key, 4)
     head = config.nope_dim + config.rope_dim
     return {
         "query": matrix(keys[0], width, config.heads * head),
         "latent": matrix(keys[1], width, config.kv_rank + config.rope_dim),
-        "latent_gain": jnp.ones(config.kv_rank, jnp.float32),
+        "latent_gain": vector(jnp.ones(config.kv_rank)),
         "expand": matrix(keys[2], config.kv_rank,
                          config.heads * (config.nope_dim + config.value_dim)),
         "output": matrix(keys[3], config.heads * config.value_dim, width),
@@ -46,7 +47,7 @@ def attention(
     """Causal attention of every position to itself and what came before.
 
     Args:
-      params: as `init_attention` makes them.
+      params: the values of `attention_parameters`.
       x_BTD: normalised input.
       config: sizes; positions are 0..T-1.
       eps: epsilon of the latent's norm.
@@ -100,7 +101,7 @@ def cached_attention(
     """Attention of new positions to cached ones, their own included.
 
     Args:
-      params: as `init_attention` makes them.
+      params: the values of `attention_parameters`.
       x_BTD: normalised input of the new positions.
       latent_BSC, shared_BSR: the cache, as `latents` gives it, position s at place s.
       positions_BT: int32, the new positions.

@@ -12,12 +12,20 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import EngramConfig, require
-from engram_jax.model.layers import Params, matrix, rms_norm
+from engram_jax.model.layers import Params, rms_norm
+from engram_jax.model.parameters import Declared, counted_as, matrix, taps, values, vector
 
 GATE_CLAMP = 1e-6
 
 
 def init_engram(key: jax.Array, width: int, branches: int, config: EngramConfig) -> Params:
+    """Parameters of the fusion, beside the table, as `engram_parameters` declares them."""
+    return values(engram_parameters(key, width, branches, config))
+
+
+def engram_parameters(
+    key: jax.Array, width: int, branches: int, config: EngramConfig
+) -> Declared:
     """Parameters beside the table, all float32, for M = `config.branches(streams)`.
 
     project [M + 1, E, D]: the branches' W_K, then the one W_V; bias [M + 1, D] if set;
@@ -25,16 +33,16 @@ def init_engram(key: jax.Array, width: int, branches: int, config: EngramConfig)
     Without a gate there are neither W_K nor gains of queries and keys.
     """
     keys = branches if config.gated else 0
-    params = {"project": matrix(key, keys + 1, config.memory_dim, width)}
+    declared: Declared = {"project": matrix(key, keys + 1, config.memory_dim, width)}
     if config.gated:
-        params["query_gain"] = jnp.ones((branches, width), jnp.float32)
-        params["key_gain"] = jnp.ones((branches, width), jnp.float32)
+        declared["query_gain"] = vector(jnp.ones((branches, width)))
+        declared["key_gain"] = vector(jnp.ones((branches, width)))
     if config.bias:
-        params["bias"] = jnp.zeros((keys + 1, width), jnp.float32)
+        declared["bias"] = vector(jnp.zeros((keys + 1, width)))
     if config.kernel:
-        params["conv_gain"] = jnp.ones((branches, width), jnp.float32)
-        params["conv"] = jnp.zeros((config.kernel, branches, width), jnp.float32)
-    return params
+        declared["conv_gain"] = vector(jnp.ones((branches, width)))
+        declared["conv"] = taps((config.kernel, branches, width))
+    return counted_as("engram fusion", declared)
 
 
 def as_streams(hidden: jax.Array) -> jax.Array:

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from engram_jax.model.layers import Params, matrix, rms_norm
+from engram_jax.model.layers import Params, rms_norm
+from engram_jax.model.parameters import Declared, matrix, vector
 
 
-def init_mixing(key: jax.Array, width: int, streams: int) -> Params:
+def mixing_parameters(key: jax.Array, width: int, streams: int) -> Declared:
     """project [M D, 2 M + M M], bias [2 M + M M], scale [3]; nothing for one stream.
 
     At the start every sub-layer reads the mean of the streams, writes to all of them, and the
@@ -28,8 +29,8 @@ def init_mixing(key: jax.Array, width: int, streams: int) -> Params:
     keep = jnp.where(jnp.eye(streams, dtype=bool), 0.0, -8.0).reshape(-1)
     return {
         "project": matrix(key, streams * width, 2 * streams + streams * streams),
-        "bias": jnp.concatenate([pre, post, keep]).astype(jnp.float32),
-        "scale": jnp.full(3, 0.01, jnp.float32),
+        "bias": vector(jnp.concatenate([pre, post, keep])),
+        "scale": vector(jnp.full(3, 0.01)),
     }
 
 

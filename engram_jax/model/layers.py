@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from engram_jax.model.parameters import Declared, matrix
+
 Params = dict[str, jax.Array]
 
 
@@ -22,16 +24,6 @@ def as_they_are(params: Any, *path: str | int) -> Any:
     """The `Whole` of parameters that are not split."""
     del path
     return params
-
-
-def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
-    """Float32 normal entries of standard deviation `std`."""
-    return std * jax.random.normal(key, shape, jnp.float32)
-
-
-def matrix(key: jax.Array, *shape: int) -> jax.Array:
-    """A weight [..., in, out] with standard deviation in**-0.5."""
-    return normal(key, shape, shape[-2] ** -0.5)
 
 
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -51,7 +43,7 @@ def rms_norm(x: jax.Array, gain: jax.Array | None, eps: float) -> jax.Array:
     return wide.astype(x.dtype)
 
 
-def init_ffn(key: jax.Array, width: int, hidden: int) -> Params:
+def ffn_parameters(key: jax.Array, width: int, hidden: int) -> Declared:
     """Weights of a gated FFN: gate and up [width, hidden], down [hidden, width]."""
     gate_key, up_key, down_key = jax.random.split(key, 3)
     return {

@@ -14,26 +14,28 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import MoEConfig
-from engram_jax.model.layers import Params, ffn, init_ffn, matrix
+from engram_jax.model.layers import Params, ffn, ffn_parameters
+from engram_jax.model.parameters import Declared, counted_as, matrix, router
 
 OUTER_WINDOW_PERCENT = 120  # of an expert's even share of the slots; see `ragged_outer`
 
 
-def init_moe(key: jax.Array, width: int, config: MoEConfig) -> dict[str, jax.Array | Params]:
+def moe_parameters(key: jax.Array, width: int, config: MoEConfig) -> Declared:
     """router [D, E]; experts gate, up [E, D, F], down [E, F, D]; shared, one FFN."""
     router_key, shared_key, gate_key, up_key, down_key = jax.random.split(key, 5)
     experts, hidden = config.experts, config.expert_ffn
-    params: dict[str, jax.Array | Params] = {
-        "router": matrix(router_key, width, experts),
-        "experts": {
+    declared: Declared = {
+        "router": counted_as("routers", router(router_key, width, experts)),
+        "experts": counted_as("routed experts", {
             "gate": matrix(gate_key, experts, width, hidden),
             "up": matrix(up_key, experts, width, hidden),
             "down": matrix(down_key, experts, hidden, width),
-        },
+        }),
     }
     if config.shared:
-        params["shared"] = init_ffn(shared_key, width, config.shared * hidden)
-    return params
+        declared["shared"] = counted_as(
+            "shared experts", ffn_parameters(shared_key, width, config.shared * hidden))
+    return declared
 
 
 def moe(
@@ -42,7 +44,7 @@ def moe(
     """Shared experts plus each token's routed experts.
 
     Args:
-      params: as `init_moe` makes them.
+      params: the values of `moe_parameters`.
       x_BTD: normalised input.
       bias_E: float32; added to the scores for picking only, never for weighing.
       config: sizes.

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from engram_jax.config import OverEncodingConfig
-from engram_jax.model.layers import Params, matrix
+from engram_jax.model.layers import Params
+from engram_jax.model.parameters import Declared, matrix
 
 
-def init_over_encoding(key: jax.Array, width: int, config: OverEncodingConfig) -> Params:
+def over_encoding_parameters(
+    key: jax.Array, width: int, config: OverEncodingConfig
+) -> Declared:
     """project [H, C, D]."""
     heads = config.total_heads
     return {"project": matrix(key, heads, width // heads, width)}

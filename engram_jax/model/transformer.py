@@ -24,20 +24,20 @@ import jax.numpy as jnp
 from engram_jax.config import ModelConfig
 from engram_jax.hashing.addressing import INPUT_SITE, engram_site
 from engram_jax.model import hyper_connections, over_encoding
-from engram_jax.model.attention import attention, init_attention
+from engram_jax.model.attention import attention, attention_parameters
 from engram_jax.model.documents import Documents, documents
-from engram_jax.model.engram import fuse, init_engram
+from engram_jax.model.engram import engram_parameters, fuse
 from engram_jax.model.layers import (
     Params,
     Whole,
     as_they_are,
     ffn,
-    init_ffn,
+    ffn_parameters,
     linear,
-    normal,
     rms_norm,
 )
-from engram_jax.model.moe import init_moe, moe
+from engram_jax.model.moe import moe, moe_parameters
+from engram_jax.model.parameters import Declared, counted_as, embedding, values, vector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,53 +65,69 @@ def segments(config: ModelConfig) -> tuple[Segment, ...]:
 
 def init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """The parameter tree, without tables."""
+    return values(_declare(config, key))
+
+
+@functools.lru_cache(maxsize=64)
+def declared(config: ModelConfig) -> Declared:
+    """The same tree of `Parameter`, with shapes and dtypes in the place of arrays."""
+    return jax.eval_shape(lambda: _declare(config, jax.random.key(0)))
+
+
+def _declare(config: ModelConfig, key: jax.Array) -> Declared:
     embed_key, head_key, over_key, blocks_key, engram_key = jax.random.split(key, 5)
     width = config.width
-    params: dict[str, Any] = {
-        "embedding": normal(embed_key, (config.vocab_size, width), config.embedding_std),
-        "final_gain": jnp.ones(width, jnp.float32),
-        "segments": [_init_segment(config, segment, blocks_key, engram_key)
+    declared: Declared = {
+        "embedding": counted_as("token embedding", embedding(
+            embed_key, (config.vocab_size, width), config.embedding_std)),
+        "final_gain": counted_as("norms", vector(jnp.ones(width))),
+        "segments": [_declare_segment(config, segment, blocks_key, engram_key)
                      for segment in segments(config)],
     }
     if not config.tied_head:
-        params["head"] = normal(head_key, (width, config.vocab_size), width**-0.5)
+        declared["head"] = counted_as(
+            "LM head", embedding(head_key, (width, config.vocab_size), width**-0.5))
     if config.over_encoding is not None:
-        params["over_encoding"] = over_encoding.init_over_encoding(
-            over_key, width, config.over_encoding)
-    return params
+        declared["over_encoding"] = counted_as(
+            "over-encoding projections",
+            over_encoding.over_encoding_parameters(over_key, width, config.over_encoding))
+    return declared
 
 
-def _init_segment(
+def _declare_segment(
     config: ModelConfig, segment: Segment, blocks_key: jax.Array, engram_key: jax.Array
-) -> dict[str, Any]:
+) -> Declared:
     # Keys depend on the block's number alone: models that differ in their memory start alike.
     numbers = jnp.arange(segment.start, segment.stop)
     keys = jax.vmap(functools.partial(jax.random.fold_in, blocks_key))(numbers)
-    init_block = functools.partial(_init_block, config, segment)
-    params: dict[str, Any] = {"blocks": jax.vmap(init_block)(keys)}
+    declare_block = functools.partial(_declare_block, config, segment)
+    declared: Declared = {"blocks": jax.vmap(declare_block)(keys)}
     if segment.engram:
         assert config.engram is not None
-        params["engram"] = init_engram(
+        declared["engram"] = engram_parameters(
             jax.random.fold_in(engram_key, segment.start), config.width,
             config.engram.branches(config.streams), config.engram)
-    return params
+    return declared
 
 
-def _init_block(config: ModelConfig, segment: Segment, key: jax.Array) -> dict[str, Any]:
+def _declare_block(config: ModelConfig, segment: Segment, key: jax.Array) -> Declared:
     attention_key, ffn_key, mix_a, mix_f = jax.random.split(key, 4)
     width = config.width
-    second: dict[str, Any]
+    second: Declared
     if segment.experts:
         assert config.moe is not None
-        second = {"moe": init_moe(ffn_key, width, config.moe)}
+        second = {"moe": moe_parameters(ffn_key, width, config.moe)}
     else:
-        second = {"ffn": init_ffn(ffn_key, width, config.ffn)}
+        second = {"ffn": counted_as("dense FFN", ffn_parameters(ffn_key, width, config.ffn))}
+    gain, mix = vector(jnp.ones(width)), functools.partial(
+        hyper_connections.mixing_parameters, width=width, streams=config.streams)
     return {
-        "attention": init_attention(attention_key, width, config.attention),
-        "attention_gain": jnp.ones(width, jnp.float32),
-        "attention_mixing": hyper_connections.init_mixing(mix_a, width, config.streams),
-        "ffn_gain": jnp.ones(width, jnp.float32),
-        "ffn_mixing": hyper_connections.init_mixing(mix_f, width, config.streams),
+        "attention": counted_as(
+            "attention", attention_parameters(attention_key, width, config.attention)),
+        "attention_gain": counted_as("norms", gain),
+        "attention_mixing": counted_as("hyper-connections", mix(mix_a)),
+        "ffn_gain": counted_as("norms", gain),
+        "ffn_mixing": counted_as("hyper-connections", mix(mix_f)),
         **second,
     }
 

@@ -18,8 +18,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from engram_jax.model import parameters
+from engram_jax.model.parameters import Parameter
 from engram_jax.tables import collectives
-from engram_jax.training.optimizers import labels, on_matrices
+from engram_jax.training.optimizers import on_matrices
 
 DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
@@ -94,19 +96,18 @@ class Split:
         return jax.tree.map(lambda leaf, axis: _spec(leaf.ndim, axis), params, self.axes)
 
 
-def split(abstract_params: Any, devices: int, dtype: str, near: int = 0) -> Split:
-    """How to split a tree: matrices along their second-last axis, or else the last.
+def split(declared: Any, devices: int, dtype: str, near: int = 0) -> Split:
+    """How to split a tree of `Parameter`: along the second-last axis, or else the last.
 
     The second-last first: a TPU keeps the last axis in lanes of 128, and a narrow one wastes them.
     """
 
-    def axis(path: tuple, leaf: Any, label: str) -> int:
-        if label == "vector" or path[-1].key == "router" or devices == 1:
-            return 0  # the router is used in float32, and is small
-        return next((a for a in (-2, -1) if leaf.shape[a] % devices == 0), 0)
+    def axis(parameter: Parameter) -> int:
+        if not parameter.split or devices == 1:
+            return 0
+        return next((a for a in (-2, -1) if parameter.value.shape[a] % devices == 0), 0)
 
-    axes = jax.tree_util.tree_map_with_path(axis, abstract_params, labels(abstract_params))
-    return Split(axes, devices, dtype, near)
+    return Split(parameters.each(axis, declared), devices, dtype, near)
 
 
 def _spec(ndim: int, axis: int) -> PartitionSpec:

@@ -13,15 +13,10 @@ import numpy as np
 import optax
 
 from engram_jax.config import OptimizerConfig
+from engram_jax.model import parameters
 
 # (step, updates) -> updates with `step`, a function of matrices [N, in, out], applied to each.
 ByMatrix = Callable[[Callable[[jax.Array], jax.Array], Any], Any]
-
-# Leaves that are not matrices of a hidden layer, by the last key of their path.
-EMBEDDINGS = frozenset({"embedding", "head"})
-VECTORS = frozenset({"final_gain", "attention_gain", "ffn_gain", "latent_gain", "query_gain",
-                     "key_gain", "conv_gain", "conv", "bias", "scale"})
-
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate at each step: a linear warm-up, then `config.schedule`.
@@ -49,7 +44,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(
-    config: OptimizerConfig, by_matrix: ByMatrix | None = None
+    config: OptimizerConfig, declared: Any, by_matrix: ByMatrix | None = None
 ) -> optax.GradientTransformation:
     """The transform of every parameter outside the tables, at a learning rate of 1.
 
@@ -61,6 +56,7 @@ def optimizer(
 
     Args:
       config: the settings.
+      declared: the tree of the parameters, each a `model.parameters.Parameter`.
       by_matrix: brings together the matrices of leaves that are split over devices; None if none
         is. The transform's state does not depend on it.
     """
@@ -76,7 +72,7 @@ def optimizer(
             "embedding": optax.adamw(1.0, weight_decay=config.weight_decay, **adam),
             "vector": optax.adam(1.0, **adam),
         },
-        labels,
+        parameters.each(lambda parameter: parameter.trained, declared),
     )
 
 
@@ -129,16 +125,3 @@ def on_matrices(step: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.
 def _here(step: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
     """Every matrix is whole on this device."""
     return jax.tree.map(lambda leaf: on_matrices(step, leaf), updates)
-
-
-def labels(params: Any) -> Any:
-    """For each leaf of the tree: "matrix", "embedding" or "vector"."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _label(path), params)
-
-
-def _label(path: tuple[Any, ...]) -> str:
-    name = path[-1].key
-    if name in EMBEDDINGS:
-        return "embedding"
-    return "vector" if name in VECTORS else "matrix"
-

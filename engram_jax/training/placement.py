@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
+from engram_jax.model import transformer
 from engram_jax.tables import collectives
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
@@ -87,7 +88,7 @@ def check(run: RunConfig, mesh: Mesh) -> None:
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
     """How the run's parameters are split."""
-    return split(abstract_state(run).params, mesh.shape[FSDP], run.model.compute_dtype,
+    return split(transformer.declared(run.model), mesh.shape[FSDP], run.model.compute_dtype,
                  collectives.neighbours(list(mesh.devices[0])))
 
 

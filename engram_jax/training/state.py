@@ -60,7 +60,7 @@ def init_state(run: RunConfig, seed: jax.Array | None = None) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         router_bias=transformer.init_router_bias(run.model),
-        opt_state=optimizer(run.optimizer).init(params),
+        opt_state=optimizer(run.optimizer, transformer.declared(run.model)).init(params),
         tables={site.name: layout_of(site).init(
             jax.random.fold_in(tables_key, site.layer), site.hash_config.table_std,
             site.hash_config.table_dtype)

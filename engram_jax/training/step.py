@@ -51,7 +51,7 @@ def train_step(
     mesh = mesh or placement.single_mesh()
     placement.check(run, mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
-    transform = optimizer(run.optimizer, split.by_matrix)
+    transform = optimizer(run.optimizer, transformer.declared(run.model), split.by_matrix)
     rate = schedule(run.optimizer, run.training.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

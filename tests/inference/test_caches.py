@@ -13,9 +13,10 @@ from serving import CHUNK, END, ISOLATED, LENGTH, MODEL, PAD, PLAIN, SLOTS
 from engram_jax.config import EngramConfig, OverEncodingConfig
 from engram_jax.inference import caches, stages
 from engram_jax.model import transformer
-from engram_jax.model.attention import attention, cached_attention, init_attention, latents
+from engram_jax.model.attention import attention, attention_parameters, cached_attention, latents
 from engram_jax.model.documents import documents
 from engram_jax.model.engram import causal_conv, fuse, init_engram
+from engram_jax.model.parameters import values
 from engram_jax.tables.layout import gather_rows
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -168,7 +169,7 @@ _fuse = jax.jit(fuse, static_argnames="config")
 def test_attention_to_the_cache_is_attention(start, isolated):
     """What lies behind a sequence's end in the cache is never looked at."""
     config, eps, time, room = MODEL.attention, 1e-6, 8, 12
-    params = init_attention(jax.random.key(0), 32, config)
+    params = values(attention_parameters(jax.random.key(0), 32, config))
     x_BTD = random(2, time, 32)
     starts_BT = np.isin(np.arange(time), [3, 5])[None].repeat(2, axis=0) & isolated
     docs = documents(jnp.asarray(starts_BT))

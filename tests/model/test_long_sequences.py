@@ -12,8 +12,9 @@ from engram_jax.config import AttentionConfig, ModelConfig
 from engram_jax.model import attention as attention_module
 from engram_jax.model import loss as loss_module
 from engram_jax.model import transformer
-from engram_jax.model.attention import attention, init_attention
+from engram_jax.model.attention import attention, attention_parameters
 from engram_jax.model.loss import cross_entropy, token_losses
+from engram_jax.model.parameters import values
 
 pytestmark = pytest.mark.usefixtures("compilations")
 
@@ -32,7 +33,7 @@ def same(ours, theirs):
 
 def attended(documents_BT, time):
     """The output and every gradient of attention over random input."""
-    params = init_attention(jax.random.key(0), 16, CONFIG)
+    params = values(attention_parameters(jax.random.key(0), 16, CONFIG))
 
     def output(params, x_BTD):
         out_BTD = attention(params, x_BTD, CONFIG, 1e-6, documents_BT)
@@ -52,7 +53,7 @@ def test_attention_in_chunks(monkeypatch, isolated, time):
 
 def test_chunks_compute_no_score_of_the_future(monkeypatch):
     monkeypatch.setattr(attention_module, "QUERY_CHUNK", 4)
-    params = init_attention(jax.random.key(0), 16, CONFIG)
+    params = values(attention_parameters(jax.random.key(0), 16, CONFIG))
     traced = jax.make_jaxpr(lambda x: attention(params, x, CONFIG, 1e-6))(random(1, 12, 16))
     for stop in (4, 8, 12):
         assert f"f32[1,2,4,{stop}]" in str(traced)

@@ -17,14 +17,15 @@ from engram_jax.config import (
 )
 from engram_jax.hashing.addressing import address, sites
 from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.model import hyper_connections, layers, transformer
+from engram_jax.model import hyper_connections, parameters, transformer
 from engram_jax.model import moe as experts_module
 from engram_jax.model.attention import rope, visible
 from engram_jax.model.documents import documents
-from engram_jax.model.hyper_connections import connect, init_mixing, mixing, sinkhorn
+from engram_jax.model.hyper_connections import connect, mixing, mixing_parameters, sinkhorn
 from engram_jax.model.layers import ffn, rms_norm
-from engram_jax.model.moe import block_size, group, init_moe, moe, rebalanced, route
+from engram_jax.model.moe import block_size, group, moe, moe_parameters, rebalanced, route
 from engram_jax.model.over_encoding import encode
+from engram_jax.model.parameters import values
 from engram_jax.model.transformer import Segment, segments
 from engram_jax.recipes import RECIPES, recipe
 from engram_jax.tables.layout import gather_rows, layout_of
@@ -233,7 +234,7 @@ def test_sinkhorn_begins_with_columns_and_ends_with_rows():
 @pytest.mark.parametrize("streams", [2, 4])
 def test_streams_at_the_start(streams):
     """A sub-layer reads the mean, writes to all, and the streams keep to themselves."""
-    params = init_mixing(jax.random.key(0), WIDTH, streams)
+    params = values(mixing_parameters(jax.random.key(0), WIDTH, streams))
     assert params["scale"].tolist() == pytest.approx([0.01] * 3)
     mix = mixing(params, jnp.asarray(random(2, 5, streams, WIDTH)), 20, 1e-6)
     np.testing.assert_allclose(mix.pre_BTM, 1 / streams, atol=0.02)
@@ -246,7 +247,7 @@ def test_streams_at_the_start(streams):
 def test_connect():
     """x' = H_res x + H_post^T F(H_pre x), in NumPy."""
     streams = 3
-    params = randomised(init_mixing(jax.random.key(0), WIDTH, streams), std=0.5)
+    params = randomised(values(mixing_parameters(jax.random.key(0), WIDTH, streams)), std=0.5)
     x = random(2, 5, streams, WIDTH)
     out, extra = connect(params, jnp.asarray(x), lambda y: (jnp.tanh(y), "seen"), 20, 1e-6)
     flat = x.reshape(2, 5, -1)
@@ -264,7 +265,7 @@ def test_connect():
 
 
 def test_one_stream_is_the_plain_residual():
-    assert init_mixing(jax.random.key(0), WIDTH, 1) == {}
+    assert values(mixing_parameters(jax.random.key(0), WIDTH, 1)) == {}
     x = jnp.asarray(random(2, 5, 1, WIDTH))
     out, _ = connect({}, x, lambda y: (jnp.tanh(y), None), 20, 1e-6)
     np.testing.assert_array_equal(out, x + jnp.tanh(x))
@@ -275,7 +276,7 @@ def test_four_streams_start_as_one():
     one = dataclasses.replace(PLAIN, depth=1)
     four = dataclasses.replace(one, streams=4, sinkhorn_rounds=4)
     params, _, _ = parts(one)
-    start = init_mixing(jax.random.key(0), WIDTH, 4)
+    start = values(mixing_parameters(jax.random.key(0), WIDTH, 4))
     start = jax.tree.map(lambda leaf: leaf[None], start | {"scale": jnp.zeros(3)})
     (segment,) = params["segments"]
     blocks = segment["blocks"] | {"attention_mixing": start, "ffn_mixing": start}
@@ -315,7 +316,7 @@ def dense_oracle(params, x_BTD, choice_NK, config):
 ], ids=str)
 def test_experts_equal_every_expert_on_every_token(shape, experts, top_k, bias):
     config = MoEConfig(experts=experts, top_k=top_k, shared=experts % 2, expert_ffn=8, scale=1.5)
-    params = init_moe(jax.random.key(0), 16, config)
+    params = values(moe_parameters(jax.random.key(0), 16, config))
     x, cotangent = jnp.asarray(random(*shape, 16)), random(*shape, 16, seed=1)
     bias_E = np.zeros(experts, np.float32)
     bias_E[list(bias)] = list(bias.values())
@@ -428,8 +429,7 @@ def test_models_that_differ_in_their_memory_start_alike(monkeypatch):
         """Stands for random numbers: equal where keys, shapes and sizes are equal."""
         return jnp.full(shape, std * (jax.random.key_data(key)[..., -1] % 1000))
 
-    for module in (layers, transformer):
-        monkeypatch.setattr(module, "normal", from_key)
+    monkeypatch.setattr(parameters, "normal", from_key)
     arms = [dataclasses.replace(PLAIN, moe=MOE, engram=memory, over_encoding=over)
             for memory, over in ((None, None), (engram(0, 2), OverEncodingConfig(**HASH)))]
 

@@ -27,7 +27,8 @@ from micro import STEPS, micro, with_data, with_model, with_training, write_text
 from engram_jax.config import OptimizerConfig, OverEncodingConfig
 from engram_jax.data.batches import train_batches, validation_batches
 from engram_jax.errors import MachineError, UserError
-from engram_jax.model import transformer
+from engram_jax.model import parameters, transformer
+from engram_jax.model.parameters import Parameter
 from engram_jax.recipes import RECIPES, without_memory
 from engram_jax.runs import train
 from engram_jax.runs.checkpoints import Checkpoints
@@ -37,7 +38,7 @@ from engram_jax.runs.reader import open_inputs
 from engram_jax.settings import first_difference, to_dict
 from engram_jax.tables.layout import gather_rows
 from engram_jax.training import step
-from engram_jax.training.optimizers import labels, optimizer, schedule
+from engram_jax.training.optimizers import optimizer, schedule
 from engram_jax.training.placement import placed_state, single_mesh
 from engram_jax.training.state import init_state
 
@@ -258,23 +259,29 @@ def every_model():
 
 @pytest.mark.parametrize(("name", "model"), list(every_model()), ids=lambda value: str(value)[:12])
 def test_every_parameter_has_its_optimizer(name, model):
-    tree = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    for (path, leaf), found in zip(flat, jax.tree.leaves(labels(tree)), strict=True):
-        keys = [getattr(key, "key", None) for key in path]
+    flat = jax.tree_util.tree_leaves_with_path(
+        transformer.declared(model), is_leaf=parameters.is_parameter)
+    for path, parameter in flat:
+        keys, leaf = [getattr(key, "key", None) for key in path], parameter.value
         expected = next((k for k, names in LABELS.items() if keys[-1] in names), "matrix")
-        assert found == expected, f"{name}: {keys}"
+        assert parameter.trained == expected, f"{name}: {keys}"
+        assert parameter.split == (expected != "vector" and keys[-1] != "router"), keys
+        assert parameter.cast == (parameter.split or keys[-1] == "conv"), keys
+        assert parameter.part in parameters.PARTS, keys
         own_axes = leaf.ndim - ("blocks" in keys)
-        if found == "matrix":
+        if parameter.trained == "matrix":
             assert own_axes >= 2, f"{name}: {keys} is a vector"
             assert min(leaf.shape[-2:]) > 1
-        elif found == "vector":
+        elif parameter.trained == "vector":
             assert own_axes == 1 or keys[-2] == "engram", f"{name}: {keys} is a matrix"
 
 
 def update_of(grads, **settings):
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, **settings)
-    transform = optimizer(config)
+    declared = {name: Parameter(leaf, next(
+        (k for k, names in LABELS.items() if name in names), "matrix"), split=False, cast=False)
+        for name, leaf in grads.items()}
+    transform = optimizer(config, declared)
     params = jax.tree.map(jnp.ones_like, grads)
     updates = jax.jit(lambda g: transform.update(g, transform.init(params), params)[0])(grads)
     return jax.tree.map(lambda update: config.learning_rate * update, updates)
