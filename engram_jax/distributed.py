@@ -180,6 +180,25 @@ def after_first(name: str, timeout_s: float = FIRST_S) -> Iterator[None]:
         barrier(name, timeout_s)
 
 
+def from_first(name: str, make: Callable[[], Any], timeout_s: float = FIRST_S) -> Any:
+    """What `make` returns in process 0, plain JSON, in all of them.
+
+    Raises:
+      MachineError: process 0 took longer than `timeout_s`.
+    """
+    if (group := _group) is None:
+        return make()
+    path = group.place(name)
+    if group.process == 0:
+        value = make()
+        group.put(path, json.dumps(value))
+        return value
+    try:
+        return json.loads(group.client.blocking_key_value_get(path, int(timeout_s * 1000)))
+    except RuntimeError as error:
+        raise _late(group, name, timeout_s, set(range(1, group.processes))) from error
+
+
 def agree(name: str, values: Mapping[str, Any], timeout_s: float | None = None) -> None:
     """Check that all processes have equal `values`, plain JSON.
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import os
+from typing import Any
 
 from engram_jax.cli.words import Commands, Options, add_command, add_directory, add_json, say
 from engram_jax.config import ROW_DTYPES
@@ -75,19 +77,41 @@ def export(options: Options) -> None:
 
 
 def _add_verify(commands: Commands) -> None:
-    command = add_command(commands, verify, "read table files whole and check every block",
-                          "verify runs/mine/tables/layer_1.fp8.table")
-    command.add_argument("files", metavar="FILE", nargs="+", help="as `export` writes them")
+    command = add_command(
+        commands, verify, "read runs (checkpoints, token shards, tables) or table files whole and "
+        "check every byte that has a checksum", "verify runs/mine")
+    command.add_argument("paths", metavar="PATH", nargs="+",
+                         help="a run's folder, or a file that `export` wrote")
     add_json(command)
 
 
-def verify(options: Options) -> None:
+def verify(options: Options) -> int:
+    answers = [_verified_run(path) if os.path.isdir(path) or "://" in path else
+               _verified_table(path) for path in options.paths]
+    if options.json:
+        print(json_text({path: answer for path, (_, answer, _) in
+                         zip(options.paths, answers, strict=True)}, indent=1))
+    else:
+        print("\n".join(line for lines, _, _ in answers for line in lines))
+    return 0 if all(whole for _, _, whole in answers) else 1
+
+
+def _verified_table(path: str) -> tuple[list[str], Any, bool]:
+    """Lines for people, an answer in JSON, and whether it is whole."""
     from engram_jax.offload.file import verify as verified
 
-    tables = {path: verified(path) for path in options.files}
-    if options.json:
-        print(json_text({path: dataclasses.asdict(info) for path, info in tables.items()}))
-        return
-    for path, info in tables.items():
-        print(f"{path}: whole; {info.rows:,} rows of {info.dim} columns in {info.dtype}, "
-              f"{info.site} of {info.run!r} at step {info.step}")
+    info = verified(path)
+    return [f"{path}: whole; {info.rows:,} rows of {info.dim} columns in {info.dtype}, {info.site} "
+            f"of {info.run!r} at step {info.step}"], dataclasses.asdict(info), True
+
+
+def _verified_run(path: str) -> tuple[list[str], Any, bool]:
+    """As `_verified_table`."""
+    from engram_jax.runs.verify import verify_run
+
+    findings = list(verify_run(path))
+    lines = [line for finding in findings for line in (
+        [f"damaged: {problem}" for problem in finding.problems]
+        or [f"{finding.path}: {finding.note or 'whole'}"])]
+    return (lines, {finding.path: finding.problems for finding in findings},
+            not any(finding.problems for finding in findings))

@@ -117,6 +117,15 @@ class Shard:
         """
         self._check(self.path)
 
+    def read_whole(self) -> None:
+        """Read it whole, also if that has been done.
+
+        Raises:
+          UserError: as `check`.
+        """
+        file = self.path if is_local(self.path) else self._copied()
+        self._read_whole(file, self.mapped(file).offset)
+
     def _copied(self) -> pathlib.Path:
         if not self.copy.exists():
             download(self.path, self.copy)

@@ -6,7 +6,8 @@ and rows are worth nothing to a model that reads or hashes otherwise.
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,10 @@ from etils import epath
 
 from engram_jax import distributed
 from engram_jax.errors import MachineError, UserError
+from engram_jax.runs.digests import damage, has_digests, write_digests
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.reader import Reader
-from engram_jax.storage import first_line
+from engram_jax.storage import first_line, is_local, refusals
 from engram_jax.training.state import TrainState
 
 CHUNK = 64 * 2**20  # bytes of a table that are read, and so must be in memory, together
@@ -49,7 +51,8 @@ class Checkpoints:
     def __init__(self, directory: epath.Path, keep: int, fingerprints: Mapping[str, str]):
         self._directory = directory
         self._fingerprints = dict(fingerprints)
-        self._saving: tuple[int, Any] | None = None
+        self._saving: tuple[int, Future[None]] | None = None
+        self._background = ThreadPoolExecutor(1)
         self._checkpointer = ocp.training.Checkpointer(
             directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -62,6 +65,7 @@ class Checkpoints:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
+            self._background.shutdown()
             self._checkpointer.close()
         except Exception:  # of the write that was under way; `error` says more
             if error is None:
@@ -78,7 +82,11 @@ class Checkpoints:
             # Not `_steps`: in object storage orbax leaves such folders out.
             there = self._directory.iterdir() if self._directory.exists() else ()
             for place in list(there):
-                if place.name.isdecimal() and not self._is_whole(int(place.name)):
+                if not place.name.isdecimal() or self._is_whole(int(place.name)):
+                    continue
+                if has_digests(place):  # it was whole once
+                    self._set_aside(place)
+                else:
                     place.rmtree()
         distributed.barrier("the removal of unfinished checkpoints")
         self._checkpointer.reload()
@@ -96,7 +104,14 @@ class Checkpoints:
                 custom_metadata={"fingerprints": self._fingerprints})
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(step, error) from error
-        self._saving = (step, response)
+        if response is not None:
+            self._saving = (step, self._background.submit(self._finish, step, response))
+
+    def _finish(self, step: int, response: Any) -> None:
+        """In a thread: until the checkpoint is whole, and then its digests."""
+        response.result()
+        if distributed.is_first():
+            write_digests(self._directory / str(step))
 
     def wait(self) -> None:
         """Until what is being written is whole.
@@ -106,10 +121,9 @@ class Checkpoints:
         """
         if self._saving is None:
             return
-        (step, response), self._saving = self._saving, None
+        (step, finished), self._saving = self._saving, None
         try:
-            if response is not None:
-                response.result()
+            finished.result()
         except Exception as error:  # tensorstore's errors have no common base
             raise self._failed(step, error) from error
 
@@ -148,6 +162,64 @@ class Checkpoints:
         if batches is not None:
             batches.set_state(jax.tree.map(int, found["batches"]))
         return found["state"]
+
+    def restore_last(
+        self, abstract: TrainState, batches: Any, say: Callable[[str], None] = lambda line: None
+    ) -> tuple[TrainState, int] | None:
+        """The last checkpoint that is whole, and its step; None where there never was one.
+
+        Of a newer one that is damaged `say` gets the files, and it is moved to `damaged` beside
+        the checkpoints.
+
+        Raises:
+          UserError: as `restore`.
+          MachineError: the only one is damaged, or as `restore`.
+        """
+        while (step := self.latest) is not None:
+            lines = distributed.from_first(
+                f"the digests of checkpoint {step}", lambda: damage(self._directory / str(step)))
+            if not lines:
+                try:
+                    return self.restore(abstract, batches, step), step
+                except MachineError as error:
+                    # One of an older version shows only now that it is damaged. Where digests are
+                    # right, or several processes would have to agree, the machine is to blame.
+                    if has_digests(self._directory / str(step)) or jax.process_count() > 1:
+                        raise
+                    lines = [str(error)]
+            for line in lines:
+                say(f"damaged: {line}")
+            self._without(step, lines, say)
+        return None
+
+    def _without(self, step: int, lines: Sequence[str], say: Callable[[str], None]) -> None:
+        """Go back to the checkpoint before `step`, which is damaged."""
+        earlier = max((other for other in self._steps() if other < step and self._is_whole(other)),
+                      default=None)
+        if earlier is None:
+            raise MachineError(f"{lines[0]}; no earlier checkpoint is left: put it back from a "
+                               f"copy, or remove {self._directory} to begin again")
+        if distributed.is_first():
+            aside = self._set_aside(self._directory / str(step))
+            say(f"the damaged checkpoint of step {step} is now {aside}; going back to step "
+                f"{earlier}")
+        distributed.barrier("the removal of a damaged checkpoint")
+        self._checkpointer.reload()
+
+    def _set_aside(self, folder: epath.Path) -> epath.Path:
+        """Move a damaged checkpoint where nothing looks for one."""
+        beside = folder.parent.parent / "damaged"
+        taken = {path.name for path in beside.iterdir()} if beside.exists() else set()
+        names = (f"{folder.name}{f'-{again}' if again else ''}" for again in range(len(taken) + 1))
+        aside = beside / next(name for name in names if name not in taken)
+        with refusals(aside, "written"):
+            beside.mkdir(parents=True, exist_ok=True)
+            if is_local(folder):
+                folder.rename(aside)
+            else:
+                _copy(folder, aside)
+                folder.rmtree()
+        return aside
 
     def last_state(self) -> SavedState:
         """The last checkpoint.
@@ -218,6 +290,15 @@ class Checkpoints:
         last = "there is no earlier one" if kept is None else f"the last good one is of step {kept}"
         return MachineError(f"{self._directory}: the checkpoint of step {step} could not be "
                             f"written ({first_line(error)}); {last}")
+
+
+def _copy(folder: epath.Path, target: epath.Path) -> None:
+    """Copy what is in a folder of object storage."""
+    for entry in list(folder.iterdir()):
+        if entry.is_dir():
+            _copy(entry, target / entry.name)
+        else:
+            entry.copy(target / entry.name, overwrite=True)
 
 
 def last_checkpoint(records: RunDirectory, reader: Reader) -> Checkpoints:

@@ -111,7 +111,11 @@ class RunDirectory:
         Raises:
           UserError: it is damaged.
         """
-        return self._object("env.json") or {}
+        env = self._object("env.json") or {}
+        starts = env.get("starts", [])
+        require(isinstance(starts, list) and all(isinstance(start, dict) for start in starts),
+                f"{self.path / 'env.json'}: starts", starts, "must be a list of objects")
+        return env
 
     def make(self) -> None:
         """Make the folder.

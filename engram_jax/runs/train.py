@@ -26,7 +26,7 @@ from engram_jax.runs.progress import Progress
 from engram_jax.runs.reader import Inputs, open_inputs
 from engram_jax.runs.stopping import Stopping
 from engram_jax.runs.tensorboard import TensorBoard
-from engram_jax.settings import to_dict
+from engram_jax.settings import changed, to_dict
 from engram_jax.training import placement
 from engram_jax.training.capacity import with_capacity
 from engram_jax.training.state import TrainState, init_state
@@ -62,7 +62,7 @@ def train(
         say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
         return result
     with Stopping(run.training.grace_seconds, say) as stopping:
-        inputs = open_inputs(run, say, records.artifact())
+        inputs = open_inputs(_pinned(run, records), say, records.artifact())
         distributed.agree("the text", {"data_fingerprint": inputs.tokens.fingerprint,
                                        "tokenizer_digest": inputs.tokens.tokenizer_digest})
         # Refuses bad settings before the folder is claimed.
@@ -70,6 +70,8 @@ def train(
         env = environment(
             data_fingerprint=inputs.tokens.fingerprint,
             tokenizer_digest=inputs.tokens.tokenizer_digest,
+            tokens=inputs.tokens.directory,
+            data_revision=inputs.tokens.revision,
             mesh=placement.shape_of(loop.mesh),
             row_capacity=loop.run.training.row_capacity)
         records.make()
@@ -98,7 +100,7 @@ class _Loop:
         self.evaluate = evaluator(self.run, inputs, mesh)
         self.batch_tokens = run.data.batch_size * run.data.sequence_length
         self.clock = _Clock()
-        self.saved = 0  # the last checkpoint's step
+        self.saved = 0  # step of the last checkpoint
         self.divergence = Divergence(run.training.skips_in_a_row)
 
     def run_to_end(
@@ -126,17 +128,21 @@ class _Loop:
 
     def _begin(self, env: Mapping[str, Any]) -> tuple[TrainState, int]:
         self.checkpoints.discard_unfinished()
-        start = self.checkpoints.latest or 0
+        restored = self.checkpoints.restore_last(
+            placement.placed_state(self.run, self.mesh), self.batches, self.say)
+        state, start = restored or self._first()
         self.records.truncate_metrics(start)
         self.records.begin(start, env)
-        if start == 0:
-            placed = placement.shardings(self.run, self.mesh)
-            init = jax.jit(lambda seed: init_state(self.run, seed), out_shardings=placed)
-            return init(np.int32(self.run.training.seed)), 0
         self.saved = start
-        self.say(f"{self.run.name}: going on from step {start}")
-        return self.checkpoints.restore(
-            placement.placed_state(self.run, self.mesh), self.batches), start
+        if restored:
+            self.say(f"{self.run.name}: going on from step {start}")
+        return state, start
+
+    def _first(self) -> tuple[TrainState, int]:
+        """The state before the first step."""
+        placed = placement.shardings(self.run, self.mesh)
+        init = jax.jit(lambda seed: init_state(self.run, seed), out_shardings=placed)
+        return init(np.int32(self.run.training.seed)), 0
 
     def _steps(self, state: TrainState, start: int) -> TrainState:
         training, pending = self.run.training, None
@@ -233,6 +239,14 @@ class _Loop:
                   "evaluation/bits_per_byte": evaluation.bits_per_byte}
         self.records.log({"step": number, **values})
         self.board.log(number, values)
+
+
+def _pinned(run: RunConfig, records: RunDirectory) -> RunConfig:
+    """The run, reading what it began with from the hub, whatever is newest there today."""
+    revision = records.env().get("data_revision")
+    if run.data.revision or not isinstance(revision, str) or not revision:
+        return run
+    return changed(run, {"data.revision": revision})
 
 
 def _batches(run: RunConfig, inputs: Inputs) -> grain.DatasetIterator:

@@ -156,7 +156,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = 
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += differences(old, new, f"{where}{name}.")
-        elif old != new and name not in ("command", "starts"):
+        elif old != new and name not in ("command", "starts", "tokens"):
             lines.append(f"{where}{name}: {_word(old)}, {_word(new)}")
     return lines
 
