@@ -1,7 +1,15 @@
 """Commands that look at trained runs: `compare`, `analyze` and `report`."""
 
 
-from engram_jax.cli.words import Commands, Options, add_command, add_directories, add_json, say
+from engram_jax.cli.words import (
+    Commands,
+    Options,
+    add_command,
+    add_directories,
+    add_json,
+    keeping_programs,
+    say,
+)
 from engram_jax.settings import json_text
 
 ANALYSES = ("gates", "lens", "cka", "suppression", "patchscope", "tokenizer", "memory")
@@ -57,6 +65,7 @@ def _add_analyze(commands: Commands) -> None:
     command.add_argument("--out", metavar="FOLDER", help="gets WHAT.json (default: printed)")
 
 
+@keeping_programs
 def analyze(options: Options) -> None:
     from engram_jax.insides import analyses
 
@@ -81,6 +90,7 @@ def _add_report(commands: Commands) -> None:
                          help="that the runs read (default: the first run's validation text)")
 
 
+@keeping_programs
 def report(options: Options) -> None:
     from engram_jax.report.page import write_report
 

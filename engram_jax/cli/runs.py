@@ -12,6 +12,7 @@ from engram_jax.cli.words import (
     add_json,
     add_mesh,
     add_set,
+    keeping_programs,
     program,
     say,
 )
@@ -41,6 +42,7 @@ def _add_train(commands: Commands) -> None:
     add_processes(command)
 
 
+@keeping_programs
 def train(options: Options) -> None:
     from engram_jax.runs.train import train as run_to_end
     from engram_jax.training.placement import chosen_mesh
@@ -61,6 +63,7 @@ def _add_evaluate(commands: Commands) -> None:
     add_json(command)
 
 
+@keeping_programs
 def evaluate(options: Options) -> None:
     from engram_jax.runs.directory import RunDirectory
     from engram_jax.runs.evaluate import evaluator
@@ -97,6 +100,7 @@ def _add_reproduce(commands: Commands) -> None:
     add_mesh(command)
 
 
+@keeping_programs
 def reproduce(options: Options) -> int:
     from engram_jax.sweeps.reproducing import reproduce as again
 

@@ -5,7 +5,15 @@ import dataclasses
 import os
 from typing import Any
 
-from engram_jax.cli.words import Commands, Options, add_command, add_directory, add_json, say
+from engram_jax.cli.words import (
+    Commands,
+    Options,
+    add_command,
+    add_directory,
+    add_json,
+    keeping_programs,
+    say,
+)
 from engram_jax.config import ROW_DTYPES
 from engram_jax.settings import json_text
 
@@ -40,6 +48,7 @@ def _add_generate(commands: Commands) -> None:
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
 
 
+@keeping_programs
 def generate(options: Options) -> None:
     from engram_jax.inference.generate import generate as pieces
     from engram_jax.inference.serving import served

@@ -1,6 +1,7 @@
 """What several commands have in common: their parser, their shared options, the run they name."""
 
 import argparse
+import functools
 import shutil
 import sys
 import typing
@@ -10,6 +11,7 @@ SET_HELP = ("change a field of the config, for example --set training.steps=100 
 
 Commands: typing.TypeAlias = "argparse._SubParsersAction[Parser]"
 Options: typing.TypeAlias = argparse.Namespace
+Deed: typing.TypeAlias = typing.Callable[[Options], int | None]
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,8 +21,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def add_command(commands: Commands, deed: typing.Callable[[Options], int | None], summary: str,
-                example: str) -> Parser:
+def add_command(commands: Commands, deed: Deed, summary: str, example: str) -> Parser:
     """Add the command that has the name of its `deed`, the function that does it.
 
     The deed gets the options and returns an exit code; None is 0.
@@ -30,6 +31,22 @@ def add_command(commands: Commands, deed: typing.Callable[[Options], int | None]
         epilog=f"Example: engram-jax {example}")
     command.set_defaults(deed=deed)
     return command
+
+
+def keeping_programs(deed: Deed) -> Deed:
+    """The deed with its compiled programs kept on disk, and taken from there the next time.
+
+    The code is the same, so are its bits; $JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    """
+
+    @functools.wraps(deed)
+    def kept(options: Options) -> int | None:
+        from engram_jax.sweeps.compilations import kept_compilations
+
+        with kept_compilations():
+            return deed(options)
+
+    return kept
 
 
 def add_set(command: Parser) -> None:

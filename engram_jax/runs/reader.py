@@ -15,6 +15,8 @@ from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.fingerprints import vocabulary_digest, whole_digest
 
+MUCH_SMALLER = 0.75  # a tokenizer of this share of the model's vocabulary is worth a line
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reader:
@@ -100,4 +102,8 @@ def open_inputs(run: RunConfig, progress: Callable[[str], None] | None = None,
     with distributed.after_first("the packing of the text"):
         tokens = open_tokens(run.data, progress)
     reader = open_reader(run, tokens.tokenizer, artifact)
+    if progress and reader.vocab_size < MUCH_SMALLER * run.model.vocab_size:
+        progress(f"the tokenizer has {reader.vocab_size:,} tokens, model.vocab_size is "
+                 f"{run.model.vocab_size:,}: the rest of embedding and head is never used "
+                 f"(--set model.vocab_size={reader.vocab_size})")
     return Inputs(tokens=tokens, **vars(reader))

@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 from micro import STEPS, micro, plain, write_text
 
 import engram_jax
 from engram_jax import recipes
-from engram_jax.cli import main, runs
+from engram_jax.cli import main, results, runs, serving
+from engram_jax.cli.words import keeping_programs
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import with_settings
 from engram_jax.sweeps import sweep
@@ -215,6 +217,47 @@ def test_sweep_says_what_to_do_next(trained, text, recipe, capsys, monkeypatch, 
                     "--allow-dirty", "--set", f"data.path={text}")
     assert re.search(rf"next: engram-jax generate {tmp_path}/(no-memory|ngrams)-seed0 ", out)
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+
+
+def test_a_tokenizer_much_smaller_than_the_vocabulary_is_said(text, capsys, tmp_path):
+    def said(size):
+        return succeeded(capsys, "train", "micro", "--out", tmp_path / str(size), "--set",
+                         f"data.path={text}", "--set", f"model.vocab_size={size}",
+                         "--set", "training.steps=1")
+
+    assert "tokens, model.vocab_size is 600: the rest" in said(600)
+    assert "is never used" not in said(300)
+
+
+@pytest.mark.parametrize("deed", [runs.train, runs.evaluate, runs.reproduce, results.analyze,
+                                  results.report, serving.generate])
+def test_what_compiles_keeps_its_programs(deed):
+    assert deed.__wrapped__.__name__ == deed.__name__
+
+
+def test_programs_are_kept_in_the_users_cache(monkeypatch):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        kept = keeping_programs(
+            lambda options: jax.config.values["jax_compilation_cache_dir"])(None)
+        assert kept.startswith(os.environ["ENGRAM_CACHE"])
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(("plugin", "before", "after"), [
+    (True, "", "--xla_gpu_deterministic_ops=true"),
+    (True, "--x=1", "--x=1 --xla_gpu_deterministic_ops=true"),
+    (True, "--xla_gpu_deterministic_ops=false", "--xla_gpu_deterministic_ops=false"),
+    (False, "--x=1", "--x=1"),
+])
+def test_gpus_are_asked_for_the_same_bits(plugin, before, after, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", before)
+    monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: plugin or None)
+    main.settle_sums()
+    assert os.environ["XLA_FLAGS"] == after
 
 
 # --- What the user can mend: exit code 2 ---
