@@ -1,5 +1,6 @@
 """The pages of docs/ say what is there, and what points at them arrives."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -53,6 +54,26 @@ def test_every_link_of_a_page_arrives(page):
         if anchor:
             headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE)
             assert anchor in {slug(heading) for heading in headings}, target
+
+
+@pytest.mark.parametrize("page", ["docs/design.md", "docs/parts.md", "docs/spec.md"])
+def test_every_module_that_a_page_names_is_there(page):
+    for name in re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", (ROOT / page).read_text()):
+        assert any((ROOT / root / name).exists() for root in ("engram_jax", ".")), name
+
+
+def test_the_drawing_of_the_house_is_the_order_of_imports():
+    from test_imports import LEVELS
+
+    design = (ROOT / "docs" / "design.md").read_text()
+    house = design.split("## The house")[1].split("## The data's way")[0]
+    drawn = [set(line.partition("--")[0].split()) for line in house.splitlines()
+             if line.startswith("    ") and line.strip() != "|"]
+    order = {room: number for number, rooms in enumerate(reversed(drawn)) for room in rooms}
+    missing = {room for level in LEVELS for room in level} - set(order)
+    assert not missing, missing
+    heights = [[order[room] for room in level] for level in LEVELS]
+    assert all(max(low) < min(high) for low, high in itertools.pairwise(heights))
 
 
 def test_every_field_of_the_config_has_a_meaning():

@@ -1,4 +1,4 @@
-"""DeepSeek-V4.1's memory from its checkpoint (SPEC section 5).
+"""DeepSeek-V4.1's memory from its checkpoint (docs/spec.md section 5).
 
     layers.L.engram.embed.weight  F8_E4M3 [rows, columns]
     layers.L.engram.embed.scale   F8_E8M0 [rows, columns / 32]

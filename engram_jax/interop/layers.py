@@ -35,7 +35,7 @@ def rows_from(home: Home, ids_BTH: jax.Array) -> jax.Array:
 
 def fuse_v41(params: Params, hidden_BTMD: jax.Array, rows_BTHC: jax.Array, eps: float,
              dead_BT: jax.Array | None = None) -> jax.Array:
-    """What V4.1's memory adds to each stream, float32 [B, T, M, D] (SPEC section 5).
+    """What V4.1's memory adds to each stream, float32 [B, T, M, D] (docs/spec.md section 5).
 
     Products are of the hidden state's dtype, in which fp8 rows and weights lose nothing, and sums
     are float32. The score's root keeps the sign of a score of zero, as `copysign` does; the demo's
