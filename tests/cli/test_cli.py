@@ -414,9 +414,9 @@ def test_another_tokenizer(capsys, trained, tmp_path):
 
 @pytest.mark.parametrize(("setting", "said"), [
     ("model.width=48", "the model wants"),
-    ("model.engram.hash_seed=4", "another tokenizer or hash"),
-    ("model.engram.rows_per_head=[64,64]", "another tokenizer or hash"),
-    ("model.engram=none", "another tokenizer or hash"),
+    ("model.engram.hash_seed=4", "hash.json: memory 'layer_0'"),
+    ("model.engram.rows_per_head=[64,64]", "hash.json: memory 'layer_0'"),
+    ("model.engram=none", "hash.json: memory 'layer_0'"),
 ])
 def test_another_model(setting, said, capsys, trained):
     assert said in refused(capsys, "evaluate", trained, "--set", setting)
