@@ -25,6 +25,7 @@ class Collective:
       exact: false in such a loop.
       group: how many devices take part together; 0 means all.
       source: the operation of the model that it came from, if the compiler kept that.
+      overlaps: it is started in one place and waited for in another, so other work may go on.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Collective:
     exact: bool
     group: int
     source: str
+    overlaps: bool = False
 
 
 def collectives(program: Any) -> list[Collective]:
@@ -46,8 +48,11 @@ def collectives(program: Any) -> list[Collective]:
         program = parse(program if isinstance(program, str) else program.as_text())
     found: list[Collective] = []
     counted: set[str] = set()  # computations that are the inside of a collective
+    started: set[str] = set()  # computations that run beside others
     for site in program.walk():
         instruction, computation = site.instruction, site.computation
+        if instruction.opcode == "async-start":
+            started.update(instruction.called)
         kind = _kind(program, instruction)
         if kind is None or computation.name in counted:
             continue
@@ -56,7 +61,8 @@ def collectives(program: Any) -> list[Collective]:
         found.append(Collective(
             kind=kind, shapes=sent, bytes=sum(map(bytes_of, sent)), times=site.times,
             exact=site.exact, group=_group(program, instruction),
-            source=instruction.attribute(r'op_name="([^"]*)"') or ""))
+            source=instruction.attribute(r'op_name="([^"]*)"') or "",
+            overlaps=instruction.opcode.endswith("-start") or computation.name in started))
     return found
 
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from engram_jax.costs.hlo import Program, Shape, Site
 
@@ -16,16 +16,17 @@ def flops(program: Program) -> int:
     Counts `dot`, `convolution` (which is what TPUs make of a dot) and the kernels of ragged_dot;
     other kernels and elementwise work are left out.
     """
-    return sum(_flops(site) * site.times for site in program.walk())
+    return sum(flops_of(site) * site.times for site in program.walk())
 
 
-def seconds(program: Program, clock: float, peak_flops: float) -> float:
-    """The time of one call on a device as libtpu estimates it, without collectives.
+def timed(program: Program, clock: float, peak_flops: float) -> Iterator[tuple[Site, float]]:
+    """Every instruction that takes time by itself, with the seconds of all the times that it runs.
 
-    The sum of the `estimated_cycles` that the compiler writes beside each operation, over the
-    clock. It writes none beside kernels, which count at `peak_flops`, and none beside collectives
-    and copies, which it means to hide behind the rest. (`cost_analysis()['optimal_seconds']` is of
-    no use here: it counts a loop once, and -1 s for each kernel.)
+    As libtpu estimates it, without collectives: the `estimated_cycles` that it writes beside each
+    operation, over the clock. It writes none beside kernels, which count at `peak_flops`, and none
+    beside collectives and copies, which it means to hide behind the rest.
+    (`cost_analysis()['optimal_seconds']` is of no use here: it counts a loop once, and -1 s for
+    each kernel.)
 
     Args:
       program: compiled for TPUs.
@@ -34,19 +35,23 @@ def seconds(program: Program, clock: float, peak_flops: float) -> float:
     """
     fused = {name for site in program.walk() if site.instruction.opcode == "fusion"
              for name in site.instruction.called}
-    total = 0.0
     for site in program.walk():
         if site.computation.name in fused:
             continue
         cycles = site.instruction.attribute(r'"estimated_cycles":"(\d+)"')
         if cycles and int(cycles) < UNKNOWN_CYCLES:
-            total += int(cycles) / clock * site.times
+            yield site, int(cycles) / clock * site.times
         elif site.instruction.opcode == "custom-call":
-            total += _flops(site) / peak_flops * site.times
-    return total
+            yield site, flops_of(site) / peak_flops * site.times
 
 
-def _flops(site: Site) -> int:
+def seconds(program: Program, clock: float, peak_flops: float) -> float:
+    """The sum of `timed`."""
+    return sum(seconds for _, seconds in timed(program, clock, peak_flops))
+
+
+def flops_of(site: Site) -> int:
+    """Floating-point operations of an instruction, each time that it runs; as `flops` counts."""
     count = _COUNTS.get(site.instruction.opcode)
     return count(site) if count else 0
 

@@ -6,23 +6,23 @@ that is not compressed (`CompressedVocabulary.identity`), which changes constant
 """
 
 import dataclasses
-import importlib.util
 import math
-import os
 import re
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import RunConfig, require
-from engram_jax.costs.collectives import by_kind, collectives
+from engram_jax.costs.accounting import account
+from engram_jax.costs.breakdown import by_kind, by_scope, roofline
+from engram_jax.costs.collectives import by_kind as of_kinds
+from engram_jax.costs.collectives import collectives
 from engram_jax.costs.compiled import flops, seconds
-from engram_jax.costs.hlo import parse
-from engram_jax.errors import UserError
+from engram_jax.costs.hlo import Program, parse
+from engram_jax.costs.slices import Chip, Slice, slice_of
 from engram_jax.hashing.addressing import address
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.settings import json_text
@@ -31,48 +31,6 @@ from engram_jax.training.fsdp import AXES
 from engram_jax.training.step import train_step
 
 GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """A TPU device as jax sees it.
-
-    Attributes:
-      hbm_gib: what libtpu 0.0.42 lets a program have ("exceeds available HBM (15.75G)"); the chip
-        has a little more (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm: 32, 16, 95,
-        32 and 192 GiB a chip, and two devices a chip on tpu7x).
-      peak_teraflops: bfloat16, same source.
-      axes, most: of a slice's layout, and how many chips one may have (same source).
-      clock_ghz: the peak over the multiplications and additions that its matrix units do in a
-        cycle; turns the compiler's cycles into seconds.
-      options: what libtpu needs to be told beside the slice's name.
-    """
-
-    hbm_gib: float
-    peak_teraflops: float
-    clock_ghz: float
-    axes: int
-    most: int
-    options: tuple[tuple[str, Any], ...] = ()
-
-
-CHIPS = {
-    "v4": Chip(hbm_gib=30.75, peak_teraflops=275, clock_ghz=1.05, axes=3, most=4096,
-               options=(("chip_config_name", "megacore"),)),
-    "v5e": Chip(hbm_gib=15.75, peak_teraflops=197, clock_ghz=1.5, axes=2, most=256),
-    "v5p": Chip(hbm_gib=95.74, peak_teraflops=459, clock_ghz=1.75, axes=3, most=8960),
-    "v6e": Chip(hbm_gib=31.25, peak_teraflops=918, clock_ghz=1.75, axes=2, most=256),
-    "tpu7x": Chip(hbm_gib=94.75, peak_teraflops=1153.5, clock_ghz=2.2, axes=3,
-                  most=9216),
-}
-
-# libtpu asks the cloud about the machine that it is on, and logs that there is none. Two programs
-# may compile at a time: neither touches a device.
-QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3",
-    "TPU_LOG_DIR": "disabled", "TF_CPP_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +46,14 @@ class Plan:
         compiler asked for, None if it did not say.
       flops: matrix products, recomputation included; None where it does not fit, as all below.
       collectives: kind -> count, bytes, largest_bytes (`costs.collectives.by_kind`).
-      estimated_s: libtpu's own estimate without collectives (`costs.compiled.seconds`).
+      model_flops: of a device's share of the step, nothing recomputed (`costs.accounting`).
+      compute_s: libtpu's own estimate without collectives (`costs.compiled.seconds`).
+      collective_s, overlapping_s: of all collectives by their bytes over the slice's links, and of
+        those that computing may hide.
+      step_s, mfu: the step's time by both, and the model's FLOPs over what the chip could do in it
+        (`costs.breakdown.Roofline`).
+      by_scope: for each part of the network seconds, flops and sent_bytes.
+      by_kind: seconds of matrix products, kernels, copies and what memory bounds.
       reason: why it does not fit, in the compiler's words.
     """
 
@@ -103,7 +68,14 @@ class Plan:
     fits: bool = False
     flops: int | None = None
     collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
-    estimated_s: float | None = None
+    model_flops: float | None = None
+    compute_s: float | None = None
+    collective_s: float | None = None
+    overlapping_s: float | None = None
+    step_s: float | None = None
+    mfu: float | None = None
+    by_scope: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    by_kind: dict[str, float] = dataclasses.field(default_factory=dict)
     compile_s: float
     reason: str = ""
 
@@ -122,16 +94,17 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0) -> Plan:
     Raises:
       UserError: no libtpu, no such slice, or one that does not divide the run.
     """
-    chip, devices = slice_of(topology)
-    fsdp = fsdp or len(devices)
-    require(fsdp >= 1 and len(devices) % fsdp == 0, "fsdp", fsdp,
-            f"does not divide the {len(devices)} devices of {topology}")
-    mesh = placement.make_mesh(len(devices) // fsdp, fsdp, devices)
+    there = slice_of(topology)
+    count = len(there.devices)
+    fsdp = fsdp or count
+    require(fsdp >= 1 and count % fsdp == 0, "fsdp", fsdp,
+            f"does not divide the {count} devices of {topology}")
+    mesh = placement.make_mesh(count // fsdp, fsdp, there.devices)
     state, batch = _arguments(run, mesh)
     step = train_step(run, address(run.model, _vocabulary(run), 0), mesh)
     common: dict[str, Any] = {
         "name": run.name, "topology": topology, "mesh": placement.shape_of(mesh),
-        "devices": mesh.size, "hbm_bytes": int(chip.hbm_gib * GIB),
+        "devices": mesh.size, "hbm_bytes": int(there.chip.hbm_gib * GIB),
         "argument_bytes": _bytes_of_a_device((state, batch))}
     start = time.perf_counter()
     try:
@@ -141,36 +114,11 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0) -> Plan:
             raise
         return Plan(**common, compile_s=time.perf_counter() - start, reason=_reason(str(error)),
                     peak_bytes=asked_for(str(error)))
-    return Plan(**{**common, **_said(compiled, chip)}, compile_s=time.perf_counter() - start)
-
-
-def slice_of(topology: str) -> tuple[Chip, list[jax.Device]]:
-    """The devices of a slice that need not exist.
-
-    Raises:
-      UserError: no libtpu, or no such slice.
-    """
-    name, _, layout = topology.partition(":")
-    require(name in CHIPS and re.fullmatch(r"\d+(x\d+)*", layout) is not None, "topology", topology,
-            f"must be a chip ({', '.join(CHIPS)}) and its layout, for example v5p:4x4x4")
-    chip, sizes = CHIPS[name], [int(size) for size in layout.split("x")]
-    require(len(sizes) == chip.axes and 1 <= math.prod(sizes) <= chip.most, "topology", topology,
-            f"there is no such slice: one of {name} has {chip.axes} axes and at most {chip.most} "
-            "chips")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("plan needs libtpu, the compiler for TPUs: pip install 'engram_jax[aot]'")
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
-    if "JAX_PLATFORMS" not in os.environ:
-        jax.config.update("jax_platforms", "cpu")  # or else jax looks for a TPU to run on
-    options = dict(chip.options)
-    if math.prod(sizes) == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    try:
-        found = topologies.get_topology_desc(topology, "tpu", **options)
-    except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"topology = {topology!r}: there is no such slice: {error}") from error
-    return chip, found.devices
+    took = time.perf_counter() - start
+    model_flops = account(run).flops_per_token * run.data.batch_size * run.data.sequence_length
+    program = parse(compiled.as_text() or "")
+    return Plan(**{**common, **_memory(compiled, there.chip),
+                   **_time(program, there, model_flops / count)}, compile_s=took)
 
 
 def _vocabulary(run: RunConfig) -> CompressedVocabulary:
@@ -192,30 +140,37 @@ def _bytes_of_a_device(tree: Any) -> int:
                for leaf in jax.tree.leaves(tree))
 
 
-def _said(compiled: Any, chip: Chip) -> dict[str, Any]:
-    """What a compiled program tells about itself."""
-    memory, program = compiled.memory_analysis(), parse(compiled.as_text())
+def _memory(compiled: Any, chip: Chip) -> dict[str, Any]:
+    """What a compiled program says of a device's memory."""
+    memory = compiled.memory_analysis()
     # What is alive at once. It is by this that libtpu refuses a program: one whose arguments and
     # temporaries add up to 17.1 GiB compiled for 15.75 GiB, at a peak of 15.47; the next, at 15.80,
     # was refused with that number.
     peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-    return {
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": peak,
-        "fits": peak <= chip.hbm_gib * GIB,
-        "flops": flops(program),
-        "collectives": by_kind(collectives(program)),
-        "estimated_s": seconds(program, chip.clock_ghz * 1e9, chip.peak_teraflops * 1e12),
-    }
+    return {"argument_bytes": memory.argument_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes,
+            "peak_bytes": peak, "fits": peak <= chip.hbm_gib * GIB}
+
+
+def _time(program: Program, there: Slice, model_flops: float) -> dict[str, Any]:
+    """What a compiled program says of a device's time."""
+    clock, peak_flops = there.chip.clock_ghz * 1e9, there.chip.peak_teraflops * 1e12
+    sent = collectives(program)
+    times = roofline(seconds(program, clock, peak_flops), sent, there.torus, model_flops,
+                     peak_flops)
+    scopes = by_scope(program, sent, clock, peak_flops)
+    return {"flops": flops(program), "model_flops": model_flops, **dataclasses.asdict(times),
+            "collectives": of_kinds(sent),
+            "by_scope": {name: dataclasses.asdict(part) for name, part in scopes.items()},
+            "by_kind": by_kind(program, clock, peak_flops)}
 
 
 def asked_for(message: str) -> int | None:
     """The bytes that a program would have needed, from the compiler's refusal."""
     for pattern in (r"Total hbm usage >= ([\d.]+)([KMGT])", r"Used ([\d.]+)([KMGT]) of",
                     r"\(([\d.]+)([KMGT])\) exceeds available HBM"):
-        if found := re.search(pattern, message):
-            return int(float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1))
+        if size := re.search(pattern, message):
+            return int(float(size[1]) * 1024 ** ("KMGT".index(size[2]) + 1))
     return None
 
 
@@ -225,25 +180,43 @@ def _reason(message: str) -> str:
     return first[:300]
 
 
-def described(found: Plan) -> str:
+def described(plan: Plan) -> str:
     """The plan as a table for people."""
     lines = [
-        f"{found.name} on {found.topology}: {found.devices} devices, mesh data x fsdp "
-        f"{found.mesh}; of each device, in one step:",
+        f"{plan.name} on {plan.topology}: {plan.devices} devices, mesh data x fsdp "
+        f"{plan.mesh}; of each device, in one step:",
         "",
-        _line("arguments (state and batch)", _gib(found.argument_bytes)),
-        _line("temporaries", _gib(found.temporary_bytes)),
-        _line("peak", _gib(found.peak_bytes)),
-        _line("HBM", _gib(found.hbm_bytes)),
-        _line("fits", "yes" if found.fits else f"no: {found.reason}" if found.reason else "no"),
+        _line("arguments (state and batch)", _gib(plan.argument_bytes)),
+        _line("temporaries", _gib(plan.temporary_bytes)),
+        _line("peak", _gib(plan.peak_bytes)),
+        _line("HBM", _gib(plan.hbm_bytes)),
+        _line("fits", "yes" if plan.fits else f"no: {plan.reason}" if plan.reason else "no"),
     ]
-    if found.flops is not None:
-        lines += [_line("FLOPs (recomputation included)", f"{found.flops:.4g}"),
-                  _line("estimated time, collectives aside", f"{found.estimated_s:.4g} s")]
-    for kind, total in found.collectives.items():
+    if plan.flops is not None:
+        lines += _times(plan)
+    for kind, total in plan.collectives.items():
         lines.append(_line(kind, f"{total['count']:,} of {_gib(total['bytes'])} together, the "
                                  f"largest {_gib(total['largest_bytes'])}"))
-    return "\n".join([*lines, _line("compiled in", f"{found.compile_s:.0f} s")])
+    return "\n".join([*lines, _line("compiled in", f"{plan.compile_s:.0f} s")])
+
+
+def _times(plan: Plan) -> list[str]:
+    assert plan.flops is not None
+    assert plan.model_flops is not None
+    lines = [
+        _line("FLOPs (recomputation included)",
+              f"{plan.flops:.4g}, {plan.flops / plan.model_flops:.2f} times the model's"),
+        _line("computing", f"{plan.compute_s:.4g} s by the compiler's estimate"),
+        _line("collectives", f"{plan.collective_s:.4g} s by the links' bandwidth, of which "
+                             f"{plan.overlapping_s:.4g} s may hide behind computing"),
+        _line("a step", f"{plan.step_s:.4g} s, MFU {plan.mfu:.1%} (estimated; never measured)"),
+        *(_line(f"  {kind}", f"{seconds:.4g} s") for kind, seconds in plan.by_kind.items()),
+        "",
+        f"  {'part':<20}{'seconds':>12}{'FLOPs':>12}{'sent':>14}",
+    ]
+    return [*lines, *(f"  {name:<20}{part['seconds']:>12.4g}{part['flops']:>12.3g}"
+                      f"{_gib(int(part['sent_bytes'])):>14}"
+                      for name, part in plan.by_scope.items()), ""]
 
 
 def _line(what: str, value: str) -> str:

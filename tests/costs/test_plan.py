@@ -6,7 +6,7 @@ import json
 import pytest
 
 from engram_jax.cli import main
-from engram_jax.costs import plan
+from engram_jax.costs import slices
 from engram_jax.costs.plan import GIB, Plan, asked_for, described
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -32,9 +32,13 @@ COMMON = {"name": "tiny", "topology": "v5e:2x2", "mesh": "1x4", "devices": 4,
 def test_described():
     text = described(Plan(
         **COMMON, temporary_bytes=GIB, peak_bytes=2 * GIB, fits=True, flops=12345678,
-        estimated_s=0.25,
+        model_flops=1e7, compute_s=0.25, collective_s=0.5, overlapping_s=0.125, step_s=0.625,
+        mfu=0.321, by_scope={"attention": {"seconds": 0.2, "flops": 2e6, "sent_bytes": 2**20}},
+        by_kind={"copies": 0.0625},
         collectives={"all-to-all": {"count": 1234, "bytes": GIB, "largest_bytes": 2**20}}))
-    for part in ("1x4", "1 MiB", "2.00 GiB", "yes", "1.235e+07", "0.25 s", "1,234 of 1.00 GiB"):
+    for part in ("1x4", "1 MiB", "2.00 GiB", "yes", "1.235e+07, 1.23 times", "0.25 s",
+                 "0.125 s may", "0.625 s, MFU 32.1%", "copies", "0.0625 s",
+                 "attention", "1,234 of 1.00 GiB"):
         assert part in text
     refused = described(Plan(**COMMON, reason="Ran out of memory"))
     assert "no: Ran out of memory" in refused
@@ -55,7 +59,7 @@ def test_slices_that_there_are_not(capsys, topology):
 
 
 def test_without_libtpu(capsys, monkeypatch):
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(slices.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'engram_jax[aot]'" in refused(capsys, "v5e:2x2")
 
 
@@ -83,7 +87,12 @@ def test_a_tiny_run(capsys):
     assert (found["devices"], found["mesh"], found["fits"]) == (4, "2x2", True)
     assert found["argument_bytes"] < found["peak_bytes"] < found["hbm_bytes"]
     assert found["flops"] > 0
-    assert 0 < found["estimated_s"] < 1
+    assert 0 < found["compute_s"] < found["step_s"] < 1
+    assert 0 < found["mfu"] < 1
+    assert sum(part["seconds"] for part in found["by_scope"].values()) == pytest.approx(
+        found["compute_s"])
+    assert sum(found["by_kind"].values()) == pytest.approx(found["compute_s"])
+    assert sum(part["flops"] for part in found["by_scope"].values()) == found["flops"]
     for kind in ("all-gather", "all-to-all"):
         total = found["collectives"][kind]
         assert total["count"] > 0
