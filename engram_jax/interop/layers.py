@@ -148,7 +148,7 @@ class QwenEngram(nn.Module):
         return hidden + fused.delta_BTMD, after
 
 
-LAYERS = {"deepseek-v4.1": V41Engram, "qwen3.8": QwenEngram, "deepseek-demo": QwenEngram}
+LAYERS = {"deepseek-v4.1": V41Engram, "qwen3.8": QwenEngram}
 
 
 def layer_of(released: Released, layer: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -39,7 +39,7 @@ from engram_jax.settings import from_dict
 from engram_jax.storage import is_local, refusals
 
 FORMAT, VERSION = "engram_jax memory", 1
-SOURCES = ("deepseek-v4.1", "qwen3.8", "deepseek-demo")
+SOURCES = ("deepseek-v4.1", "qwen3.8")
 HOMES = ("disk", "host")
 Weights = dict[str, np.ndarray]
 _AT_ONCE = 2**24  # bytes
