@@ -188,23 +188,22 @@ def _header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of one file."""
     with refusals(path, "read"), path.open("rb") as file:
         start, size = file.read(8), os.fstat(file.fileno()).st_size
-        if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
-            raise UserError(f"{path}: is a pickle and no safetensors; a pickle runs whatever it "
-                            "holds: convert it where it was made")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+            if start[:1] == b"\x80" or start[:4] == b"PK\x03\x04":
+                raise UserError(f"{path}: is a pickle and no safetensors; a pickle runs whatever "
+                                "it holds: convert it where it was made")
             raise UserError(f"{path}: is no safetensors: a header of {length} bytes in a file of "
                             f"{size}")
         text = file.read(length)
     try:
-        fields = json.loads(text)
-        metadata = fields.pop("__metadata__", None) or {}
-        items = list(fields.items())
-    except (ValueError, RecursionError, AttributeError) as error:
+        items = dict(json.loads(text).items())
+        metadata = dict(items.pop("__metadata__", None) or {})
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: its header is no JSON object ({error})") from error
-    tensors = {name: _tensor(path, name, value, 8 + length) for name, value in items}
+    tensors = {name: _tensor(path, name, value, 8 + length) for name, value in items.items()}
     _require_tiled(path, list(tensors.values()), 8 + length, size)
-    return tensors, {str(key): str(value) for key, value in dict(metadata).items()}
+    return tensors, {str(key): str(value) for key, value in metadata.items()}
 
 
 def _tensor(path: Path, name: str, value: Any, data_start: int) -> Tensor:
