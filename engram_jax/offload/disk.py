@@ -77,6 +77,11 @@ class DiskTable:
         _advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")
         return cls(path, file, found, check)
 
+    @property
+    def checksums_K(self) -> np.ndarray:
+        """CRC-32 of each block, uint32 [K], as the file has them."""
+        return self._found.checksums_K
+
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """As `Home.lookup`."""
         started = time.perf_counter()

@@ -72,6 +72,7 @@ def test_rows_keep_their_bits_and_scales_in_every_home(theirs, tmp_path, home):
     released = open_deepseek(theirs)
     if home != "shards":
         write_released(released, tmp_path / "ours")
+        released.close()
         released = open_released(tmp_path / "ours", home)
     for layer in v41.LAYERS:
         table, name = released.tables[layer], f"layers.{layer}.engram.embed."
@@ -191,7 +192,9 @@ def test_the_flax_layer_reads_its_home_whole_and_token_by_token(tmp_path, home):
             tensors[name] = dtype, array % 8 + 120
         if name.endswith("embed.weight"):
             tensors[name] = dtype, np.where(array % 128 == 127, 3, array).astype(np.uint8)
-    write_released(open_deepseek(v41.write(tmp_path / "theirs", tensors)), tmp_path / "ours")
+    released = open_deepseek(v41.write(tmp_path / "theirs", tensors))
+    write_released(released, tmp_path / "ours")
+    released.close()
     released = open_released(tmp_path / "ours", home)
     hidden = np.random.default_rng(1).standard_normal((2, 19, v41.STREAMS, v41.WIDTH)).astype(
         np.float32)
