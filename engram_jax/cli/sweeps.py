@@ -1,5 +1,7 @@
 """The command about many runs: `sweep`."""
 
+import math
+
 from engram_jax.cli.processes import add_processes, is_one_of_many, joined
 from engram_jax.cli.words import (
     Commands,
@@ -26,6 +28,9 @@ def add(commands: Commands) -> None:
                          help="how many seeds, from 0 on, or which ones (default 3)")
     command.add_argument("--dry-run", action="store_true",
                          help="say what each run would take, and run nothing")
+    command.add_argument("--so-far", action="store_true",
+                         help="make the table and the figure of the runs that are done, and run "
+                         "nothing")
     command.add_argument("--allow-dirty", action="store_true",
                          help="run from a checkout with uncommitted changes")
     add_mesh(command)
@@ -49,8 +54,9 @@ def _add_launcher(command: Parser) -> None:
 
 
 def sweep(options: Options) -> None:
+    from engram_jax.runs.divergence import Diverged
     from engram_jax.sweeps import launchers
-    from engram_jax.sweeps.sweep import Sweep, dry_run, run_sweep
+    from engram_jax.sweeps.sweep import Sweep, dry_run, report_so_far, run_sweep
     from engram_jax.training.placement import chosen_mesh
 
     chosen = Sweep(
@@ -60,6 +66,9 @@ def sweep(options: Options) -> None:
         dry_run(chosen, say, chosen_mesh(options.mesh))
         return
     require(bool(options.out), "out", options.out, "a sweep needs --out, a folder for its runs")
+    if options.so_far:
+        report_so_far(chosen, options.out, say)
+        return
     require(options.launcher == "local" or not is_one_of_many(options), "launcher",
             options.launcher, "starts the processes itself; leave --distributed out")
     only = launchers.parsed_share(options.only)
@@ -71,6 +80,9 @@ def sweep(options: Options) -> None:
             tell(f"{len(results)} runs of this share are done; the same command without --only "
                  "makes the table once all are")
             return
+        lost = [result["name"] for result in results if not math.isfinite(result["loss"])]
+        if lost:
+            raise Diverged(f"{', '.join(lost)}: diverged; the table has the others")
         best = min(results, key=lambda result: result["loss"])
         tell(f"next: {program()} generate {options.out}/{best['name']} --prompt 'import ', or the "
              "same sweep on your own text: add --set data.path=FILE and another --out")

@@ -4,6 +4,7 @@ A launcher trains every run in a folder of its own, `place/run.name`. Finished r
 interrupted ones go on. It returns what their result.json hold, in the order of the runs.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,10 @@ from jax.sharding import Mesh
 
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
+from engram_jax.runs.directory import RunDirectory
+from engram_jax.runs.divergence import Diverged
+from engram_jax.runs.evaluate import Evaluation
+from engram_jax.runs.outcome import outcome
 from engram_jax.runs.train import train
 from engram_jax.sweeps.compilations import kept_compilations
 from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
@@ -30,13 +35,19 @@ def local(
 ) -> list[dict[str, Any]]:
     """Train the runs in this process, one after another; errors are those of `train`.
 
-    Programs that several runs share are compiled once (`compilations`).
+    Programs that several runs share are compiled once (`compilations`). A run that diverges has a
+    result, too, whose loss is NaN, and the others go on.
     """
     results = []
     with kept_compilations():
         for number, run in enumerate(runs, start=1):
             say(f"run {number} of {len(runs)}: {run.name}")
-            results.append(train(run, place / run.name, say, mesh))
+            try:
+                results.append(train(run, place / run.name, say, mesh))
+            except Diverged as error:
+                say(f"{run.name}: {error}")
+                metrics = RunDirectory(place / run.name).metrics()
+                results.append(outcome(run, Evaluation(math.nan, math.nan, 0), metrics))
     return results
 
 

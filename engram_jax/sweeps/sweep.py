@@ -26,7 +26,7 @@ from engram_jax.costs import forecast
 from engram_jax.errors import UserError
 from engram_jax.results.arms import Result
 from engram_jax.results.figures import save
-from engram_jax.runs.directory import git_revision
+from engram_jax.runs.directory import RunDirectory, git_revision
 from engram_jax.settings import changed, first_difference, json_text, with_settings
 from engram_jax.storage import refusals, write_text
 from engram_jax.sweeps.launchers import Launcher, local, share
@@ -136,6 +136,28 @@ def run_sweep(
     return results
 
 
+def report_so_far(sweep: Sweep, directory: epath.PathLike, say: Say = print) -> int:
+    """Report the runs of `sweep` in `directory` that are done, and train nothing.
+
+    Returns:
+      How many of its runs are done.
+
+    Raises:
+      UserError: none is, or the folder holds another sweep or other runs.
+    """
+    place, done = epath.Path(directory), []
+    _check_same(sweep, place)
+    for run in (runs := sweep.runs()):
+        records = RunDirectory(place / run.name)
+        if (result := records.result()) is not None:
+            records.check(run)
+            done.append(result)
+    require(bool(done), "out", str(directory), "holds no run of this sweep that is done")
+    report(sweep.experiment, done, place, say)
+    say(f"{len(done)} of {len(runs)} runs are done")
+    return len(done)
+
+
 def dry_run(sweep: Sweep, say: Say = print, mesh: Mesh | None = None) -> None:
     """Say what every run would take; `described(scale)` of the experiment's configs comes first.
 
@@ -152,18 +174,29 @@ def dry_run(sweep: Sweep, say: Say = print, mesh: Mesh | None = None) -> None:
 
 def _claim(sweep: Sweep, place: epath.Path) -> None:
     """Write sweep.json, or refuse a folder that holds another sweep; more seeds may be added."""
-    path = place / "sweep.json"
-    mine = {"experiment": sweep.experiment, "scale": sweep.scale, "settings": [*sweep.settings]}
-    with refusals(path, "read"):
-        if path.exists():
-            if difference := first_difference(json.loads(path.read_text()), mine):
-                field, before, now = difference
-                raise UserError(f"{field} = {now!r}: {place} holds a sweep with {before!r}; choose "
-                                "another folder or delete this one")
-            return
+    if _check_same(sweep, place):
+        return
     with refusals(place, "written"):
         place.mkdir(parents=True, exist_ok=True)
-    write_text(path, json_text(mine, indent=1) + "\n")
+    write_text(place / "sweep.json", json_text(_identity(sweep), indent=1) + "\n")
+
+
+def _identity(sweep: Sweep) -> dict[str, Any]:
+    return {"experiment": sweep.experiment, "scale": sweep.scale, "settings": [*sweep.settings]}
+
+
+def _check_same(sweep: Sweep, place: epath.Path) -> bool:
+    """Whether the folder holds this sweep; UserError if it holds another."""
+    path = place / "sweep.json"
+    with refusals(path, "read"):
+        if not path.exists():
+            return False
+        before = json.loads(path.read_text())
+    if difference := first_difference(before, _identity(sweep)):
+        field, theirs, ours = difference
+        raise UserError(f"{field} = {ours!r}: {place} holds a sweep with {theirs!r}; choose "
+                        "another folder or delete this one")
+    return True
 
 
 def report(experiment: str, results: Sequence[Result], place: epath.Path, say: Say) -> None:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import importlib
+import math
 import types
 
 import pytest
 from micro import micro, plain, with_model, with_training, write_text
 
+from engram_jax.cli import main
 from engram_jax.costs import forecast
 from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import matched_baseline
@@ -14,6 +16,7 @@ from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
 from engram_jax.recipes import with_over_encoding
 from engram_jax.runs.directory import RunDirectory
+from engram_jax.runs.divergence import Diverged
 from engram_jax.settings import first_difference, to_dict, with_settings
 from engram_jax.sweeps import launchers, sweep
 from engram_jax.sweeps.sweep import Sweep, from_csv, run_sweep, seeded, to_csv
@@ -111,11 +114,53 @@ def test_table_and_figure_stand_beside_the_results(swept):
     assert (swept[0] / report.FIGURE).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_diverges_does_not_stop_the_others(
+    swept, micro_sweep, tmp_path, monkeypatch, capsys
+):
+    train = launchers.train
+
+    def diverging(run, directory, say, mesh):
+        if run.name == "engram-32-seed0":
+            raise Diverged("diverged at step 2: learning/loss is nan")
+        return train(run, swept[0] / run.name, say, mesh)
+
+    monkeypatch.setattr(launchers, "train", diverging)
+    words = ["sweep", "micro", "--seeds", "1", "--out", str(tmp_path), "--allow-dirty"]
+    assert main.main(words) == 1
+    said = capsys.readouterr()
+    assert "engram-32-seed0: diverged at step 2: learning/loss is nan" in said.out
+    assert said.err == "engram-jax: engram-32-seed0: diverged; the table has the others\n"
+    losses = {result["name"]: result["loss"] for result in results(tmp_path)}
+    assert [name for name, loss in losses.items() if math.isnan(loss)] == ["engram-32-seed0"]
+    table = (tmp_path / "table.txt").read_text()
+    assert "engram-32-seed0: diverged" in table
+    assert "text.txt, Engram: no line, for engram-32-seed0 diverged" in table
+
+
 def test_a_finished_sweep_trains_nothing(swept, micro_sweep, monkeypatch):
     monkeypatch.setattr("engram_jax.runs.train.open_inputs", None)
     before = results(swept[0])
     again = run_sweep(micro_sweep, swept[0], silent, allow_dirty=True)
     assert again == before == results(swept[0])
+
+
+def test_what_is_done_so_far_is_reported_and_nothing_trained(
+    swept, micro_sweep, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("engram_jax.runs.train.open_inputs", None)
+    with pytest.raises(UserError, match=r"out = .*holds no run of this sweep that is done"):
+        sweep.report_so_far(micro_sweep, tmp_path, silent)
+    assert not list(tmp_path.iterdir())
+    for name in ("sweep.json", "no-memory-seed0", "engram-32-seed0"):
+        (tmp_path / name).symlink_to(swept[0] / name)
+    said = []
+    assert sweep.report_so_far(micro_sweep, tmp_path, said.append) == 2
+    assert said[-1] == "2 of 5 runs are done"
+    names = [result["name"] for result in results(tmp_path)]
+    assert names == ["no-memory-seed0", "engram-32-seed0"]
+    assert "engram-32" in (tmp_path / "table.txt").read_text()
+    with pytest.raises(UserError, match=r"scale = 'small': .*holds a sweep with 'tiny'"):
+        sweep.report_so_far(dataclasses.replace(micro_sweep, scale="small"), tmp_path, silent)
 
 
 def test_a_folder_of_another_sweep_is_refused_and_stays_as_it_is(swept, micro_sweep):
