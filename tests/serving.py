@@ -69,8 +69,12 @@ def table_array(model, site):
 
 @functools.cache
 def device_rows(model):
-    return DeviceRows(model, parts(model).addressing, parts(model).tables,
-                      END if model.isolate_documents else None)
+    return DeviceRows(model, parts(model).addressing, parts(model).tables, isolates(model))
+
+
+def isolates(model):
+    """The token behind which a document begins, if the model cares."""
+    return END if model.isolate_documents else None
 
 
 def host_tables(model, dtype="float32"):
@@ -94,7 +98,7 @@ def disk_tables(model, folder, dtype="float32"):
 
 def host_rows(model, homes=None, cache_bytes=0):
     homes = host_tables(model) if homes is None else homes
-    return HostRows(parts(model).addressing, homes, cache_bytes)
+    return HostRows(parts(model).addressing, homes, isolates(model), cache_bytes)
 
 
 def engine(model, rows, **settings):
@@ -150,25 +154,28 @@ def recomputed(model, ids, tokens, end_id=END):
 _last_logits = jax.jit(stages.last_logits, static_argnames="model")
 
 
-def read(model, cache, tokens, slot):
-    """The cache after a slot has read some tokens, and the logits behind them [V]."""
-    params, bias, _, _ = parts(model)
-    end_id = END if model.isolate_documents else None
+def read(model, cache, tokens, slot, before=()):
+    """The cache after a slot has read some tokens, `before` being those that it has read already,
+    and the logits behind them [V]."""
+    params, bias, _, addressing = parts(model)
+    past = addressing.history_length
+    padded = np.array([PAD] * past + [*before, *tokens], np.int32)
     for start in range(0, len(tokens), CHUNK):
-        part = tokens[start:start + CHUNK]
+        chunk = tokens[start:start + CHUNK]
         tokens_1T = np.full((1, CHUNK), PAD, np.int32)
-        tokens_1T[0, :len(part)] = part
-        count_1, at = np.array([len(part)], np.int32), np.array(slot, np.int32)
-        rows = device_rows(model).on_device(tokens_1T, count_1, cache.place, at)
+        tokens_1T[0, :len(chunk)] = chunk
+        count_1, at = np.array([len(chunk)], np.int32), np.array(slot, np.int32)
+        here = len(before) + start
+        rows = device_rows(model).request(tokens_1T, padded[None, here:here + past])
         first, *rest = stages.stages(model)
         keys, conv = list(cache.keys), dict(cache.conv)
-        x_BTMD, keys[:first.stop], place, context = stages.begin(
-            stages.stage_params(params, first), bias[:first.stop], keys[:first.stop], cache.place,
-            tokens_1T, count_1, None, at, model=model, end_id=end_id)
+        x_BTMD, keys[:first.stop], state, context = stages.begin(
+            stages.stage_params(params, first), bias[:first.stop], keys[:first.stop], cache.state,
+            tokens_1T, count_1, None, at, model=model, end_id=isolates(model))
         for stage in rest:
-            here = slice(stage.start, stage.stop)
-            x_BTMD, keys[here], conv[stage.layer] = stages.proceed(
-                params["segments"][here], bias[here], keys[here], conv[stage.layer], x_BTMD,
-                rows(stage.site), context, at, model=model, start=stage.start)
-        cache = caches.Cache(keys, conv, place)
+            part = slice(stage.start, stage.stop)
+            x_BTMD, keys[part], conv[stage.layer] = stages.proceed(
+                params["segments"][part], bias[part], keys[part], conv[stage.layer], x_BTMD,
+                rows[stage.site], context, at, model=model, start=stage.start)
+        cache = caches.Cache(keys, conv, state)
     return cache, np.asarray(_last_logits(params, x_BTMD, context, model))[0]

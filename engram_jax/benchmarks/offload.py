@@ -21,7 +21,7 @@ import numpy as np
 from engram_jax import recipes
 from engram_jax.config import EngramConfig, ModelConfig, require
 from engram_jax.hashing.addressing import Addressing, Site, address
-from engram_jax.inference.device_rows import DeviceRows, Rows
+from engram_jax.inference.device_rows import DeviceRows
 from engram_jax.inference.engine import Engine, Request
 from engram_jax.inference.stages import serving_params
 from engram_jax.model import transformer
@@ -33,7 +33,8 @@ from engram_jax.offload.formats import RowFormat
 from engram_jax.offload.home import Home
 from engram_jax.offload.host import HostTable
 from engram_jax.offload.host_cache import CachedTable
-from engram_jax.offload.prefetch import Counters, HostRows
+from engram_jax.offload.prefetch import HostRows
+from engram_jax.offload.source import Counters, RowSource
 from engram_jax.runs.reader import Inputs, open_inputs
 from engram_jax.settings import changed
 from engram_jax.tables.layout import layout_of
@@ -181,7 +182,7 @@ def _requests(work: Workload, inputs: Inputs) -> list[Request]:
 class _Arm:
     """An engine, and what it was seen to do."""
 
-    def __init__(self, home: str, way: Way, text_N: np.ndarray, engine: Engine, rows: Rows):
+    def __init__(self, home: str, way: Way, text_N: np.ndarray, engine: Engine, rows: RowSource):
         self.home = home
         self.tokens: list[list[int]] = []
         self._way, self._text_N = way, text_N
@@ -303,12 +304,12 @@ def _without_memory(params: dict[str, Any], model: ModelConfig) -> dict[str, Any
 
 def _rows(
     work: Workload, inputs: Inputs, home: str, homes: dict[str, Home], way: Way
-) -> Rows:
+) -> RowSource:
     """Rows for an arm; `homes` are shared by the arms that read them."""
     if homes:
         cached = {site.name: CachedTable(homes[site.name], site.hash_config.heads, way.host_cache)
                   if way.host_cache else homes[site.name] for site in inputs.addressing.sites}
-        return HostRows(inputs.addressing, cached, way.cache)
+        return HostRows(inputs.addressing, cached, cache_bytes=way.cache)
     if home == "none":
         return DeviceRows(changed(work.model, {"engram": None}),
                           Addressing((), {}, {}), {})

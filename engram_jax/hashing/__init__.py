@@ -1,1 +1,37 @@
-"""Tokens to row ids."""
+"""Tokens to row ids: vocabularies, the hash of n-grams, and which tables a model has.
+
+What is named here has its section in docs/parts.md, and stays.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engram_jax.hashing.addressing import Addressing, address
+    from engram_jax.hashing.compression import CompressedVocabulary
+    from engram_jax.hashing.host import HostHash
+    from engram_jax.hashing.ngrams import NgramHash, reach_from_dead, reach_from_documents
+    from engram_jax.hashing.token_hash import BEFORE
+
+_MODULES = {
+    "BEFORE": "token_hash",
+    "Addressing": "addressing",
+    "CompressedVocabulary": "compression",
+    "HostHash": "host",
+    "NgramHash": "ngrams",
+    "address": "addressing",
+    "reach_from_dead": "ngrams",
+    "reach_from_documents": "ngrams",
+}
+
+__all__ = ["BEFORE", "Addressing", "CompressedVocabulary", "HostHash", "NgramHash", "address", "reach_from_dead", "reach_from_documents"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""The hash on the host, for a few tokens at a time: every layer in one pass of ten NumPy calls.
+"""The hash on the host hashes every layer in one pass of ten NumPy calls.
 
 It gives the ids of `Addressing.ids`, and its time for one token is that of calling NumPy, so the
 layers that are hashed alike (one tokenizer, one set of heads) are hashed together.
@@ -15,8 +15,7 @@ from engram_jax.config import require
 from engram_jax.hashing.addressing import Addressing
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash
-
-NO_TOKEN = -1  # in a history: before the start of the text
+from engram_jax.hashing.token_hash import BEFORE
 
 
 class HostHash:
@@ -37,7 +36,7 @@ class HostHash:
             alike.setdefault(key, []).append((site.name, site.layer))
         self._groups = [
             _Group.of(*key, tuple(names), tuple(layers))
-            for key, found in alike.items() for names, layers in [zip(*found, strict=True)]]
+            for key, members in alike.items() for names, layers in [zip(*members, strict=True)]]
         self.names = tuple(site.name for site in addressing.sites)
         self.history_length = max((group.before for group in self._groups), default=0)
 
@@ -50,7 +49,7 @@ class HostHash:
         Args:
           tokens_BT: raw token ids, int32.
           history: int32 [B, `history_length`], the raw ids before the chunk, oldest first;
-            `NO_TOKEN` before the start. None is all `NO_TOKEN`.
+            `BEFORE` before the start. None is all `BEFORE`.
           reach_BT: how many tokens each may see, itself included, as in `NgramHash.row_ids`; the
             position in the document + 1 stops look-backs at its start. None sees all.
 
@@ -65,10 +64,10 @@ class HostHash:
         if reach_BT is not None:
             reach_BT = np.asarray(reach_BT)
             _check("reach", reach_BT, tokens_BT.shape)
-        found: dict[str, np.ndarray] = {}
+        ids: dict[str, np.ndarray] = {}
         for group in self._groups:
-            found.update(zip(group.names, group.ids(tokens_BT, history, reach_BT), strict=True))
-        return {name: found[name] for name in self.names}
+            ids.update(zip(group.names, group.ids(tokens_BT, history, reach_BT), strict=True))
+        return {name: ids[name] for name in self.names}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +76,7 @@ class _Group:
 
     Attributes:
       names: of the sites.
-      lookup: int64 [V + 1], the canonical id of raw id i at i + 1; the pad's, for `NO_TOKEN`, at 0.
+      lookup: int64 [V + 1], the canonical id of raw id i at i + 1; the pad's, for `BEFORE`, at 0.
       multipliers: int64 [L, 1, 1, N], of the newest token first.
       primes, offsets: int64 [L, 1, 1, O, K].
     """
@@ -120,7 +119,7 @@ class _Group:
         raw_BS = np.empty((batch, self.before + time), np.int64)
         raw_BS[:, self.before:] = tokens_BT
         raw_BS[:, :self.before] = (
-            NO_TOKEN if history is None else history[:, history.shape[1] - self.before:])
+            BEFORE if history is None else history[:, history.shape[1] - self.before:])
         raw_BS += 1
         # One comparison for both ends: as an unsigned number, a negative one is large.
         unsigned_BS: np.ndarray = raw_BS.view(np.uint64)
@@ -133,8 +132,21 @@ class _Group:
                           (row, item, -item))
 
 
+def reach_from_end(tokens_BT: np.ndarray, history_BP: np.ndarray, end_id: int) -> np.ndarray:
+    """How many tokens each may see where documents begin after `end_id`, int32 [B, T].
+
+    A start further back than the history reaches makes no difference.
+    """
+    before_BS = np.concatenate([history_BP, tokens_BT], axis=1)
+    at_S = np.arange(before_BS.shape[1], dtype=np.int32)
+    starts_BS = np.zeros(before_BS.shape, bool)
+    starts_BS[:, 1:] = before_BS[:, :-1] == end_id
+    since_BS = np.maximum.accumulate(np.where(starts_BS, at_S, -before_BS.shape[1]), axis=1)
+    return (at_S[None] - since_BS + 1)[:, history_BP.shape[1]:].astype(np.int32)
+
+
 def _refuse(tokens_BT: np.ndarray, history: np.ndarray | None, vocab_size: int) -> None:
-    for name, array, least in (("token id", tokens_BT, 0), ("history", history, NO_TOKEN)):
+    for name, array, least in (("token id", tokens_BT, 0), ("history", history, BEFORE)):
         if array is not None and (wrong := (array < least) | (array >= vocab_size)).any():
             require(False, name, int(array[wrong][0]),
                     f"must be in {least}..{vocab_size - 1}, the tokenizer's vocabulary")

@@ -1,90 +1,66 @@
-"""Rows of tables that lie on the device, and what the engine asks of any source of rows.
+"""Rows of tables that lie on the device.
 
-Shapes: B sequences, T tokens, P tokens of history, H rows of a token, C columns of a row.
+Shapes: B sequences, T tokens, P tokens of history, S = P + T, H rows of a token, C columns.
 """
 
-from typing import Protocol
+import functools
+from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.config import ModelConfig
+from engram_jax.config import EngramConfig, ModelConfig
 from engram_jax.hashing.addressing import Addressing
-from engram_jax.inference.caches import Place, of_slot
-from engram_jax.inference.stages import advance
-from engram_jax.offload.prefetch import Answer, Chunk, Counters
+from engram_jax.hashing.ngrams import reach_from_documents
+from engram_jax.hashing.token_hash import BEFORE
+from engram_jax.offload.source import RowSource, Tokens
 from engram_jax.tables.layout import gather_rows
 
 
-class Rows(Protocol):
-    """A source of rows.
-
-    Attributes:
-      on_host: it needs the tokens on the host.
-    """
-
-    on_host: bool
-
-    @property
-    def counters(self) -> Counters:
-        """What it has done so far."""
-
-    def on_device(
-        self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
-    ) -> Answer:
-        """The rows of tokens that are on the device (`on_host` is false)."""
-
-    def ask(self, chunk: Chunk) -> Answer:
-        """Begin to fetch the rows of tokens that are on the host (`on_host` is true)."""
-
-    def close(self) -> None:
-        """Stop what runs."""
-
-
-class DeviceRows:
-    """Tables on the device.
+class DeviceRows(RowSource):
+    """The rows of tokens, from tables that lie whole on one device.
 
     Args:
-      model: of the tables.
-      addressing: tokens to rows.
-      tables: for each site [S, R, D], as training has them.
-      end_id: as in `stages.advance`.
+      config: of the tables.
+      addressing: tokens to row ids.
+      tables: for each site [S, R, C], as training has them.
+      end_id: the raw id after which a document begins, where n-grams stop; None lets them cross.
 
     Raises:
       UserError: a control, which cannot serve.
     """
 
-    on_host = False
-
-    def __init__(self, model: ModelConfig, addressing: Addressing, tables: dict[str, jax.Array],
-                 end_id: int | None = None):
-        addressing.check_serves()
+    def __init__(self, config: ModelConfig | EngramConfig, addressing: Addressing,
+                 tables: dict[str, jax.Array], end_id: int | None = None):
+        super().__init__(addressing, end_id)
         self._tables = tables
+        self._gather = jax.jit(functools.partial(_gathered, config, addressing, end_id))
 
-        @jax.jit
-        def gather(
-            tables: dict[str, jax.Array], tokens_BT: jax.Array, count_B: jax.Array, place: Place,
-            slot: jax.Array | None,
-        ) -> dict[str, jax.Array]:
-            here = of_slot(place, slot, 0)
-            context, _ = advance(here, tokens_BT, count_B, end_id)
-            positions_BT = None if end_id is None else context.positions_BT - context.first_BT
-            return gather_rows(
-                model, tables, addressing.ids(tokens_BT, positions_BT, here.history_BH))
+    def request(
+        self, tokens: Tokens, history: np.ndarray | None = None,
+        positions: np.ndarray | None = None, count: np.ndarray | None = None,
+    ) -> Mapping[str, jax.Array]:
+        """As `RowSource.request`; tokens that are on the device must be known to be right."""
+        if not self._tables:
+            return {}
+        if isinstance(tokens, np.ndarray):
+            self.addressing.check_known(tokens, history)
+        rows: dict[str, jax.Array] = self._gather(self._tables, tokens, history, positions)
+        return rows
 
-        self._gather = gather
 
-    @property
-    def counters(self) -> Counters:
-        return Counters()
-
-    def on_device(
-        self, tokens_BT: jax.Array, count_B: np.ndarray, place: Place, slot: np.ndarray | None
-    ) -> Answer:
-        return self._gather(self._tables, tokens_BT, count_B, place, slot).__getitem__
-
-    def ask(self, chunk: Chunk) -> Answer:
-        raise AssertionError("tables on the device take tokens on the device")
-
-    def close(self) -> None:
-        pass
+def _gathered(
+    config: ModelConfig | EngramConfig, addressing: Addressing, end_id: int | None,
+    tables: dict[str, jax.Array], tokens_BT: jax.Array, history_BP: jax.Array | None,
+    positions_BT: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """The rows of each site, float32 [B, T, H, C]."""
+    if positions_BT is None and end_id is not None:
+        if history_BP is None:
+            history_BP = jnp.full((len(tokens_BT), addressing.history_length), BEFORE, jnp.int32)
+        before = history_BP.shape[1]
+        joined_BS = jnp.concatenate([history_BP, tokens_BT], axis=1)
+        first_BS = jnp.pad(joined_BS[:, :-1] == end_id, ((0, 0), (1, 0)))
+        positions_BT = reach_from_documents(first_BS[:, before:], first_BS[:, :before]) - 1
+    return gather_rows(config, tables, addressing.ids(tokens_BT, positions_BT, history_BP))

@@ -33,7 +33,7 @@ def generate(
     Raises:
       UserError: an empty prompt, one longer than the cache, or a setting out of range.
     """
-    run, reader = model.run, model.reader
+    reader = model.reader
     ids = reader.tokenizer.encode(prompt, add_special_tokens=False).ids
     require(len(ids) > 0, "prompt", prompt, "must have at least one token")
     request = Request(prompt=tuple(ids), tokens=tokens, temperature=temperature, top_k=top_k,
@@ -42,10 +42,7 @@ def generate(
     require(cache >= 0, "cache", cache, "must not be negative; 0 is as many as needed")
     require(needed <= (cache or needed), "cache", cache,
             f"is too small: the prompt's {len(ids)} tokens and {tokens} more need {needed}")
-    engine = Engine(
-        run.model, model.params, model.router_bias, model.rows, pad_id=reader.pad_id,
-        end_id=reader.end_id, known=reader.vocab_size, slots=1, length=cache or needed,
-        chunk=min(CHUNK, len(ids)))
+    engine = model.engine(slots=1, length=cache or needed, chunk=min(CHUNK, len(ids)))
     engine.submit(request)
     return _pieces(engine, reader, ids)
 

@@ -1,17 +1,21 @@
-"""A trained run, ready to serve: its parameters on the device, its tables where they should be."""
+"""A trained run is served: its parameters are on the device, its tables where they should be."""
 
 import contextlib
 import dataclasses
 from typing import Any
 
 import jax
+from etils import epath
 
 from engram_jax.config import ROW_DTYPES, RunConfig, require
 from engram_jax.hashing.addressing import Site
-from engram_jax.inference.device_rows import DeviceRows, Rows
+from engram_jax.inference.device_rows import DeviceRows
+from engram_jax.inference.engine import Engine
+from engram_jax.inference.stages import serving_params
 from engram_jax.offload.disk import DiskTable
 from engram_jax.offload.home import Home
 from engram_jax.offload.prefetch import HostRows
+from engram_jax.offload.source import RowSource
 from engram_jax.runs.checkpoints import last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.export import SavedTables
@@ -27,15 +31,44 @@ class Served:
 
     Attributes:
       run, reader: its config, and how it reads text.
-      params, router_bias: of the model, on this process's first device.
-      rows: of its tables.
+      params, router_bias: of the model, on this process's first device; the parameters as
+        `stages.serving_params` keeps them.
+      rows: where its rows come from.
     """
 
     run: RunConfig
     reader: Reader
     params: dict[str, Any]
     router_bias: list[jax.Array | None]
-    rows: Rows
+    rows: RowSource
+
+    def engine(self, **settings: int) -> Engine:
+        """An engine of the run; `slots`, `length`, `chunk` and `overlap` as `Engine` takes them."""
+        reader = self.reader
+        return Engine(
+            self.run.model, self.params, self.router_bias, self.rows, pad_id=reader.pad_id,
+            end_id=reader.end_id, known=reader.vocab_size, **settings)
+
+
+def engine(
+    directory: epath.PathLike, memory: str = "device", dtype: str = "", **settings: int
+) -> Engine:
+    """An engine of a run's last checkpoint; a context manager that closes its tables.
+
+    Args:
+      directory: of the run.
+      memory, dtype: where its tables are, as `served` takes them.
+      settings: `slots`, `length`, `chunk` and `overlap`, as `Engine` takes them.
+
+    Raises:
+      UserError, MachineError: as `served`; or a setting out of range.
+    """
+    model = served(RunDirectory(directory), memory, dtype)
+    try:
+        return model.engine(**settings)
+    except BaseException:
+        model.rows.close()
+        raise
 
 
 def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Served:
@@ -60,16 +93,16 @@ def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Se
     reader = reader_of(records)
     saved = SavedTables(records, reader)
     fields = ("params", "router_bias", *(["tables"] if memory == "device" else []))
-    with last_checkpoint(records, reader) as found:
-        state = found.restore(placed_state(run, single_mesh()), step=saved.step, only=fields)
+    with last_checkpoint(records, reader) as checkpoint:
+        state = checkpoint.restore(placed_state(run, single_mesh()), step=saved.step, only=fields)
     end_id = reader.end_id if run.model.isolate_documents else None
-    rows: Rows
+    rows: RowSource
     if memory == "device":
         rows = DeviceRows(run.model, reader.addressing, state.tables, end_id)
     else:
-        rows = HostRows(reader.addressing, _homes(records, saved, memory, dtype))
-    return Served(run=run, reader=reader, params=state.params, router_bias=state.router_bias,
-                  rows=rows)
+        rows = HostRows(reader.addressing, _homes(records, saved, memory, dtype), end_id)
+    return Served(run=run, reader=reader, params=serving_params(state.params, run.model),
+                  router_bias=state.router_bias, rows=rows)
 
 
 def _homes(records: RunDirectory, saved: SavedTables, memory: str, dtype: str) -> dict[str, Home]:
@@ -90,8 +123,8 @@ def _on_disk(records: RunDirectory, saved: SavedTables, site: Site, dtype: str) 
     folder, wanted = records.path / "tables", saved.info(site, dtype)
     path = folder / f"{site.name}.{dtype}.table"
     if path.exists():
-        found = DiskTable.open(path, expect=wanted, check="read")
-        if (found.info.step, found.info.saved_ns) == (wanted.step, wanted.saved_ns):
-            return found
-        found.close()
+        table = DiskTable.open(path, expect=wanted, check="read")
+        if (table.info.step, table.info.saved_ns) == (wanted.step, wanted.saved_ns):
+            return table
+        table.close()
     return DiskTable.open(saved.to_disk(site, dtype, folder), expect=wanted, check="read")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from engram_jax.config import ModelConfig
 from engram_jax.hashing.addressing import INPUT_SITE, engram_site
-from engram_jax.inference.caches import Keys, Place, of_slot, put_slot
+from engram_jax.inference.caches import Keys, SlotState, of_slot, put_slot
 from engram_jax.inference.sampling import Sampling, sample
 from engram_jax.model import parameters, transformer
 from engram_jax.model.attention import cached_attention, latents
@@ -28,7 +28,7 @@ from engram_jax.model.transformer import Segment, segments
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Segments start..stop-1 of the chain.
+    """What is dispatched at once: segments start..stop-1 of the chain.
 
     Attributes:
       site: whose rows the stage begins with, if any.
@@ -56,8 +56,8 @@ def stages(model: ModelConfig) -> tuple[Stage, ...]:
 
 
 class Context(NamedTuple):
-    """Of a chunk: positions int32 [B, T], the first that each may look at int32 [B, T], how many
-    tokens are real int32 [B]."""
+    """What attention needs of a chunk: positions int32 [B, T], the first that each may look at
+    int32 [B, T], and how many tokens are real int32 [B]."""
 
     positions_BT: jax.Array
     first_BT: jax.Array
@@ -65,25 +65,25 @@ class Context(NamedTuple):
 
 
 def advance(
-    place: Place, tokens_BT: jax.Array, count_B: jax.Array, end_id: int | None
-) -> tuple[Context, Place]:
-    """Where a chunk is, and where the sequences are after it.
+    state: SlotState, tokens_BT: jax.Array, count_B: jax.Array, end_id: int | None
+) -> tuple[Context, SlotState]:
+    """The positions of a chunk, and how far the sequences are after it.
 
     `end_id`: the token after which a document begins, for a model that isolates documents.
     """
     at_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-    positions_BT = place.length_B[:, None] + at_1T
-    first_BT = jnp.broadcast_to(place.first_B[:, None], positions_BT.shape)
+    positions_BT = state.length_B[:, None] + at_1T
+    first_BT = jnp.broadcast_to(state.first_B[:, None], positions_BT.shape)
     if end_id is not None:
-        before_BT = jnp.concatenate([place.history_BH[:, -1:], tokens_BT[:, :-1]], axis=1)
+        before_BT = jnp.concatenate([state.last_B[:, None], tokens_BT[:, :-1]], axis=1)
         starts_BT = jnp.where(before_BT == end_id, positions_BT, 0)
         first_BT = jnp.maximum(first_BT, jax.lax.cummax(starts_BT, axis=1))
     last_B1 = jnp.maximum(count_B - 1, 0)[:, None]
-    first_B = jnp.where(
-        count_B > 0, jnp.take_along_axis(first_BT, last_B1, axis=1)[:, 0], place.first_B)
-    history_BH = _last(place.history_BH, tokens_BT, count_B)
+    first_B, last_B = (
+        jnp.where(count_B > 0, jnp.take_along_axis(new_BT, last_B1, axis=1)[:, 0], old_B)
+        for new_BT, old_B in ((first_BT, state.first_B), (tokens_BT, state.last_B)))
     return (Context(positions_BT, first_BT, count_B),
-            Place(place.length_B + count_B, first_B, history_BH))
+            SlotState(state.length_B + count_B, first_B, last_B))
 
 
 def _last(before_BP: jax.Array, new_BT: jax.Array, count_B: jax.Array) -> jax.Array:
@@ -94,12 +94,12 @@ def _last(before_BP: jax.Array, new_BT: jax.Array, count_B: jax.Array) -> jax.Ar
         joined_BS, jnp.expand_dims(at_BP, range(2, joined_BS.ndim)), axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "end_id"), donate_argnames=("keys", "place"))
+@functools.partial(jax.jit, static_argnames=("model", "end_id"), donate_argnames=("keys", "state"))
 def begin(
     params: dict[str, Any],
     bias: list[jax.Array | None],
     keys: list[Keys],
-    place: Place,
+    state: SlotState,
     tokens_BT: jax.Array,
     count_B: jax.Array,
     rows_BTHC: jax.Array | None,
@@ -107,14 +107,14 @@ def begin(
     *,
     model: ModelConfig,
     end_id: int | None,
-) -> tuple[jax.Array, list[Keys], Place, Context]:
+) -> tuple[jax.Array, list[Keys], SlotState, Context]:
     """Stage 0: tokens to streams.
 
     Args:
       params: the model's, cut to this stage's segments (`stage_params`).
       bias: the router biases of the same segments.
       keys: of the same segments, all slots.
-      place: of all slots.
+      state: of all slots.
       tokens_BT: int32; of all slots, or of one.
       count_B: how many of them are real; the others leave nothing behind.
       rows_BTHC: of the input's memory, if the model has one.
@@ -122,14 +122,14 @@ def begin(
       model, end_id: static.
 
     Returns:
-      Streams [B, T, M, D], keys and place after the chunk, and the chunk's context.
+      Streams [B, T, M, D], keys and state after the chunk, and the chunk's context.
     """
-    context, moved = advance(of_slot(place, slot, 0), tokens_BT, count_B, end_id)
+    context, moved = advance(of_slot(state, slot, 0), tokens_BT, count_B, end_id)
     rows = {} if rows_BTHC is None else {INPUT_SITE: rows_BTHC}
     x_BTMD = transformer.embed(params, tokens_BT, rows, model)
     x_BTMD, keys, _ = _run(
         params["segments"], bias, keys, None, x_BTMD, None, context, slot, model, 0)
-    return x_BTMD, keys, put_slot(place, moved, slot, 0), context
+    return x_BTMD, keys, put_slot(state, moved, slot, 0), context
 
 
 @functools.partial(
@@ -188,9 +188,9 @@ def _blocks(
     params: dict[str, Any], bias_LE: jax.Array | None, keys: Keys, x_BTMD: jax.Array,
     segment: Segment, context: Context, model: ModelConfig,
 ) -> tuple[jax.Array, Keys]:
-    """A segment's blocks; the keys are carried, so that each block writes into them in place."""
+    """A segment's blocks; the keys are carried, so that each block writes into them in state."""
 
-    def step(carry: tuple[jax.Array, Keys], inputs: Any) -> tuple[tuple[jax.Array, Keys], None]:
+    def one(carry: tuple[jax.Array, Keys], inputs: Any) -> tuple[tuple[jax.Array, Keys], None]:
         own, bias_E, number = inputs
         x_BTMD, keys = carry
 
@@ -205,7 +205,7 @@ def _blocks(
         return (x_BTMD, keys), None
 
     numbers_L = jnp.arange(segment.depth, dtype=jnp.int32)
-    (x_BTMD, keys), _ = jax.lax.scan(step, (x_BTMD, keys), (params, bias_LE, numbers_L))
+    (x_BTMD, keys), _ = jax.lax.scan(one, (x_BTMD, keys), (params, bias_LE, numbers_L))
     return x_BTMD, keys
 
 

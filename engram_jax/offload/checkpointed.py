@@ -104,7 +104,7 @@ def _in_order(table: _Saved, format: RowFormat, stretch: int) -> Iterator[np.nda
         table_SWD = table.read(slice(0, shards), slice(start, min(start + window, rows)))
         for first in range(0, table_SWD.shape[1], at_once):
             part_USD = table_SWD[:, first:first + at_once].swapaxes(0, 1)
-            yield _packed(part_USD.reshape(-1, table.shape[-1]), format)
+            yield format.pack_stored(part_USD.reshape(-1, table.shape[-1]))
 
 
 def _sorted_on_disk(
@@ -139,13 +139,5 @@ def _chunks(table: _Saved, format: RowFormat) -> Iterator[tuple[int, int, np.nda
                                slice(start, min(start + table.chunk[1], rows)))
             for nth, part_RD in enumerate(chunk):
                 for first in range(0, len(part_RD), _PACKED_AT_ONCE):
-                    yield shard + nth, start + first, _packed(
-                        part_RD[first:first + _PACKED_AT_ONCE], format)
-
-
-def _packed(stored_UD: np.ndarray, format: RowFormat) -> np.ndarray:
-    """Packed rows of rows as a table stores them: float32, or the bits of bfloat16."""
-    if stored_UD.dtype == np.uint16:
-        stored_UD = RowFormat("bfloat16", format.dim).unpack_numpy(
-            np.ascontiguousarray(stored_UD).view(np.uint8))
-    return format.pack(stored_UD)
+                    yield shard + nth, start + first, format.pack_stored(
+                        part_RD[first:first + _PACKED_AT_ONCE])

@@ -40,6 +40,7 @@ class DiskTable:
 
     def __init__(self, path: Path, file: BinaryIO, found: TableFile, check: str):
         self.info, self.format, self.rows = found.info, found.info.format, found.info.rows
+        self.fingerprint = found.info.fingerprint
         self._path, self._file, self._found = path, file, found
         self._meter = TierMeter()
         # Blocks that need no more checking.

@@ -82,6 +82,13 @@ class RowFormat:
                 return _pack_int8(rows_UD)
         return self._pack_fp8(rows_UD)
 
+    def pack_stored(self, stored_UD: np.ndarray) -> np.ndarray:
+        """Rows as tables store them, as uint8 [U, B]: floats, or the bits of bfloat16 as uint16."""
+        if stored_UD.dtype == np.uint16:
+            bits_UB = np.ascontiguousarray(stored_UD).view(np.uint8)
+            stored_UD = RowFormat("bfloat16", self.dim).unpack_numpy(bits_UB)
+        return self.pack(stored_UD)
+
     def unpack_numpy(self, packed_UB: np.ndarray) -> np.ndarray:
         """What `unpack` gives, float32 [..., D], in plain NumPy: the reference."""
         match self.dtype:

@@ -19,11 +19,14 @@ class Home(Protocol):
       format: how its rows are packed.
       rows: how many it has.
       group: how many ids, one after another, must be one n-gram's in every lookup; 1 for any ids.
+      fingerprint: of the hash and vocabulary that its rows are for, as in
+        `Addressing.fingerprints`; "" where nobody has said.
     """
 
     format: RowFormat
     rows: int
     group: int
+    fingerprint: str
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Packed rows, uint8 [U, B].

@@ -44,6 +44,7 @@ class HostTable:
     """
 
     group = 1
+    fingerprint = ""
 
     def __init__(self, format: RowFormat, packed_RB: np.ndarray):
         self.format, self.rows = format, len(packed_RB)
@@ -93,6 +94,7 @@ class HostTable:
             if expect is not None:
                 check_serves(path, found.info, expect)
             table = cls.allocate(found.info.format, found.info.rows)
+            table.fingerprint = found.info.fingerprint
             for start, packed_UB in checked_rows(path, file, found):
                 table.write(start, packed_UB)
         return table

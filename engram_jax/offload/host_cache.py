@@ -42,6 +42,7 @@ class CachedTable:
         require(_TIER not in below.tiers(), "below", _TIER,
                 "is a cache in host memory itself; one is enough")
         self.format, self.rows, self.group = below.format, below.rows, group
+        self.fingerprint = below.fingerprint
         self._entry_bytes = group * below.format.row_bytes
         self._index = NgramIndex(group, self._entry_bytes, capacity_bytes)
         self._below, self._lock = below, threading.Lock()

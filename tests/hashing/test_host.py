@@ -17,8 +17,9 @@ from engram_jax.config import ROW_DTYPES, HashConfig, OverEncodingConfig
 from engram_jax.errors import MachineError, UserError
 from engram_jax.hashing.addressing import Addressing, Site, address
 from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.hashing.host import NO_TOKEN, HostHash
+from engram_jax.hashing.host import HostHash
 from engram_jax.hashing.ngrams import NgramHash, reach_from_dead
+from engram_jax.hashing.token_hash import BEFORE
 from engram_jax.offload import host
 from engram_jax.offload.formats import RowFormat
 from engram_jax.offload.host import HostTable
@@ -125,7 +126,7 @@ def test_a_history_continues_the_text(batch, before, time, seed):
     """Chunks give the ids of the whole; before the start of the text there is no token."""
     hashing = HostHash(addressing())
     text = np.random.default_rng(seed).integers(0, 300, (batch, before + time)).astype(np.int32)
-    history = np.full((batch, hashing.history_length), NO_TOKEN, np.int32)
+    history = np.full((batch, hashing.history_length), BEFORE, np.int32)
     kept = min(before, hashing.history_length)
     history[:, hashing.history_length - kept:] = text[:, before - kept:before]
     whole, chunk = hashing(text), hashing(text[:, before:], history)

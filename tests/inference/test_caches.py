@@ -1,4 +1,4 @@
-"""Caches: a text read in pieces, taken back, forked, and nothing left of who was there before."""
+"""Caches: a text read in pieces, and nothing left of who was there before."""
 
 import dataclasses
 import functools
@@ -30,12 +30,10 @@ def empty(model):
     return caches.init_cache(model, SLOTS, LENGTH, PAD)
 
 
-def read(model, *texts, slot=0, cache=None):
-    """The cache after texts, one behind the other, and the last logits."""
+def read(model, text, slot=0, cache=None, before=()):
+    """The cache after a text that goes on behind another, and the last logits."""
     cache = empty(model) if cache is None else jax.tree.map(jnp.array, cache)
-    for text in texts:
-        cache, logits = serving.read(model, cache, text, slot)
-    return cache, logits
+    return serving.read(model, cache, text, slot, before)
 
 
 def same(found, expected):
@@ -46,7 +44,7 @@ def same(found, expected):
 def slot_of(cache, slot, upto=LENGTH):
     """All that a slot holds of its first positions."""
     keys = jax.tree.map(lambda leaf: leaf[:, slot, :upto], cache.keys)
-    return keys, jax.tree.map(lambda leaf: leaf[slot], (cache.conv, cache.place))
+    return keys, jax.tree.map(lambda leaf: leaf[slot], (cache.conv, cache.state))
 
 
 # --- Split and whole ---
@@ -62,73 +60,34 @@ def test_pieces_are_the_whole(model):
         cache = empty(model)
         stop = 0
         for piece in pieces:
-            cache, logits = read(model, piece, cache=cache)
+            cache, logits = read(model, piece, cache=cache, before=text[:stop])
             stop += len(piece)
             np.testing.assert_allclose(logits, whole[stop - 1], rtol=0, atol=5e-5)
-        assert cache.place.length_B.tolist() == [len(text), 0, 0]
-        kept = caches.history_length(model)
-        assert cache.place.history_BH[0].tolist() == list(text[-kept:])
+        assert cache.state.length_B.tolist() == [len(text), 0, 0]
+        assert cache.state.last_B.tolist() == [text[-1], PAD, PAD]
 
 
 def test_a_chunk_of_nothing_leaves_nothing():
     cache, _ = read(MODEL, FIRST)
-    context, place = stages.advance(
-        cache.place, jnp.full((SLOTS, CHUNK), 9), np.zeros(SLOTS, np.int32), None)
-    same(place, cache.place)
+    context, state = stages.advance(
+        cache.state, jnp.full((SLOTS, CHUNK), 9), np.zeros(SLOTS, np.int32), None)
+    same(state, cache.state)
     assert context.positions_BT[:, 0].tolist() == [6, 0, 0]
 
 
 def test_documents_begin_behind_the_end_token():
-    place = empty(ISOLATED).place
+    state = empty(ISOLATED).state
     tokens = jnp.array([[9, END, 9, 9], [END, END, 9, 9], [9, 9, 9, END]])
-    context, place = stages.advance(place, tokens, np.array([4, 3, 4], np.int32), END)
+    context, state = stages.advance(state, tokens, np.array([4, 3, 4], np.int32), END)
     assert context.first_BT.tolist() == [[0, 0, 2, 2], [0, 1, 2, 2], [0, 0, 0, 0]]
-    assert place.first_B.tolist() == [2, 2, 0]
-    assert place.length_B.tolist() == [4, 3, 4]
-    context, place = stages.advance(place, tokens, np.array([1, 0, 2], np.int32), END)
+    assert state.first_B.tolist() == [2, 2, 0]
+    assert state.length_B.tolist() == [4, 3, 4]
+    context, state = stages.advance(state, tokens, np.array([1, 0, 2], np.int32), END)
     assert context.first_BT[:, 0].tolist() == [2, 2, 4]
-    assert place.first_B.tolist() == [2, 2, 4]
+    assert state.first_B.tolist() == [2, 2, 4]
 
 
-def test_how_much_history():
-    over = OverEncodingConfig(rows_per_head=(64, 64, 64), max_order=4, heads=2, shards=4)
-    for model, length in [(PLAIN, 1), (MODEL, 2), (ISOLATED, 3),
-                          (dataclasses.replace(MODEL, width=48, over_encoding=over), 3)]:
-        assert caches.history_length(model) == length
-        assert empty(model).place.history_BH.shape == (SLOTS, length)
-
-
-# --- Back, and apart ---
-
-
-@models
-def test_roll_back_and_replay(model):
-    """The text that was taken back leaves nothing, wherever a document ends."""
-    begin, wrong, right = FIRST, (*SECOND[:2], END, *SECOND), (END, *THIRD)
-    there, _ = read(model, begin, slot=1)
-    point = caches.mark(there, 1)
-    away, _ = read(model, wrong, slot=1, cache=there)
-    back = caches.rewind(away, 1, point)
-    same(slot_of(back, 1, len(begin)), slot_of(there, 1, len(begin)))
-    found, logits = read(model, right, slot=1, cache=back)
-    expected, wanted = read(model, right, slot=1, cache=there)
-    np.testing.assert_array_equal(logits, wanted)
-    end = len(begin) + len(right)
-    same(slot_of(found, 1, end), slot_of(expected, 1, end))
-
-
-@models
-def test_a_fork_goes_its_own_way(model):
-    begin, _ = read(model, FIRST, slot=0)
-    forked = caches.fork(read(model, THIRD, slot=2, cache=begin)[0], 0, 2)
-    same(slot_of(forked, 2), slot_of(begin, 0))
-    left, _ = read(model, SECOND, slot=0, cache=forked)
-    both, logits = read(model, THIRD, slot=2, cache=left)
-    same(slot_of(both, 0), slot_of(left, 0))
-    expected, wanted = read(model, THIRD, slot=0, cache=begin)
-    np.testing.assert_array_equal(logits, wanted)
-    same(slot_of(both, 2, 13), slot_of(expected, 0, 13))
-    same(slot_of(both, 1), slot_of(empty(model), 1))
+# --- Slots ---
 
 
 @models

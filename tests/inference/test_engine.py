@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import threading
 
+import jax
 import numpy as np
 import pytest
 import serving
@@ -11,7 +12,7 @@ from serving import CHUNK, FIRST, ISOLATED, LENGTH, MODEL, PLAIN, SLOTS, VOCAB
 
 from engram_jax.config import OverEncodingConfig
 from engram_jax.errors import MachineError, UserError
-from engram_jax.inference import engine as engine_module
+from engram_jax.inference import stages
 from engram_jax.inference.engine import Request
 from engram_jax.offload.host import HostTable
 
@@ -193,6 +194,8 @@ def test_tokens_that_the_tokenizer_does_not_know_are_never_generated(rows_of):
 class Waits:
     """A home that gives nothing before `let` is set."""
 
+    fingerprint = ""
+
     def __init__(self, home, let):
         self.format, self.rows, self.group = home.format, home.rows, home.group
         self._home, self._let = home, let
@@ -205,32 +208,44 @@ class Waits:
         self._let.set()
 
 
+class Noted(dict):
+    """Rows of a request that note when they are taken."""
+
+    def __init__(self, rows, notes):
+        self._rows, self._notes = rows, notes
+
+    def __getitem__(self, site):
+        self._notes.append("take")
+        return self._rows[site]
+
+
 def test_what_needs_no_rows_is_dispatched_before_they_are_there(opened, monkeypatch):
-    """Before they are asked for, even, since the tokens have to be on the host for that."""
+    """Rows are asked for first, even before the tokens have left the device, and taken last."""
     let = threading.Event()
     homes = {name: Waits(home, let) for name, home in serving.host_tables(MODEL).items()}
     rows = opened(serving.host_rows(MODEL, homes))
-    begin, ask, seen, order = engine_module.stages.begin, rows.ask, [], []
+    begin, request, seen, notes = stages.begin, rows.request, [], []
 
-    def asks(chunk):
-        order.append("ask")
-        return ask(chunk)
+    def asks(tokens, history, count):
+        notes.append("ask")
+        assert isinstance(tokens, jax.Array) == (len(tokens) == SLOTS)
+        return Noted(request(tokens, history, count=count), notes)
 
     def begins(*args, **kwargs):
-        order.append("begin")
+        notes.append("begin")
         seen.append(let.is_set())
         out = begin(*args, **kwargs)
         let.set()
         return out
 
-    def finishes(*args, finish=engine_module.stages.finish, **kwargs):
+    def finishes(*args, finish=stages.finish, **kwargs):
         let.clear()
         return finish(*args, **kwargs)
 
-    monkeypatch.setattr(engine_module.stages, "begin", begins)
-    monkeypatch.setattr(engine_module.stages, "finish", finishes)
+    monkeypatch.setattr(stages, "begin", begins)
+    monkeypatch.setattr(stages, "finish", finishes)
+    monkeypatch.setattr(rows, "request", asks)
     requests = serving.greedy(PROMPTS[:1], 4)
-    monkeypatch.setattr(rows, "ask", asks)
     engine = serving.engine(MODEL, rows)
     engine.submit(requests[0])
     text = []
@@ -239,8 +254,8 @@ def test_what_needs_no_rows_is_dispatched_before_they_are_there(opened, monkeypa
         text += [event.token for event in engine.step()]
     assert [text] == recomputed(MODEL, requests)
     assert not any(seen)
-    first_chunk, second_chunk, decoded = ["begin", "ask"], ["ask", "begin"], ["begin", "ask"] * 3
-    assert order == first_chunk + second_chunk + decoded
+    read = ["begin", "take", "take"]
+    assert notes == ["ask", *read, "ask", *read] + ["ask", *read] * 3
 
 
 class Fails(HostTable):
@@ -284,6 +299,10 @@ def test_rows_that_do_not_come_raise_what_went_wrong(after, error, overlap, open
     assert raised == [error]
     assert text == expected[:len(text)]
     assert len(text) == max(0, after - 3)
+    homes["layer_2"].left = 999
+    assert not engine.busy
+    requests = serving.greedy(PROMPTS, TOKENS)
+    assert engine.generate(requests) == recomputed(MODEL, requests)
 
 
 # --- Memories of other kinds ---
@@ -346,8 +365,8 @@ def test_what_does_not_fit_is_refused_and_does_no_harm():
     engine = serving.engine(MODEL, serving.device_rows(MODEL), known=290)
     good = Request(prompt=PROMPTS[0], tokens=3)
     for prompt, tokens, line in [
-        (serving.prompt(LENGTH), 1, "prompt = '32 tokens': with 1 more to generate needs 33 place"),
-        (serving.prompt(4), LENGTH, "needs 36 places, and a sequence has 32"),
+        (serving.prompt(LENGTH), 1, "prompt = '32 tokens': with 1 more to generate needs 33 position"),
+        (serving.prompt(4), LENGTH, "needs 36 positions, and a sequence has 32"),
         ((1, 290), 1, "prompt = 290: is no token: ids are in 0..289"),
         ((1, VOCAB), 1, "prompt = 300: is no token"),
         ((-1, 1), 1, "prompt = -1: is no token"),

@@ -12,16 +12,14 @@ from serving import END, ISOLATED, LENGTH, MODEL, PAD, SLOTS, VOCAB
 from engram_jax.config import ROW_DTYPES
 from engram_jax.errors import MachineError, UserError
 from engram_jax.hashing.addressing import sites
-from engram_jax.hashing.host import HostHash
+from engram_jax.hashing.host import HostHash, reach_from_end
 from engram_jax.hashing.ngrams import reach_from_dead
-from engram_jax.inference import caches, stages
 from engram_jax.model.documents import documents
 from engram_jax.offload import prefetch
 from engram_jax.offload.formats import RowFormat
 from engram_jax.offload.host import HostTable
 from engram_jax.offload.host_cache import CachedTable
 from engram_jax.offload.ngram_index import WAYS
-from engram_jax.offload.prefetch import Chunk, reach_numpy
 
 pytestmark = pytest.mark.usefixtures("compilations")
 TEXTS = np.random.default_rng(0).integers(0, VOCAB, (SLOTS, 12)).astype(np.int32)
@@ -64,39 +62,24 @@ def expected_rows(model, tokens_BT, dtype="float32"):
 
 
 def chunks(model, tokens_BT, size):
-    """`Chunk`s of a text, the last one filled up with pad tokens."""
-    before = caches.history_length(model)
+    """A text as `request` takes it, the last chunk filled up with pad tokens."""
+    before = serving.parts(model).addressing.history_length
     padded = np.pad(tokens_BT, ((0, 0), (before, size)), constant_values=PAD)
     for start in range(0, tokens_BT.shape[1], size):
-        history_BP = padded[:, start:start + before]
-        part_BT = padded[:, start + before:start + before + size]
         count = min(size, tokens_BT.shape[1] - start)
-        reach_BT = reach_numpy(part_BT, history_BP, END) if model.isolate_documents else None
-        yield Chunk(part_BT, np.full(len(tokens_BT), count, np.int32), history_BP, reach_BT)
+        yield {"tokens": padded[:, start + before:start + before + size],
+               "history": padded[:, start:start + before],
+               "count": np.full(len(tokens_BT), count, np.int32)}
 
 
-def on_host(rows, model, tokens_BT, size):
-    found = {site.name: [] for site in sites(model)}
+def gathered(rows, model, tokens_BT, size, where=np.asarray):
+    """The rows of a text, chunk after chunk."""
+    gathered = {site.name: [] for site in sites(model)}
     for chunk in chunks(model, tokens_BT, size):
-        answer = rows.ask(chunk)
-        for name, parts in found.items():
-            parts.append(np.asarray(answer(name))[:, :chunk.count_B[0]])
-    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
-
-
-def on_device(model, tokens_BT, size, slot=None):
-    rows = serving.device_rows(model)
-    place = caches.init_cache(model, SLOTS, LENGTH, PAD).place
-    found = {site.name: [] for site in sites(model)}
-    for chunk in chunks(model, tokens_BT, size):
-        answer = rows.on_device(chunk.tokens_BT, chunk.count_B, place, slot)
-        for name, parts in found.items():
-            parts.append(np.asarray(answer(name))[:, :chunk.count_B[0]])
-        _, moved = stages.advance(
-            caches.of_slot(place, slot, 0), jnp.asarray(chunk.tokens_BT), chunk.count_B,
-            END if model.isolate_documents else None)
-        place = caches.put_slot(place, moved, slot, 0)
-    return {name: np.concatenate(parts, axis=1) for name, parts in found.items()}
+        arrived = rows.request(**{**chunk, "tokens": where(chunk["tokens"])})
+        for name, parts in gathered.items():
+            parts.append(np.asarray(arrived[name])[:, :chunk["count"][0]])
+    return {name: np.concatenate(parts, axis=1) for name, parts in gathered.items()}
 
 
 def assert_same(found, expected):
@@ -113,16 +96,17 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("home", ["host", "disk"])
 def test_rows_from_the_host_do_not_depend_on_the_chunks(home, size, model, opened, tmp_path):
     homes = serving.disk_tables(model, tmp_path) if home == "disk" else None
-    assert_same(on_host(opened(model, homes), model, TEXTS, size), expected_rows(model, TEXTS))
+    where = jnp.asarray if size == 3 else np.asarray
+    assert_same(gathered(opened(model, homes), model, TEXTS, size, where),
+                expected_rows(model, TEXTS))
 
 
 @models
-def test_rows_on_the_device_do_not_depend_on_the_chunks(model):
-    assert_same(on_device(model, TEXTS, 1), expected_rows(model, TEXTS))
-    for slot in range(SLOTS):
-        text_1T = TEXTS[slot:slot + 1, :11]
-        assert_same(on_device(model, text_1T, 4, np.array(slot, np.int32)),
-                    expected_rows(model, text_1T))
+@pytest.mark.parametrize("size", [1, 4, 12])
+def test_rows_on_the_device_do_not_depend_on_the_chunks(size, model):
+    rows = serving.device_rows(model)
+    for where in (np.asarray, jnp.asarray):
+        assert_same(gathered(rows, model, TEXTS, size, where), expected_rows(model, TEXTS))
 
 
 @pytest.mark.parametrize("dtype", ROW_DTYPES)
@@ -130,14 +114,14 @@ def test_rows_on_the_device_do_not_depend_on_the_chunks(model):
 def test_packed_rows_are_decoded_to_the_bits_of_numpy(home, dtype, opened, tmp_path):
     homes = (serving.disk_tables(MODEL, tmp_path, dtype) if home == "disk"
              else serving.host_tables(MODEL, dtype))
-    assert_same(on_host(opened(MODEL, homes), MODEL, TEXTS, 4), expected_rows(MODEL, TEXTS, dtype))
+    assert_same(gathered(opened(MODEL, homes), MODEL, TEXTS, 4), expected_rows(MODEL, TEXTS, dtype))
 
 
 def test_how_far_tokens_see_where_documents_begin():
     """Behind the end token; where the history does not tell, past all of it."""
     tokens = np.array([[5, END, 6, 8], [5, 6, 8, 9], [END, END, 5, 6]], np.int32)
     history = np.array([[END, 3], [3, END], [PAD, PAD]], np.int32)
-    found = reach_numpy(tokens, history, END)
+    found = reach_from_end(tokens, history, END)
     assert found[:2].tolist() == [[2, 3, 1, 2], [1, 2, 3, 4]]
     assert (found[2, 0], *found[2, 1:].tolist()) == (9, 1, 1, 2)
 
@@ -158,15 +142,16 @@ def test_a_dead_token_hides_itself_and_what_is_older(opened):
         np.testing.assert_array_equal(whole[name], ids)
         np.testing.assert_array_equal(ids[:1, 6:], alone[name])
         np.testing.assert_array_equal(ids[1, 3], ids[1, 4])
-    before = caches.history_length(MODEL)
+    before = 2
     padded = np.pad(dead_BT, ((0, 0), (before, 0)))
     rows, tables = opened(MODEL), expected_tables()
     for chunk, start in zip(chunks(MODEL, TEXTS, 4), (0, 4, 8), strict=True):
         part = slice(start, start + 4)
         reach = np.asarray(reach_from_dead(dead_BT[:, part], padded[:, start:start + before]))
-        answer = rows.ask(chunk._replace(reach_BT=reach))
-        for name, ids in expected.items():
-            np.testing.assert_array_equal(answer(name), tables[name][ids[:, part]])
+        for source in (rows, serving.device_rows(MODEL)):
+            arrived = source.request(**chunk, positions=reach - 1)
+            for name, ids in expected.items():
+                np.testing.assert_array_equal(arrived[name], tables[name][ids[:, part]])
 
 
 def expected_tables():
@@ -196,9 +181,9 @@ def test_filled_caches_hit_more_than_cold_ones_and_give_the_same_bits(
     for kind in ("cold", "filled"):
         rows = cached(opened, model, tmp_path, *sets)
         if kind == "filled":
-            rows.fill(TEXTS.reshape(-1), END if model.isolate_documents else None)
+            rows.fill(TEXTS.reshape(-1))
         before = rows.counters
-        assert_same(on_host(rows, model, TEXTS, 4), expected_rows(model, TEXTS))
+        assert_same(gathered(rows, model, TEXTS, 4), expected_rows(model, TEXTS))
         tiers[kind] = rows.counters.since(before).tiers
         assert list(tiers[kind]) == ["device cache", "host cache", "disk"]
     for tier in ("device cache", "host cache"):
@@ -214,7 +199,7 @@ def test_the_ngrams_that_a_text_has_most_often_stay(opened, tmp_path):
     often = np.tile(np.array([9, 8], np.int32), 50)
     rows.fill(np.concatenate([TEXTS.reshape(-1), often, TEXTS.reshape(-1)]))
     before = rows.counters
-    assert_same(on_host(rows, MODEL, often[None, :12], 4), expected_rows(MODEL, often[None, :12]))
+    assert_same(gathered(rows, MODEL, often[None, :12], 4), expected_rows(MODEL, often[None, :12]))
     found = rows.counters.since(before).tiers
     asked, hits = found["device cache"].asked, found["device cache"].hits
     assert asked - hits <= asked // 3
@@ -222,10 +207,10 @@ def test_the_ngrams_that_a_text_has_most_often_stay(opened, tmp_path):
 
 def test_no_tokens_empty_the_caches(opened, tmp_path):
     rows = cached(opened, MODEL, tmp_path, 4, 8)
-    on_host(rows, MODEL, TEXTS, 12)
+    gathered(rows, MODEL, TEXTS, 12)
     rows.fill(np.empty(0, np.int32))
     before = rows.counters
-    on_host(rows, MODEL, TEXTS, 12)
+    gathered(rows, MODEL, TEXTS, 12)
     found = rows.counters.since(before).tiers
     assert found["device cache"].hits == found["host cache"].hits == 0
 
@@ -262,10 +247,10 @@ def watched(opened, errors=()):
 
 def test_one_worker_serves_requests_and_layers_in_order(opened):
     rows, seen = watched(opened)
-    answers = [rows.ask(chunk) for chunk in chunks(MODEL, TEXTS, 4)]
-    for answer in answers[::-1]:
+    requests = [rows.request(**chunk) for chunk in chunks(MODEL, TEXTS, 4)]
+    for arrived in requests[::-1]:
         for name in ("layer_2", "layer_1"):
-            answer(name)
+            arrived[name]
     assert [name for name, _, _ in seen] == ["layer_1", "layer_2"] * 3
     assert {thread for _, thread, _ in seen} == {"rows_0"}
 
@@ -274,12 +259,12 @@ def test_each_row_of_a_chunk_is_read_once_and_those_of_padding_never(opened):
     rows, seen = watched(opened)
     text_1T = np.array([[9, 9, 9, 9, 9]], np.int32)
     _, last = chunks(MODEL, text_1T, 4)
-    answer = rows.ask(last)
-    found = np.asarray(answer("layer_1"))
-    answer("layer_2")
+    arrived = rows.request(**last)
+    first = np.asarray(arrived["layer_1"])
+    assert dict(arrived).keys() == {"layer_1", "layer_2"}
     ids = ids_of(MODEL, text_1T)["layer_1"]
     assert seen[0][2] == sorted(ids[0, 4].tolist())
-    np.testing.assert_array_equal(found[0, 0], expected_tables()["layer_1"][ids[0, 4]])
+    np.testing.assert_array_equal(first[0, 0], expected_tables()["layer_1"][ids[0, 4]])
     counters = rows.counters
     assert (counters.tokens, counters.asked, counters.read) == (1, 8, 8)
 
@@ -289,25 +274,26 @@ def test_each_row_of_a_chunk_is_read_once_and_those_of_padding_never(opened):
     SystemExit(1), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
 def test_an_error_is_raised_at_every_site_and_the_worker_lives(error, opened):
     rows, _ = watched(opened, [error])
-    first, second, _ = (rows.ask(chunk) for chunk in chunks(MODEL, TEXTS, 4))
+    first, second, _ = (rows.request(**chunk) for chunk in chunks(MODEL, TEXTS, 4))
     for name in ("layer_2", "layer_1"):
         with pytest.raises(type(error)) as raised:
-            first(name)
+            first[name]
         assert raised.value is error
     np.testing.assert_array_equal(
-        second("layer_1"), expected_rows(MODEL, TEXTS)["layer_1"][:, 4:8])
+        second["layer_1"], expected_rows(MODEL, TEXTS)["layer_1"][:, 4:8])
 
 
 def test_a_token_that_there_is_not_is_an_error(opened):
     rows = opened(MODEL)
-    chunk = next(chunks(MODEL, TEXTS, 4))
-    answer = rows.ask(chunk._replace(tokens_BT=np.full((SLOTS, 4), VOCAB, np.int32)))
+    arrived = rows.request(np.full((SLOTS, 4), VOCAB, np.int32))
     with pytest.raises(UserError, match=r"token id = 300: must be in 0..299"):
-        answer("layer_2")
+        arrived["layer_2"]
+    with pytest.raises(UserError, match=r"token id = 300: must be in 0..299"):
+        serving.device_rows(MODEL).request(np.full((SLOTS, 4), VOCAB, np.int32))
 
 
 def test_nothing_is_asked_for_after_closing(opened):
     rows = opened(MODEL)
     rows.close()
     with pytest.raises(RuntimeError, match="after shutdown"):
-        rows.ask(next(chunks(MODEL, TEXTS, 4)))
+        rows.request(**next(chunks(MODEL, TEXTS, 4)))

@@ -20,7 +20,7 @@ ENTRY = K * FORMAT.row_bytes
 class Below:
     """A home that remembers what it was asked, and may be told to fail."""
 
-    group = 1
+    group, fingerprint = 1, ""
 
     def __init__(self):
         packed = np.random.default_rng(0).integers(0, 256, (ROWS, FORMAT.row_bytes))

@@ -1,0 +1,162 @@
+"""What gives a network its rows: tokens in, the rows of every table on the device out.
+
+Shapes: B sequences, T tokens, P tokens of history, H rows of a token, C columns of a row.
+"""
+
+import abc
+import collections
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from engram_jax.config import require
+from engram_jax.hashing.addressing import Addressing
+from engram_jax.hashing.token_hash import BEFORE
+from engram_jax.offload.counters import TierCounts
+
+Tokens = jax.Array | np.ndarray
+
+
+@dataclasses.dataclass
+class Counters:
+    """What a source of rows has done.
+
+    Attributes:
+      tokens: that rows were fetched for.
+      asked, read: rows, with repeats in a request and without.
+      bytes: put onto the device; where each row goes is counted with the rows.
+      fetch_s: spent by the worker.
+      latency_s: from when a request's tokens were known until its last rows were there.
+      waited_s: of that, how long somebody waited.
+      tiers: of those read, what each tier did: "device cache", "host cache", and of the whole
+        table "host" or "disk". Repeats in a request are no hits.
+    """
+
+    tokens: int = 0
+    asked: int = 0
+    read: int = 0
+    bytes: int = 0
+    fetch_s: float = 0.0
+    latency_s: float = 0.0
+    waited_s: float = 0.0
+    tiers: dict[str, TierCounts] = dataclasses.field(default_factory=dict)
+
+    def since(self, before: "Counters") -> "Counters":
+        """What has been counted since these were `before`."""
+        tiers = {name: counts - before.tiers[name] for name, counts in self.tiers.items()}
+        return Counters(tiers=tiers, **{name: value - getattr(before, name)
+                                        for name, value in vars(self).items() if name != "tiers"})
+
+    @property
+    def hidden_share(self) -> float:
+        """How much of the time until rows were there nobody waited for."""
+        return max(0.0, 1 - self.waited_s / self.latency_s) if self.latency_s else 1.0
+
+
+class RowSource(abc.ABC):
+    """The rows of tokens, wherever the tables are.
+
+    A network of any kind takes rows from `source(tokens)` or, while it is busy with the batch
+    before, from `source.prefetched(batches)`. An engine uses `request`, the one thing that a kind
+    of source has to have.
+
+    Args:
+      addressing: tokens to row ids.
+      end_id: the raw id after which a document begins, where n-grams stop; None lets them cross.
+    """
+
+    def __init__(self, addressing: Addressing, end_id: int | None = None):
+        addressing.check_serves()
+        self.addressing, self.end_id = addressing, end_id
+
+    @property
+    def history_length(self) -> int:
+        """P, how many tokens before a chunk its n-grams reach."""
+        return self.addressing.history_length
+
+    @property
+    def counters(self) -> Counters:
+        """What it has done so far."""
+        return Counters()
+
+    @abc.abstractmethod
+    def request(
+        self, tokens: Tokens, history: np.ndarray | None = None,
+        positions: np.ndarray | None = None, count: np.ndarray | None = None,
+    ) -> Mapping[str, jax.Array]:
+        """Begin to bring the rows of a chunk of tokens to the device, and wait for nothing.
+
+        Args:
+          tokens: raw ids, int32 [B, T], on the host or on the device; there they may be the result
+            of something that still runs.
+          history: the raw ids before them, oldest first, int32 [B, P]; -1 before the start of a
+            sequence. None is all -1.
+          positions: of each token in its document, int32 [B, T]; n-grams then stop at the
+            document's start. None goes by `end_id`.
+          count: how many tokens of each sequence are real, int32 [B]; what rows the others get does
+            not matter. None is all.
+
+        Returns:
+          For each site its rows, float32 [B, T, H, C]. To take an entry is to wait for it; what
+          went wrong with it is raised there:
+
+        Raises:
+          UserError: another shape, or a token that the tokenizer does not have.
+          MachineError: a table cannot be read.
+        """
+
+    def close(self) -> None:
+        """Stop what runs, and close the tables."""
+
+    def __call__(
+        self, tokens: Tokens, history: np.ndarray | None = None,
+        positions: np.ndarray | None = None,
+    ) -> dict[int, jax.Array]:
+        """The rows of tokens, for each layer float32 [B, T, H, C]; as `request`, and waits."""
+        return self._by_layer(self.request(tokens, history, positions))
+
+    def prefetched(
+        self, batches: Iterable[Any], ahead: int = 1, continued: bool = False
+    ) -> Iterator[tuple[Any, dict[int, jax.Array]]]:
+        """Each batch of tokens with its rows, those of the next ones being fetched meanwhile.
+
+        Args:
+          batches: raw ids, int32 [B, T] each.
+          ahead: how many batches are asked for before they are needed.
+          continued: a batch's sequences go on in the next one, which is a chunk of the same text;
+            else each batch is the start of its sequences.
+
+        Raises:
+          As `request`, at the batch that it is about; those before it have come by then.
+        """
+        require(ahead >= 1, "ahead", ahead, "must be at least 1")
+        coming: collections.deque[tuple[Any, Mapping[str, jax.Array]]] = collections.deque()
+        history = None
+        for tokens in batches:
+            coming.append((tokens, self.request(tokens, history)))
+            if continued:
+                history = self._history_after(history, np.asarray(tokens))
+            if len(coming) > ahead:
+                yield self._arrived(coming)
+        while coming:
+            yield self._arrived(coming)
+
+    def _arrived(self, coming: collections.deque) -> tuple[Any, dict[int, jax.Array]]:
+        tokens, rows = coming.popleft()
+        return tokens, self._by_layer(rows)
+
+    def _by_layer(self, rows: Mapping[str, jax.Array]) -> dict[int, jax.Array]:
+        arrived = dict(rows)
+        return {layer: arrived[site] for layer, site in self.addressing.layers.items()}
+
+    def _history_after(self, history: np.ndarray | None, tokens: np.ndarray) -> np.ndarray:
+        """The last P tokens of sequences, [B, P]."""
+        if history is None:
+            history = np.full((len(tokens), self.history_length), BEFORE, np.int32)
+        require(tokens.ndim == 2 and len(tokens) == len(history), "tokens.shape", tokens.shape,
+                f"must be [{len(history)}, T], the sequences that go on")
+        joined = np.concatenate([history, tokens], axis=1)
+        return joined[:, joined.shape[1] - self.history_length:]
