@@ -24,7 +24,16 @@ _MODULES = {
     "reach_from_documents": "ngrams",
 }
 
-__all__ = ["BEFORE", "Addressing", "CompressedVocabulary", "HostHash", "NgramHash", "address", "reach_from_dead", "reach_from_documents"]
+__all__ = [
+    "BEFORE",
+    "Addressing",
+    "CompressedVocabulary",
+    "HostHash",
+    "NgramHash",
+    "address",
+    "reach_from_dead",
+    "reach_from_documents",
+]
 
 
 def __getattr__(name: str) -> Any:

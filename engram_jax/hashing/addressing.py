@@ -170,7 +170,7 @@ def address(
     Args:
       config: of the model; or of the memories of a network that is not ours.
       vocabulary: canonical ids of the tokenizer; None hashes raw ids below `config.vocab_size`.
-      pad_id: the raw id that stands for positions before the start; None is an `EngramConfig`'s own.
+      pad_id: the raw id that stands for positions before the start; None: the config's own.
 
     Raises:
       UserError: a pad id that the vocabulary does not have, or none where one is needed.

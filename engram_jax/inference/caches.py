@@ -18,7 +18,8 @@ from engram_jax.model.transformer import segments
 
 
 class Keys(NamedTuple):
-    """What the attention of a segment keeps: latents [L, B, S, C] and rotated keys [L, B, S, R], in the compute dtype."""
+    """What the attention of a segment keeps, in the compute dtype: latents [L, B, S, C] and rotated
+    keys [L, B, S, R]."""
 
     latent_LBSC: jax.Array
     shared_LBSR: jax.Array

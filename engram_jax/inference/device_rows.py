@@ -49,6 +49,9 @@ class DeviceRows(RowSource):
         rows: dict[str, jax.Array] = self._gather(self._tables, tokens, history, positions)
         return rows
 
+    def close(self) -> None:
+        """As `RowSource.close`: there is nothing to close."""
+
 
 def _gathered(
     config: ModelConfig | EngramConfig, addressing: Addressing, end_id: int | None,

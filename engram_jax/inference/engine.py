@@ -1,9 +1,10 @@
 """Many sequences through one model: static slots that sequences join and leave.
 
 Everything on the device is a pure function of `stages`, which `network` dispatches; this is the one
-driver. A step of it reads a chunk of one prompt, if one waits, and draws one token of every sequence
-that is being decoded. Rows are asked for first and taken last: what needs none is dispatched while
-they are fetched, and a source on the host begins when the tokens of the step before have come.
+driver. A step of it reads a chunk of one prompt, if one waits, and draws one token of every
+sequence that is being decoded. Rows are asked for first and taken last: what needs none is
+dispatched while they are fetched, and a source on the host begins when the tokens of the step
+before have come.
 
 Shapes: B slots, T tokens of a chunk, P tokens of history.
 """

@@ -42,7 +42,7 @@ class Served:
     router_bias: list[jax.Array | None]
     rows: RowSource
 
-    def engine(self, **settings: int) -> Engine:
+    def engine(self, **settings: Any) -> Engine:
         """An engine of the run; `slots`, `length`, `chunk` and `overlap` as `Engine` takes them."""
         reader = self.reader
         return Engine(
@@ -51,7 +51,7 @@ class Served:
 
 
 def engine(
-    directory: epath.PathLike, memory: str = "device", dtype: str = "", **settings: int
+    directory: epath.PathLike, memory: str = "device", dtype: str = "", **settings: Any
 ) -> Engine:
     """An engine of a run's last checkpoint; a context manager that closes its tables.
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from engram_jax.config import EngramConfig, require
 from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.hashing.host import NO_TOKEN
 from engram_jax.hashing.ngrams import NgramHash
+from engram_jax.hashing.token_hash import BEFORE
 from engram_jax.model.engram import as_streams, fuse, init_engram
 from engram_jax.tables.layout import TableLayout
 
@@ -130,9 +130,9 @@ class Engram(nn.Module):
                     "history.shape", history.shape, f"must be [{batch}, at least {before}]")
             history = history[:, history.shape[1] - before:]
         if not self.decode:
-            return jnp.full((batch, before), NO_TOKEN) if history is None else history
+            return jnp.full((batch, before), BEFORE) if history is None else history
         going_on = self.has_variable("cache", "history")
-        kept = self.variable("cache", "history", jnp.full, (batch, before), NO_TOKEN, jnp.int32)
+        kept = self.variable("cache", "history", jnp.full, (batch, before), BEFORE, jnp.int32)
         before_BN = kept.value if history is None else history
         if going_on:
             joined_BS = jnp.concatenate([before_BN, jnp.asarray(token_ids, jnp.int32)], axis=1)
@@ -145,7 +145,7 @@ def _canonical(
 ) -> jax.Array:
     """Canonical ids of a history: `pad_id` before the start of the text."""
     raw_BN = jnp.asarray(raw_BN)
-    return jnp.where(raw_BN == NO_TOKEN, pad_id, vocabulary.canonical(raw_BN))
+    return jnp.where(raw_BN == BEFORE, pad_id, vocabulary.canonical(raw_BN))
 
 
 def _fused(

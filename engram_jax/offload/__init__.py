@@ -35,7 +35,22 @@ _MODULES = {
     "write_table": "arrays",
 }
 
-__all__ = ["CachedTable", "Counters", "DiskTable", "Home", "HostRows", "HostTable", "RowFormat", "RowSource", "TableInfo", "TierCounts", "host_table", "open_table", "verify", "write_table"]
+__all__ = [
+    "CachedTable",
+    "Counters",
+    "DiskTable",
+    "Home",
+    "HostRows",
+    "HostTable",
+    "RowFormat",
+    "RowSource",
+    "TableInfo",
+    "TierCounts",
+    "host_table",
+    "open_table",
+    "verify",
+    "write_table",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,10 +35,10 @@ _COUNTED_AT_ONCE = 2**15  # tokens
 class _Chunk(NamedTuple):
     """What `RowSource.request` was given."""
 
-    tokens: Tokens
-    history: np.ndarray | None
-    positions: np.ndarray | None
-    count: np.ndarray | None
+    tokens_BT: Tokens
+    history_BP: np.ndarray | None
+    positions_BT: np.ndarray | None
+    count_B: np.ndarray | None
 
 
 class _Arrived(NamedTuple):
@@ -173,13 +173,13 @@ class HostRows(RowSource):
     def _serve(self, chunk: _Chunk, rows: _RowsOnTheWay) -> None:
         """Serve a request: on the worker."""
         try:
-            tokens_BT = np.asarray(chunk.tokens)  # waits for the device, if they are there
+            tokens_BT = np.asarray(chunk.tokens_BT)  # waits for the device, if they are there
             start = rows.known_at = time.perf_counter()
-            ids = self._ids(tokens_BT, chunk.history, chunk.positions)
+            ids = self._ids(tokens_BT, chunk.history_BP, chunk.positions_BT)
             real_BT = np.ones(tokens_BT.shape, bool)
-            if chunk.count is not None:
-                real_BT = np.arange(tokens_BT.shape[1])[None] < np.asarray(chunk.count)[:, None]
-            self._counters.tokens += np.count_nonzero(real_BT)
+            if chunk.count_B is not None:
+                real_BT = np.arange(tokens_BT.shape[1])[None] < np.asarray(chunk.count_B)[:, None]
+            self._counters.tokens += int(real_BT.sum())
             for site, future in rows.futures.items():
                 with jax.profiler.TraceAnnotation(f"fetch the rows of {site}"):
                     arrived = self._fetch(site, ids[site], real_BT)

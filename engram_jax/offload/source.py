@@ -108,6 +108,7 @@ class RowSource(abc.ABC):
           MachineError: a table cannot be read.
         """
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Stop what runs, and close the tables."""
 

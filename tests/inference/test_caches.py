@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import serving
-from serving import CHUNK, END, ISOLATED, LENGTH, MODEL, PAD, PLAIN, SLOTS
+from serving import CHUNK, END, ISOLATED, LENGTH, MODEL, PAD, SLOTS
 
 from engram_jax.config import EngramConfig, OverEncodingConfig
 from engram_jax.inference import caches, stages

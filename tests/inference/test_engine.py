@@ -365,7 +365,7 @@ def test_what_does_not_fit_is_refused_and_does_no_harm():
     engine = serving.engine(MODEL, serving.device_rows(MODEL), known=290)
     good = Request(prompt=PROMPTS[0], tokens=3)
     for prompt, tokens, line in [
-        (serving.prompt(LENGTH), 1, "prompt = '32 tokens': with 1 more to generate needs 33 position"),
+        (serving.prompt(LENGTH), 1, "prompt = '32 tokens': with 1 more to generate needs 33 pos"),
         (serving.prompt(4), LENGTH, "needs 36 positions, and a sequence has 32"),
         ((1, 290), 1, "prompt = 290: is no token: ids are in 0..289"),
         ((1, VOCAB), 1, "prompt = 300: is no token"),

@@ -12,8 +12,8 @@ import pytest
 
 from engram_jax.cli import main
 from engram_jax.config import ROW_DTYPES
-from engram_jax.errors import MachineError
-from engram_jax.inference import generate, serving
+from engram_jax.errors import MachineError, UserError
+from engram_jax.inference import Request, generate, serving
 from engram_jax.offload.disk import DiskTable
 from engram_jax.offload.file import TableWriter, verify
 from engram_jax.runs.directory import RunDirectory
@@ -206,4 +206,21 @@ def test_the_engine_of_the_readme_generates(trained):
     exec(compile(code.replace("runs/mine", str(trained)), "README.md", "exec"), names)
     (tokens,) = names["tokens"]
     assert 1 <= len(tokens) <= 20
-    names["model"].rows.close()
+    with serving.engine(trained, slots=1, length=64) as engine:
+        assert engine.generate([Request(prompt=(5, 6, 7), tokens=20)]) == [tokens]
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        names["engine"].generate([Request(prompt=(5, 6, 7), tokens=20)])
+
+
+def test_tables_are_closed_if_there_is_no_engine(trained, monkeypatch):
+    homes, real = [], serving._homes
+
+    def noted(*words):
+        made = real(*words)
+        homes.extend(made.values())
+        return made
+
+    monkeypatch.setattr(serving, "_homes", noted)
+    with pytest.raises(UserError, match="slots = 0: must be at least 1"):
+        serving.engine(trained, memory="disk", slots=0)
+    assert [home._file.closed for home in homes] == [True]

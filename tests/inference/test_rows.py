@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import serving
-from serving import END, ISOLATED, LENGTH, MODEL, PAD, SLOTS, VOCAB
+from serving import END, ISOLATED, MODEL, PAD, SLOTS, VOCAB
 
 from engram_jax.config import ROW_DTYPES
 from engram_jax.errors import MachineError, UserError
