@@ -80,6 +80,7 @@ class ShardTable:
     """
 
     group = 1
+    fingerprint = ""  # the files do not say
 
     def __init__(self, parts: Sequence[Part], rows: int):
         require(bool(parts), "parts", 0, "must be at least 1")
