@@ -6,7 +6,6 @@ others are measured against.
 
 import collections
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +33,7 @@ class Run:
       fields: the config's values by dotted name, less name and seeds, and the text's fingerprint.
       result: result.json; None while the run is not done.
       step: the last that was logged.
+      diverged: the last step that it logged had numbers that were not finite.
     """
 
     path: epath.Path
@@ -41,6 +41,7 @@ class Run:
     fields: Mapping[str, Any]
     result: Mapping[str, Any] | None
     step: int
+    diverged: bool
 
     @property
     def seed(self) -> Seed:
@@ -127,11 +128,10 @@ def comparison(
 
 
 def _check_finite(compared: Sequence[Arm]) -> None:
-    lost = [f"{run.path} (loss {run.result['loss']})" for arm in compared for run in arm.runs
-            if run.result is not None and not math.isfinite(run.result["loss"])]
+    lost = [str(run.path) for arm in compared for run in arm.runs if run.diverged]
     if lost:
-        raise UserError(f"{', '.join(lost)}: diverged, and a mean over the other seeds would be "
-                        "one of the lucky; leave the whole arm out")
+        raise UserError(f"{', '.join(lost)}: diverged (the last logged step is not finite), and a "
+                        "mean over the other seeds would be one of the lucky; leave the arm out")
 
 
 def _check_axes(compared: Sequence[Arm], baseline: Arm, axes: Sequence[str]) -> None:
@@ -194,7 +194,8 @@ def _read(records: RunDirectory) -> Run:
     rows = records.metrics() if result is None else []
     return Run(path=records.path, config=config, result=result,
                fields={**fields, TEXT: str(env.get("data_fingerprint", ""))[:8]},
-               step=max((row["step"] for row in rows), default=0))
+               step=max((row["step"] for row in rows), default=0),
+               diverged=any(bool(row.get("not_finite")) for row in rows[-1:]))
 
 
 def _flat(values: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:

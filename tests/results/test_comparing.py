@@ -146,10 +146,12 @@ def test_the_baseline_is_named_at_the_command_line(sweep, capsys):
 
 
 def test_a_run_that_diverged_is_refused_by_name(sweep, capsys):
-    lost = write(sweep / "large-seed3", seeded(ARMS["large"], "large", 3), float("nan"))
+    lost = write(sweep / "large-seed3", seeded(ARMS["large"], "large", 3))
+    rows = [{"step": 1, "learning/loss": 5.0}, {"step": 2, "not_finite": ["learning/loss"]}]
+    (lost / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main.main(["compare", str(sweep)]) == 2
     line = capsys.readouterr().err
-    assert line.startswith(f"engram-jax: {lost} (loss nan): diverged")
+    assert line.startswith(f"engram-jax: {lost}: diverged")
     assert len(line.splitlines()) == 1
 
 
