@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engram_jax.tables.exchange import Exchange
     from engram_jax.tables.layout import TableLayout
-    from engram_jax.tables.memory import Combined, Lookup, Memory, Tables
+    from engram_jax.tables.lookup import Combined, Lookup, Tables
+    from engram_jax.tables.memory import Memory
     from engram_jax.tables.row_optimizers import (
         RowOptimizer,
         balanced_momentum,
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "Combined": "memory",
+    "Combined": "lookup",
     "Exchange": "exchange",
-    "Lookup": "memory",
+    "Lookup": "lookup",
     "Memory": "memory",
     "RowOptimizer": "row_optimizers",
     "TableLayout": "layout",
-    "Tables": "memory",
+    "Tables": "lookup",
     "balanced_momentum": "row_optimizers",
     "dense_adam": "row_optimizers",
     "row_adagrad": "row_optimizers",

@@ -28,10 +28,10 @@ def neighbours(devices: Sequence[jax.Device]) -> int:
     """
     if devices[0].platform != "tpu":
         return 0
-    steps = {next(i for i, place in enumerate(along) if place != along[0])
-             for along in zip(*(device.coords for device in devices), strict=True)
-             if len(set(along)) > 1}
-    return max(steps) if len(steps) > 1 else 0
+    strides = {next(i for i, coordinate in enumerate(along) if coordinate != along[0])
+               for along in zip(*(device.coords for device in devices), strict=True)
+               if len(set(along)) > 1}
+    return max(strides) if len(strides) > 1 else 0
 
 
 def all_gather(part: jax.Array, axes: Axes, near: int) -> jax.Array:
@@ -45,7 +45,7 @@ def all_gather(part: jax.Array, axes: Axes, near: int) -> jax.Array:
 
 
 def reduce_scatter(parts: jax.Array, axes: Axes, near: int) -> jax.Array:
-    """Of parts [P, ...], this device's, summed over all devices."""
+    """This device's of the parts [P, ...], summed over all devices."""
     if not near:
         return jax.lax.psum_scatter(parts, axes)
     together, apart = _groups(axes, near)
@@ -64,7 +64,7 @@ def packed(rows: int, columns: int) -> tuple[int, ...]:
 
 
 def all_to_all(parts: jax.Array, axes: Axes, near: int) -> jax.Array:
-    """What each device holds for this one, [P, ...], of what this one holds for each, [P, ...]."""
+    """What each device holds for this one, [P, ...]; given is what this one holds for each."""
     if not near:
         return jax.lax.all_to_all(parts, axes, 0, 0)
     together, apart = _groups(axes, near)
@@ -76,7 +76,7 @@ def all_to_all(parts: jax.Array, axes: Axes, near: int) -> jax.Array:
 
 
 def _groups(axes: Axes, near: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Devices by number: groups of `near` that lie together, and groups of one of each of those."""
+    """Devices by their numbers: groups of `near` that lie together, and groups of one of each."""
     devices = jax.lax.axis_size(axes)
     together = [list(range(start, start + near)) for start in range(0, devices, near)]
     return together, [list(group) for group in zip(*together, strict=True)]

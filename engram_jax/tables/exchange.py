@@ -10,25 +10,26 @@ all devices do another round. A round ends at a row that all agree on, so that e
 row reaches its owner in the same round, and an optimizer meets each row once a step.
 
 Everything here runs inside `jax.shard_map` over the axes of `Exchange.axes`, on what one device
-holds; `on_mesh` wraps the look-up for callers outside. One device needs no axes and no shard_map.
+holds; `tables.memory` wraps it for callers outside. One device needs no axes and no shard_map.
 
 Shapes: N ids asked for (with repeats), U slots for distinct rows, P devices, C rows asked of each
 peer in a round, D columns, S shards, R rows of a shard.
 """
 
 import dataclasses
-import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
 
+from engram_jax.config import require
 from engram_jax.tables import collectives
 from engram_jax.tables.layout import TableLayout
 
 UNUSED = jnp.iinfo(jnp.int32).max
+ROOM = 1.25  # over the even share of ids, of which text repeats a third to a half
 Carry = TypeVar("Carry")
 
 
@@ -129,14 +130,24 @@ class Exchange:
       axes: mesh axes over which the shards are spread; none for one device.
       devices: how many devices they span; divides `layout.shards`.
       near: of them, how many lie together (`collectives.neighbours`).
-      capacity: rows asked of each peer in a round.
+      capacity: rows asked of each peer in a round; 0 is 1.25 times the even share of the ids.
+
+    Raises:
+      UserError: no axes for several devices, or they do not divide the shards; when it is used,
+        axes that are not those of the `jax.shard_map` around, or arrays of another shape.
     """
 
     layout: TableLayout
     axes: tuple[str, ...] = ()
     devices: int = 1
     near: int = 0
-    capacity: int = 1
+    capacity: int = 0
+
+    def __post_init__(self) -> None:
+        self.layout.check_divides(self.devices)
+        require(self.devices == 1 or bool(self.axes), "Exchange.axes", self.axes,
+                f"must name the mesh axes that {self.devices} devices span")
+        require(self.capacity >= 0, "Exchange.capacity", self.capacity, "must not be negative")
 
     @property
     def part(self) -> TableLayout:
@@ -156,6 +167,9 @@ class Exchange:
         Args:
           ids: int32, any shape; ids of no row are counted and lead nowhere.
         """
+        self._check_axes()
+        require(bool(jnp.issubdtype(ids.dtype, jnp.integer)), "ids.dtype", str(ids.dtype),
+                "must be a whole-number type")
         key_N = self._keys(ids.reshape(-1))
         size = key_N.size
         sorted_N, order_N = jax.lax.sort_key_val(key_N, jnp.arange(size, dtype=jnp.int32))
@@ -172,6 +186,10 @@ class Exchange:
           table_SRD: this device's part.
           ids: what `route` was made of.
         """
+        require(table_SRD.shape == self.part.shape, "table.shape", table_SRD.shape,
+                f"must be {self.part.shape}, what one of {self.devices} devices holds")
+        require(ids.size == route.order_N.size, "ids.shape", ids.shape,
+                f"must be the {route.order_N.size} ids of the route")
         unique = jnp.sum(route.keys_U != UNUSED, dtype=jnp.int32)
         one = jnp.int32(1)
         if self.devices == 1:
@@ -190,7 +208,7 @@ class Exchange:
             window, rows_ND, rounds = carry
             window = self._window(route.keys_U, window.end_P)
             arrival_N, got_ND = fetch(window, self._swap(window.keys_PC))
-            here_N1 = (arrival_N < self.devices * self.capacity)[:, None]
+            here_N1 = (arrival_N < window.keys_PC.size)[:, None]
             return window, jnp.where(here_N1, got_ND, rows_ND), rounds + 1
 
         _, rows_ND = fetch(route.first, route.asked_PC)
@@ -201,7 +219,15 @@ class Exchange:
         return FetchedRows(rows, unique, unique - served, rounds)
 
     def combine(self, route: Route, grads_ND: jax.Array) -> RowGradients:
-        """Sum the gradients of equal ids here, then at their owners, who learn the norm."""
+        """Sum the gradients of equal ids here, then at their owners, who learn the norm.
+
+        Args:
+          route: that of the look-up.
+          grads_ND: of the rows that were looked up, in the order of their ids.
+        """
+        right = (route.order_N.size, self.layout.dim)
+        require(grads_ND.shape == right, "grads.shape", grads_ND.shape,
+                f"must be {right}, one gradient for each id of the route")
         grads_UD = jax.ops.segment_sum(
             grads_ND[route.order_N].astype(jnp.float32), route.slot_N,
             num_segments=route.slot_N.size, indices_are_sorted=True)
@@ -239,6 +265,25 @@ class Exchange:
 
         return jax.lax.while_loop(lambda state: state[0].more, again, (route.first, carry))[1]
 
+    def _check_axes(self) -> None:
+        """Refuse axes that are not those of the `jax.shard_map` around (UserError)."""
+        mesh = jax.sharding.get_abstract_mesh()
+        manual = {axis: mesh.shape[axis] for axis in mesh.manual_axes}
+        around = f"the jax.shard_map around it has {manual}" if manual else (
+            "there is no jax.shard_map around it")
+        if not self.axes:
+            require(math.prod(manual.values()) == 1, "Exchange.axes", self.axes,
+                    f"{around}, and each device would have a table of its own")
+        elif self.devices > 1 or manual:
+            require(set(self.axes) <= set(manual), "Exchange.axes", self.axes, around)
+            require(math.prod(manual[axis] for axis in self.axes) == self.devices,
+                    "Exchange.devices", self.devices, around)
+
+    def _capacity(self, ids: int) -> int:
+        """Rows asked of each peer in a round of a look-up of so many ids."""
+        return self.capacity or min(
+            math.ceil(ROOM * ids / self.devices), self.part.rows)
+
     def _keys(self, ids_N: jax.Array) -> jax.Array:
         """The keys of rows; UNUSED for ids of no row."""
         return jnp.where(self.layout.holds(ids_N), self.layout.key(ids_N), UNUSED)
@@ -265,11 +310,12 @@ class Exchange:
             return Window(begin_P, end_P, keys_U[None], jnp.bool_(False))
         # The last part's end would pass int32 for a table of nearly 2**31 rows.
         last_P = self._first_keys() + (self.part.rows - 1)
-        next_P = keys_U.at[begin_P + self.capacity].get(mode="fill", fill_value=UNUSED)
+        capacity = self._capacity(keys_U.size)
+        next_P = keys_U.at[begin_P + capacity].get(mode="fill", fill_value=UNUSED)
         # All of a peer's keys up to and with `until` fit into everybody's round.
         until_P = jax.lax.pmin(jnp.minimum(next_P - 1, last_P), self.axes)
         end_P = jnp.searchsorted(keys_U, until_P, side="right").astype(jnp.int32)
-        slot_PC = begin_P[:, None] + jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        slot_PC = begin_P[:, None] + jnp.arange(capacity, dtype=jnp.int32)[None]
         keys_PC = keys_U.at[slot_PC].get(mode="fill", fill_value=UNUSED)
         keys_PC = jnp.where(slot_PC < end_P[:, None], keys_PC, UNUSED)
         return Window(begin_P, end_P, keys_PC, jnp.any(until_P < last_P))
@@ -279,8 +325,8 @@ class Exchange:
         owner_U = jnp.minimum(keys_U // self.part.rows, self.devices - 1)
         owner_N = owner_U[asking_N]
         here_N = (asking_N >= window.begin_P[owner_N]) & (asking_N < window.end_P[owner_N])
-        arrival_N = owner_N * self.capacity + asking_N - window.begin_P[owner_N]
-        return jnp.where(here_N, arrival_N, self.devices * self.capacity)
+        arrival_N = owner_N * window.keys_PC.shape[1] + asking_N - window.begin_P[owner_N]
+        return jnp.where(here_N, arrival_N, window.keys_PC.size)
 
     def _arrived(
         self, asked_PC: jax.Array, grads_UD: jax.Array, window: Window
@@ -289,7 +335,7 @@ class Exchange:
         if self.devices == 1:
             keys_U = asked_PC[0]
             return UniqueRows(keys_U, grads_UD, window.end_P[0], self._global(keys_U))
-        slot_PC = window.begin_P[:, None] + jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        slot_PC = window.begin_P[:, None] + jnp.arange(asked_PC.shape[1], dtype=jnp.int32)[None]
         slot_PC = jnp.where(window.keys_PC == UNUSED, grads_UD.shape[0], slot_PC)
         sent_PCD = grads_UD.at[slot_PC].get(mode="fill", fill_value=0)
         got_PCD = self._swap(sent_PCD)
@@ -322,31 +368,3 @@ def combine(ids_N: jax.Array, grads_ND: jax.Array) -> UniqueRows:
     sums_UD = jax.ops.segment_sum(grads_ND[order_N].astype(jnp.float32), slot_N,
                                   num_segments=ids_N.size, indices_are_sorted=True)
     return UniqueRows(ids_U, sums_UD, jnp.sum(ids_U != UNUSED, dtype=jnp.int32), ids_U)
-
-
-def on_mesh(
-    mesh: Mesh, axes: tuple[str, ...], layout: TableLayout, table: jax.Array, ids: jax.Array,
-    capacity: int,
-) -> jax.Array:
-    """Rows for `ids` [B, ...] of a table spread over `axes` of `mesh`: [B, ..., D].
-
-    Args:
-      mesh: with Auto or Explicit axes.
-      axes: the table's shards and the ids' first axis are spread over these.
-      layout: of the whole table.
-      table: [S, R, D].
-      ids: int32; the number of devices divides B.
-      capacity: rows that a device asks of each peer in a round.
-    """
-    devices = 1
-    for axis in axes:
-        devices *= mesh.shape[axis]
-    exchange = Exchange(layout=layout, axes=axes, devices=devices, capacity=capacity)
-    spec = PartitionSpec(axes)
-
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec), out_specs=spec,
-                       axis_names=set(axes), check_vma=False)
-    def local(table_SRD: jax.Array, ids: jax.Array) -> jax.Array:
-        return exchange.lookup(table_SRD, ids, exchange.route(ids)).rows
-
-    return local(table, ids)

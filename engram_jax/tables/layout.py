@@ -101,11 +101,18 @@ class TableLayout:
             return jnp.zeros(self.shape, stored)
         return rounding.nearest(std * jax.random.normal(key, self.shape, jnp.float32), stored)
 
+    def _check(self, table: jax.Array) -> None:
+        right = self.shape[:2]
+        require(table.shape[:2] == right, "table.shape", table.shape,
+                f"must begin with {right}, as this layout does; a device's part has "
+                "`TableLayout.part`")
+
     def gather(self, table: jax.Array, ids: jax.Array) -> jax.Array:
         """Rows of `table` [S, R, ...] at `ids` (any shape): ids.shape + table.shape[2:].
 
         An id out of range gives zeros.
         """
+        self._check(table)
         shard, row = self.locate(ids)
         return table.at[shard, row].get(mode="fill", fill_value=0)
 
@@ -114,12 +121,14 @@ class TableLayout:
 
         In place when `table` is donated and not read afterwards.
         """
+        self._check(table)
         shard, row = self.locate(ids_N)
         return table.at[shard, row].set(
             rows_ND, mode="drop", unique_indices=True, indices_are_sorted=self.ordered)
 
     def add(self, table: jax.Array, ids_N: jax.Array, rows_ND: jax.Array) -> jax.Array:
         """`table` with `rows_ND` added to its rows at distinct `ids_N`; otherwise as `put`."""
+        self._check(table)
         shard, row = self.locate(ids_N)
         return table.at[shard, row].add(
             rows_ND, mode="drop", unique_indices=True, indices_are_sorted=self.ordered)

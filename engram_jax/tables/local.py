@@ -143,5 +143,5 @@ class LocalMemory:
 
 def _scaled(rows: UniqueRows, scale: jax.Array, good: jax.Array) -> UniqueRows:
     """Clipped gradients; where the step is bad, no row at all."""
-    ids_U = jnp.where(good, rows.ids_U, UNUSED)
-    return rows._replace(ids_U=ids_U, grads_UD=rows.grads_UD * scale)
+    local_U, global_U = (jnp.where(good, ids_U, UNUSED) for ids_U in (rows.ids_U, rows.global_U))
+    return rows._replace(ids_U=local_U, grads_UD=rows.grads_UD * scale, global_U=global_U)

@@ -31,100 +31,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from engram_jax.config import EngramConfig, require
 from engram_jax.hashing.addressing import Addressing, Site, address, engram_site, sites
 from engram_jax.hashing.compression import CompressedVocabulary
-from engram_jax.hashing.ngrams import reach_from_dead
 from engram_jax.tables import collectives
-from engram_jax.tables.exchange import Route, RowGradients
+from engram_jax.tables.exchange import ROOM
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
+from engram_jax.tables.lookup import Combined, Lookup, Tables, in_one
 from engram_jax.tables.row_optimizers import RowOptimizer, row_rmsprop
-
-
-def _pytree(*fields: str) -> Callable[[type], type]:
-    return functools.partial(jax.tree_util.register_dataclass, data_fields=fields, meta_fields=())
-
-
-@_pytree("values", "moments", "updates")
-@dataclasses.dataclass(frozen=True)
-class Tables:
-    """The tables of a memory and what their optimizer remembers, as a checkpoint holds them.
-
-    Attributes:
-      values: for each table, by the name of its site, [S, R, C] as `tables.rounding` stores it.
-      moments: for each table the row optimizer's state.
-      updates: int32 scalar, how many updates were made; skipped ones do not count.
-    """
-
-    values: dict[str, jax.Array]
-    moments: dict[str, Any]
-    updates: jax.Array
-
-
-@_pytree("rows", "ids", "routes", "counts")
-@dataclasses.dataclass(frozen=True)
-class Lookup:
-    """The rows of a batch, and the way back to their tables.
-
-    Attributes:
-      rows: for each layer of the config, by its number, [B, T, H, C]: the input of the network.
-      ids: for each table the row ids, int32 [B, T, H]; -1 where there is no row.
-      routes: for each table the way that the rows took, [P, ...].
-      counts: for each device what it took, int32 [P] each: tokens that the vocabulary does not
-        have (`outside`), distinct rows, rows after the first round, rounds.
-    """
-
-    rows: dict[int, jax.Array]
-    ids: dict[str, jax.Array]
-    routes: dict[str, Route]
-    counts: dict[str, jax.Array]
-
-    @property
-    def outside(self) -> jax.Array:
-        """How many tokens the vocabulary does not have, int32; n-grams with one read zeros."""
-        return jnp.sum(self.counts["outside"])
-
-    @property
-    def unique(self) -> jax.Array:
-        """How many distinct rows the devices asked for, int32, summed over devices and tables."""
-        return jnp.sum(self.counts["unique"])
-
-    @property
-    def overflow(self) -> jax.Array:
-        """How many distinct rows came after the first round, int32; the rest is `capacity`'s."""
-        return jnp.sum(self.counts["overflow"])
-
-    @property
-    def rounds(self) -> jax.Array:
-        """How many rounds the exchange took, int32, for the table that took most."""
-        return jnp.max(self.counts["rounds"])
-
-
-@_pytree("gradients", "squares", "touches")
-@dataclasses.dataclass(frozen=True)
-class Combined:
-    """Gradients of distinct rows, summed over a batch, on their way to the owners of the rows.
-
-    Attributes:
-      gradients: for each table, [P, ...].
-      squares: float32 [P], the squares of the gradients of the rows that each device owns, summed.
-      touches: int32 [P], how many rows of each device have a gradient.
-    """
-
-    gradients: dict[str, RowGradients]
-    squares: jax.Array
-    touches: jax.Array
-
-    @property
-    def square(self) -> jax.Array:
-        """The squared norm of the gradient of all tables, float32: what clipping adds to the rest.
-
-        It is that of the dense gradient, in which a row counts once however often it was read.
-        """
-        return jnp.sum(self.squares)
-
-    @property
-    def touched(self) -> jax.Array:
-        """How many distinct rows have a gradient, int32."""
-        return jnp.sum(self.touches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +68,7 @@ class Memory:
     mesh: Mesh | None = None
     axes: tuple[str, ...] = ("data",)
     optimizer: RowOptimizer = row_rmsprop()  # noqa: RUF009  (a value, though a call makes it)
-    capacity: float = 1.25
+    capacity: float = ROOM
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -270,7 +182,7 @@ class Memory:
           UserError: gradients that have not the layers or shapes of the look-up's rows.
         """
         self._refuse_shard_map()
-        whole, grads = _in_one(lookup, row_grads)
+        whole, grads = in_one(lookup, row_grads)
         by_table: dict[str, Any] = {}
         for layer, grad in grads.items():
             name = engram_site(self.config, layer)
@@ -319,24 +231,11 @@ class Memory:
         """Row ids for each table, -1 for n-grams with a token that there is not, and how many
         tokens those are."""
         raw = self._vocabulary.lookup.size
-
-        def is_outside(ids: Any) -> Any:
-            return None if ids is None else (ids < 0) | (ids >= raw)
-
-        def inside(ids: Any) -> Any:
-            return None if ids is None else jnp.where(is_outside(ids), 0, ids)
-
         with jax.named_scope("hash"):
-            ids = self._addressing.ids(inside(tokens_BT), positions_BT, inside(history_BP))
-            since_BT1 = reach_from_dead(is_outside(tokens_BT), is_outside(history_BP))[..., None]
-            order_11H = np.repeat(np.arange(2, self.config.max_order + 1, dtype=np.int32),
-                                  self.config.heads)[None, None]
-            reach_BTH = order_11H if positions_BT is None else jnp.minimum(
-                order_11H, positions_BT[..., None] + 1)
-            count = sum(jnp.sum(is_outside(each), dtype=jnp.int32)
-                        for each in (tokens_BT, history_BP) if each is not None)
-            return {name: jnp.where(since_BT1 < reach_BTH, -1, each)
-                    for name, each in ids.items()}, count
+            ids = self._addressing.ids(tokens_BT, positions_BT, history_BP)
+            outside = sum(jnp.sum((each < 0) | (each >= raw), dtype=jnp.int32)
+                          for each in (tokens_BT, history_BP) if each is not None)
+            return ids, outside
 
     @functools.cached_property
     def _addressing(self) -> Addressing:
@@ -410,30 +309,6 @@ class Memory:
         if isinstance(ids, np.ndarray):
             self._vocabulary.canonical(ids)
         return ids
-
-
-def _in_one(lookup: Any, row_grads: Any) -> tuple[Lookup, Mapping[int, Any]]:
-    """The look-ups of several parts stacked, as `jax.lax.scan` does it; one as it is."""
-    if isinstance(lookup, Lookup):
-        _check_row_grads(lookup, row_grads)
-        return lookup, row_grads
-    require(len(lookup) == len(row_grads) > 0, "row_grads", len(row_grads),
-            f"must be as many as the look-ups, which are {len(lookup)}")
-    for one, grads in zip(lookup, row_grads, strict=True):
-        _check_row_grads(one, grads)
-
-    def stack(*parts: Any) -> Any:
-        return jnp.stack(parts)
-
-    return jax.tree.map(stack, *lookup), jax.tree.map(stack, *row_grads)
-
-
-def _check_row_grads(lookup: Lookup, row_grads: Mapping[int, Any]) -> None:
-    def shapes(rows: Mapping[int, Any]) -> dict[int, tuple[int, ...]]:
-        return {layer: tuple(np.shape(each)) for layer, each in rows.items()}
-
-    require(shapes(row_grads) == shapes(lookup.rows), "row_grads", shapes(row_grads),
-            f"must have the layers and shapes of the look-up's rows, {shapes(lookup.rows)}")
 
 
 # --- The verbs on global arrays, compiled once where they are called outside of a jit ---

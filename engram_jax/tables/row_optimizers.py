@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from engram_jax.config import OptimizerConfig
+from engram_jax.config import OptimizerConfig, require
 from engram_jax.tables import balance, rounding
 from engram_jax.tables.balance import Scaled
 from engram_jax.tables.exchange import UniqueRows
@@ -98,6 +98,7 @@ def row_adam(*, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8) -> RowOpti
         learning_rate: jax.Array,
         axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, RowAdamState]:
+        rows = _in_layout(layout, rows, number)
         ids_U, grads_UD = rows.ids_U, rows.grads_UD
         touched_U = layout.gather(state.touched_SR, ids_U)
         gap_U1 = (number - touched_U).astype(jnp.float32)[:, None]
@@ -147,6 +148,7 @@ def row_rmsprop(*, b2: float = 0.95, eps: float = 1e-8) -> RowOptimizer:
         learning_rate: jax.Array,
         axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, RowRmsPropState]:
+        rows = _in_layout(layout, rows, number)
         touches_U = layout.gather(state.touches_SR, rows.ids_U) + 1
         v_U = b2 * layout.gather(state.v_SR, rows.ids_U) + (1 - b2) * _mean_square(rows)
         root_U = jnp.sqrt(v_U / (1 - b2 ** touches_U.astype(jnp.float32))) + eps
@@ -183,6 +185,7 @@ def row_adagrad(*, eps: float = 1e-8) -> RowOptimizer:
         learning_rate: jax.Array,
         axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, RowAdagradState]:
+        rows = _in_layout(layout, rows, number)
         v_U = layout.gather(state.v_SR, rows.ids_U) + _mean_square(rows)
         change_UD = -learning_rate * rows.grads_UD / (jnp.sqrt(v_U) + eps)[:, None]
         table_SRD = _moved(layout, table_SRD, rows, change_UD, number)
@@ -220,6 +223,7 @@ def dense_adam(*, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8) -> RowOp
         learning_rate: jax.Array,
         axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, DenseAdamState]:
+        rows = _in_layout(layout, rows, number)
         active = _active(layout, rows, axes)
         m_SRD = layout.add(
             state.m_SRD * jnp.where(active, b1, 1.0), rows.ids_U, (1 - b1) * rows.grads_UD)
@@ -271,6 +275,7 @@ def balanced_momentum(
         learning_rate: jax.Array,
         axes: tuple[str, ...] = (),
     ) -> tuple[jax.Array, BalancedState]:
+        rows = _in_layout(layout, rows, number)
         active, touched_U = _active(layout, rows, axes), layout.holds(rows.ids_U)
         grads_UD = (1 - momentum) * jnp.where(touched_U[:, None], rows.grads_UD, 0)
         m_SRD = layout.add(state.m_SRD * jnp.where(active, momentum, 1.0), rows.ids_U, grads_UD)
@@ -292,10 +297,21 @@ def balanced_momentum(
 # --- What they share ---
 
 
+def _in_layout(layout: TableLayout, rows: UniqueRows, number: Any) -> UniqueRows:
+    """The rows by the ids that `layout` counts: local rows in a device's part, else row ids.
+
+    Raises:
+      UserError: the number of the update is seen to be below 1.
+    """
+    if not isinstance(number, jax.core.Tracer):
+        require(int(number) >= 1, "number", int(number), "must count the updates from 1")
+    return rows if layout.ordered else rows._replace(ids_U=rows.global_U)
+
+
 def _adam_direction(
     m: jax.Array, v: jax.Array, number: jax.Array, b1: float, b2: float, eps: float
 ) -> jax.Array:
-    t = number.astype(jnp.float32)
+    t = jnp.maximum(number, 1).astype(jnp.float32)  # the number 0 would give NaN
     return (m / (1 - b1**t)) / (jnp.sqrt(v / (1 - b2**t)) + eps)
 
 

@@ -45,10 +45,10 @@ class Split:
     near: int
 
     def whole(self, params: Any, *path: str | int) -> Any:
-        """The subtree `params`, found at `path`, with its matrices whole."""
+        """The subtree `params`, which stands at `path` of the tree, with its matrices whole."""
         axes = self.axes
-        for step in path:
-            axes = axes[step]
+        for key in path:
+            axes = axes[key]
         return jax.tree.map(
             lambda leaf, axis: gathered(leaf, axis, self.dtype, self.near) if axis else leaf,
             params, axes)
@@ -65,17 +65,17 @@ class Split:
         split = sum((square for square, axis in parts if axis), jnp.float32(0))
         return jax.lax.psum(split, FSDP) + sum(square for square, axis in parts if not axis)
 
-    def by_matrix(self, step: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
-        """`step`, a function of whole matrices [N, in, out], applied to all of `updates`."""
+    def by_matrix(self, change: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
+        """All of `updates` after `change`, a function of whole matrices [N, in, out]."""
         return jax.tree.map(
             lambda leaf, axis: leaf if _is_masked(leaf) else on_matrices(
-                self._spread(step, axis) if axis else step, leaf),
+                self._spread(change, axis) if axis else change, leaf),
             updates, self.axes, is_leaf=_is_masked)
 
     def _spread(
-        self, step: Callable[[jax.Array], jax.Array], axis: int
+        self, change: Callable[[jax.Array], jax.Array], axis: int
     ) -> Callable[[jax.Array], jax.Array]:
-        """`step` on split matrices, each whole on one device.
+        """`change` for split matrices, each whole on one device.
 
         One all_to_all gives each device its share of the matrices, another splits them again.
         """
@@ -86,7 +86,7 @@ class Split:
             shares = padded.reshape(self.devices, -1, *padded.shape[1:])
             whole = _joined(collectives.all_to_all(_packed(shares), FSDP, self.near), axis,
                             shares.shape[1:])
-            parts = _cut(step(whole), axis, self.devices)
+            parts = _cut(change(whole), axis, self.devices)
             return collectives.all_to_all(parts, FSDP, self.near).reshape(padded.shape)[:count]
 
         return spread

@@ -54,10 +54,10 @@ def chosen_mesh(shape: str | None = None) -> Mesh:
     shape = shape or os.environ.get("ENGRAM_MESH")
     if not shape:
         return make_mesh(1, len(jax.devices()))
-    found = re.fullmatch(r"(\d+)x(\d+)", shape)
-    if found is None:
+    sizes = re.fullmatch(r"(\d+)x(\d+)", shape)
+    if sizes is None:
         raise UserError(f"mesh = {shape!r}: write it as DATAxFSDP, for example 1x8")
-    return make_mesh(int(found[1]), int(found[2]))
+    return make_mesh(int(sizes[1]), int(sizes[2]))
 
 
 def single_mesh() -> Mesh:
@@ -125,8 +125,11 @@ def state_specs(run: RunConfig, mesh: Mesh) -> TrainState:
 
 
 def _like_params(opt_state: Any, params: Any) -> Any:
-    """Specs of an optimizer's state: a leaf at the end of whose path a parameter's path stands lies
-    as that parameter does, everything else is everywhere."""
+    """The specs of an optimizer's state.
+
+    A leaf at the end of whose path a parameter's path stands lies as that parameter does,
+    everything else is everywhere.
+    """
     of_param = dict(jax.tree_util.tree_leaves_with_path(params))
 
     def spec(path: tuple, leaf: Any) -> PartitionSpec:

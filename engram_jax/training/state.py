@@ -50,7 +50,7 @@ def updates_made(opt_state: Any) -> jax.Array:
 def init_state(run: RunConfig, seed: jax.Array | None = None) -> TrainState:
     """The state before the first step; a pure function, to be jitted.
 
-    `seed`, int32, stands in the place of `training.seed`, so that one program serves all seeds.
+    `seed`, int32, replaces `training.seed`, so that one program serves all seeds.
     """
     key = jax.random.key(run.training.seed if seed is None else seed)
     params_key, tables_key = jax.random.split(key)

@@ -101,7 +101,8 @@ def row_ids(run: RunConfig, addressing: Addressing, batch: Batch) -> dict[str, j
     position_BT = None
     if run.model.isolate_documents:
         position_BT = documents.documents(batch["starts_BT"]).position_BT
-    return addressing.ids(batch["tokens_BT"], position_BT)
+    with jax.named_scope("hash"):
+        return addressing.ids(batch["tokens_BT"], position_BT)
 
 
 class Seen(NamedTuple):

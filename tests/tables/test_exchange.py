@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tables import filled, flat, random
 
 from engram_jax.costs.collectives import collectives
-from engram_jax.tables import exchange, row_optimizers
+from engram_jax.tables import row_optimizers
 from engram_jax.tables.exchange import UNUSED, Exchange
 from engram_jax.tables.layout import TableLayout
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("compilations")
 
 AXES = ("data", "fsdp")
 SPREAD = PartitionSpec(AXES)
-LAYOUT = TableLayout(rows=1000, dim=4, shards=24)  # 8 places of padding
+LAYOUT = TableLayout(rows=1000, dim=4, shards=24)  # 8 rows of padding
 IDS = 24  # that a device looks up
 PROGRAMS = [((1, 1), 5), ((8, 1), 5), ((2, 4), 1), ((2, 4), 5), ((4, 2), 5), ((1, 3), 1000)]
 on_programs = pytest.mark.parametrize(
@@ -35,9 +35,9 @@ on_programs = pytest.mark.parametrize(
 # --- What runs ---
 
 
-def mesh_of(shape, kind=AxisType.Auto):
+def mesh_of(shape):
     devices = jax.devices()[:shape[0] * shape[1]]
-    return jax.make_mesh(shape, AXES, axis_types=(kind,) * 2, devices=devices)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def exchange_of(shape, capacity, layout=LAYOUT):
@@ -82,13 +82,13 @@ def program(shape, capacity, layout=LAYOUT):
 
     def run(table_SRD, table_16, ids, grads):
         route = here.route(ids)
-        found, found_16 = (here.lookup(table, ids, route) for table in (table_SRD, table_16))
+        fetched, fetched_16 = (here.lookup(table, ids, route) for table in (table_SRD, table_16))
         back = here.combine(route, grads.reshape(-1, layout.dim))
         part_shape = here.part.shape
         carry = (jnp.zeros(part_shape[:2], jnp.int32), jnp.zeros(part_shape),
                  jnp.full(part_shape[:2], -1, jnp.int32))
-        counts = (route.outside, *found[1:], back.square, back.touched)
-        return Outcome(found.rows, found_16.rows, here.demand(ids)[None],
+        counts = (route.outside, *fetched[1:], back.square, back.touched)
+        return Outcome(fetched.rows, fetched_16.rows, here.demand(ids)[None],
                        *(count[None] for count in counts), *here.update(back, carry, record))
 
     return on_devices(shape, run)
@@ -124,7 +124,7 @@ def cases(devices):
                              outside[::3].size)  # some of them in padding
     own = LAYOUT.shards // devices
     last_owner = draw.integers(0, 20, size) * LAYOUT.shards + LAYOUT.shards - 1 - any_id % own
-    found = {
+    kinds_of_ids = {
         "any": any_id,
         "one row": np.full(size, 7),
         "all different": draw.permutation(rows)[:size],
@@ -134,7 +134,7 @@ def cases(devices):
         "outside": outside,
         "nothing": np.full(size, -1),
     }
-    return {name: ids.astype(np.int32).reshape(-1, 3) for name, ids in found.items()}
+    return {name: ids.astype(np.int32).reshape(-1, 3) for name, ids in kinds_of_ids.items()}
 
 
 CASES = list(cases(1))
@@ -142,7 +142,7 @@ CASES = list(cases(1))
 
 def keys_asked(ids, devices, layout=LAYOUT):
     """For each device and each owner the distinct rows that the one asks of the other, as their
-    places in the order of the owner's rows."""
+    local rows at the owner."""
     own = layout.shards // devices
     asked = []
     for mine in ids.reshape(devices, -1):
@@ -246,21 +246,6 @@ def check_any_layout(data):
         ids = draw.integers(-2, spread, (devices * 4, 3)).astype(np.int32)
         got = program(shape, capacity, layout)(*tables(layout), ids, gradients(ids, layout.dim))
         check(jax.tree.map(np.asarray, got), ids, devices, capacity, layout)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (8, 1), (2, 4), (4, 2), (1, 3)], ids=str)
-def test_explicit_axes(shape):
-    mesh, devices = mesh_of(shape, AxisType.Explicit), shape[0] * shape[1]
-    spread = NamedSharding(mesh, SPREAD)
-
-    @jax.jit
-    def read(table, ids):
-        return exchange.on_mesh(mesh, AXES, LAYOUT, table, ids, 5)
-
-    table, ids = tables()[0], cases(devices)["Zipf"]
-    rows = read(jax.device_put(table, spread), jax.device_put(ids, spread))
-    assert jax.typeof(rows).sharding.spec[0] == AXES
-    np.testing.assert_array_equal(rows, LAYOUT.gather(jnp.asarray(table), ids))
 
 
 def test_a_table_of_nearly_2_31_rows():
@@ -383,8 +368,8 @@ def test_an_optimizer_does_the_same_on_a_mesh(dtype):
 # --- What travels ---
 
 
-def kinds(found):
-    return sorted(one.kind for one in found)
+def kinds(collectives_of):
+    return sorted(one.kind for one in collectives_of)
 
 
 def test_a_lookup_moves_rows_by_all_to_all_alone():
@@ -394,11 +379,11 @@ def test_a_lookup_moves_rows_by_all_to_all_alone():
         return here.lookup(table_SRD, ids, here.route(ids)).rows
 
     text = on_devices((2, 4), read).lower(tables()[0], cases(8)["any"]).compile().as_text()
-    found = collectives(text)
+    seen = collectives(text)
     one_round = ["all-reduce", "all-to-all", "all-to-all"]  # the round's end, ids, rows
-    assert kinds(one for one in found if one.exact) == one_round
-    assert kinds(one for one in found if not one.exact) == one_round
-    for one in found:
+    assert kinds(one for one in seen if one.exact) == one_round
+    assert kinds(one for one in seen if not one.exact) == one_round
+    for one in seen:
         numbers = one.bytes // 4
         if one.kind == "all-reduce":
             assert one.shapes == (("s32", (8,)),)
