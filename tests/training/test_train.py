@@ -211,6 +211,20 @@ def test_the_rate_is_that_of_the_steps_number(run, first, take, batch):
     assert moves[0] == pytest.approx(moves[1], rel=1e-3)
 
 
+def test_skipped_steps_are_not_in_the_bias_correction_of_tables(run, first, take, batch):
+    """The first update after two skipped steps moves rows as the first of all does, as optax's."""
+    rate = schedule(run.optimizer, run.training.steps)
+    moves = {}
+    for number in (0, 2):
+        state, _ = take(first.replace(step=jnp.int32(number)), batch)
+        for name, table in state.tables.items():
+            moved = (np.array(table) - np.array(first.tables[name])) / float(rate(number))
+            moves.setdefault(name, []).append(moved / run.optimizer.table_multiplier)
+    for of_first, after_skips in moves.values():
+        np.testing.assert_allclose(of_first, after_skips, rtol=1e-3, atol=1e-5)
+        assert np.abs(after_skips).max() == pytest.approx(1, rel=1e-3), "Adam's first is the sign"
+
+
 def test_good_steps_change_every_parameter(first, take, batch):
     state, metrics = take(first, batch)
     assert float(metrics["learning/skipped"]) == 0
