@@ -14,7 +14,7 @@ from engram_jax.cli.words import (
     keeping_programs,
     say,
 )
-from engram_jax.config import ROW_DTYPES
+from engram_jax.config import ROW_DTYPES, require
 from engram_jax.settings import json_text
 
 
@@ -68,20 +68,28 @@ def generate(options: Options) -> None:
 
 def _add_export(commands: Commands) -> None:
     command = add_command(
-        commands, export, "write a trained run's tables to files that inference reads",
+        commands, export, "write a trained run's tables, or all of it as safetensors",
         "export runs/mine --format table --dtype fp8")
     add_directory(command)
-    command.add_argument("--format", required=True, choices=["table"],
-                         help="table: one file for each table, rows packed with their scales")
+    command.add_argument("--format", required=True, choices=["table", "safetensors"],
+                         help="table: one file for each table, rows packed with their scales; "
+                         "safetensors: model and tables for other libraries, with checksums")
     command.add_argument("--dtype", default="fp8", choices=ROW_DTYPES,
-                         help="of the rows (default fp8: e4m3, a scale for each 32 columns)")
+                         help="of the rows of a table file (default fp8: e4m3, a scale for each 32 "
+                         "columns); safetensors have that of training")
     command.add_argument("--out", metavar="FOLDER",
-                         help="gets SITE.DTYPE.table, on a disk (default DIR/tables)")
+                         help="on a disk; gets SITE.DTYPE.table (default DIR/tables), or is made "
+                         "for the safetensors")
 
 
 def export(options: Options) -> None:
+    from engram_jax.interop.export import export_run
     from engram_jax.runs.export import export_tables
 
+    if options.format == "safetensors":
+        require(bool(options.out), "out", options.out, "safetensors need --out, a folder to make")
+        say(f"the export: {export_run(options.directory, options.out, say)}")
+        return
     export_tables(options.directory, options.dtype, options.out, say)
 
 

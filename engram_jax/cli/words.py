@@ -21,13 +21,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def add_command(commands: Commands, deed: Deed, summary: str, example: str) -> Parser:
-    """Add the command that has the name of its `deed`, the function that does it.
+def add_command(commands: Commands, deed: Deed, summary: str, example: str, name: str = ""
+                ) -> Parser:
+    """Add the command that has the name of its `deed`, the function that does it, or `name`.
 
     The deed gets the options and returns an exit code; None is 0.
     """
     command = commands.add_parser(
-        deed.__name__, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
+        name or deed.__name__, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"Example: engram-jax {example}")
     command.set_defaults(deed=deed)
     return command

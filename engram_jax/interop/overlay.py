@@ -8,6 +8,7 @@ Shapes: U changed rows, N ids asked for, B bytes of a packed row, S shards, R ro
 columns, K blocks.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -148,6 +149,22 @@ def difference(base: Home, changed: Iterable[np.ndarray]) -> Overlay:
     require(start == base.rows, "changed rows", start, f"must be {base.rows}")
     return Overlay(format=base.format, base=table_digest(base), ids_U=np.concatenate(ids),
                    rows_UB=np.concatenate(rows))
+
+
+def write_difference(base: str | os.PathLike[str], changed: str | os.PathLike[str],
+                     out: str | os.PathLike[str]) -> None:
+    """Write the overlay that makes one table file of another.
+
+    Raises:
+      UserError: tables that are not alike.
+      MachineError: something cannot be read or written.
+    """
+    with (contextlib.closing(DiskTable.open(base, check="read")) as before,
+          contextlib.closing(DiskTable.open(changed, check="read")) as after):
+        for field in ("site", "fingerprint", "rows", "dim", "dtype"):
+            old, new = getattr(before.info, field), getattr(after.info, field)
+            require(old == new, f"changed table's {field}", new, f"must be {old!r}, the base's")
+        difference(before, stretches(after)).write(out)
 
 
 class OverlaidTable:
