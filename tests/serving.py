@@ -81,7 +81,7 @@ def host_tables(model, dtype="float32"):
     homes = {}
     for site in sites(model):
         form = RowFormat(dtype, site.dim)
-        homes[site.name] = HostTable.from_array(form, form.pack(table_array(model, site)))
+        homes[site.name] = HostTable(form, form.pack(table_array(model, site)))
     return homes
 
 

@@ -369,16 +369,3 @@ def _fill(file: Any, data: memoryview) -> None:
         if not count:
             raise OSError("the file ended while it was read")
         data = data[count:]
-
-
-def write_sparse(path: str | os.PathLike[str], info: TableInfo) -> None:
-    """A table of zeros that takes no room on the disk but for its checksums; to try sizes out."""
-    zeros = bytes(info.block_rows * info.format.row_bytes)
-    checksums_K = np.full(info.blocks, zlib.crc32(zeros), np.uint32)
-    last = info.rows - (info.blocks - 1) * info.block_rows
-    checksums_K[-1] = zlib.crc32(zeros[:last * info.format.row_bytes])
-    header = header_bytes(info)
-    with refusals(path, "written"), open(path, "wb") as file:
-        file.write(header)
-        file.seek(len(header) + info.rows * info.format.row_bytes)
-        file.write(trailer_bytes(header, checksums_K))

@@ -37,16 +37,24 @@ _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
 class HostTable:
-    """A home in host memory; made by `allocate`, `from_array` or `from_file`.
+    """A home in host memory; `arrays.host_table` makes one of an array.
 
-    Attributes:
-      packed_RB: the rows themselves, uint8.
+    Args:
+      format: of the rows.
+      packed_RB: the rows themselves, contiguous uint8; they are not copied.
+
+    Raises:
+      UserError: another shape or dtype.
     """
 
     group = 1
     fingerprint = ""
 
     def __init__(self, format: RowFormat, packed_RB: np.ndarray):
+        require(packed_RB.dtype == np.uint8 and packed_RB.flags.c_contiguous
+                and packed_RB.ndim == 2 and packed_RB.shape[1] == format.row_bytes, "packed",
+                f"{packed_RB.dtype} {packed_RB.shape}",
+                f"must be contiguous uint8 [R, {format.row_bytes}]")
         self.format, self.rows = format, len(packed_RB)
         self.packed_RB = packed_RB
         self._meter = TierMeter()
@@ -61,19 +69,6 @@ class HostTable:
         """
         require(rows >= 1, "rows", rows, "must be at least 1")
         return cls(format, touched_zeros(rows * format.row_bytes).reshape(rows, format.row_bytes))
-
-    @classmethod
-    def from_array(cls, format: RowFormat, packed_RB: np.ndarray) -> "HostTable":
-        """The table that `packed_RB`, uint8 [R, B], is; it is not copied.
-
-        Raises:
-          UserError: another shape or dtype.
-        """
-        require(packed_RB.dtype == np.uint8 and packed_RB.flags.c_contiguous
-                and packed_RB.ndim == 2 and packed_RB.shape[1] == format.row_bytes, "packed",
-                f"{packed_RB.dtype} {packed_RB.shape}",
-                f"must be contiguous uint8 [R, {format.row_bytes}]")
-        return cls(format, packed_RB)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], expect: TableInfo | None = None

@@ -112,6 +112,12 @@ class RowSource(abc.ABC):
     def close(self) -> None:
         """Stop what runs, and close the tables."""
 
+    def __enter__(self) -> "RowSource":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def __call__(
         self, tokens: Tokens, history: np.ndarray | None = None,
         positions: np.ndarray | None = None,

@@ -45,7 +45,7 @@ def test_a_table_that_is_allocated_holds_zeros_until_it_is_written():
 def test_decoded_values_on_the_device_are_those_of_the_rows(dtype):
     rows = np.random.default_rng(0).standard_normal((50, 40)).astype(np.float32)
     form = RowFormat(dtype, 40)
-    table = HostTable.from_array(form, form.pack(rows))
+    table = HostTable(form, form.pack(rows))
     ids = np.random.default_rng(1).integers(0, 50, 20)
     on_device = jax.jit(form.unpack)(jax.device_put(table.lookup(ids)))
     np.testing.assert_array_equal(on_device, form.unpack_numpy(form.pack(rows))[ids])
@@ -53,7 +53,7 @@ def test_decoded_values_on_the_device_are_those_of_the_rows(dtype):
 
 def test_an_array_of_another_format_is_refused():
     with pytest.raises(UserError, match=r"packed = .*: must be contiguous uint8 \[R, 42\]"):
-        HostTable.from_array(RowFormat("fp8", 40), np.zeros((3, 40), np.uint8))
+        HostTable(RowFormat("fp8", 40), np.zeros((3, 40), np.uint8))
     with pytest.raises(UserError, match="rows = 0: must be at least 1"):
         HostTable.allocate(RowFormat("fp8", 40), 0)
 

@@ -279,7 +279,7 @@ def test_rows_that_do_not_come_raise_what_went_wrong(after, error, overlap, open
     """In the first chunk, in a later one, and while decoding; never a token from zeros."""
     homes = serving.host_tables(MODEL)
     table = homes["layer_2"]
-    homes["layer_2"] = Fails.from_array(table.format, table.packed_RB).fail(error, after)
+    homes["layer_2"] = Fails(table.format, table.packed_RB).fail(error, after)
     engine = serving.engine(MODEL, opened(serving.host_rows(MODEL, homes)), overlap=overlap)
     expected = serving.recomputed(MODEL, PROMPTS[1], TOKENS)
     engine.submit(Request(prompt=PROMPTS[1], tokens=TOKENS))

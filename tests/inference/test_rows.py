@@ -240,7 +240,7 @@ class Watched(HostTable):
 
 def watched(opened, errors=()):
     seen, errors = [], list(errors)
-    homes = {name: Watched.from_array(home.format, home.packed_RB).told(name, seen, errors)
+    homes = {name: Watched(home.format, home.packed_RB).told(name, seen, errors)
              for name, home in serving.host_tables(MODEL).items()}
     return opened(MODEL, homes), seen
 

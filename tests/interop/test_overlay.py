@@ -100,7 +100,7 @@ def test_the_digest_of_a_table_is_the_same_in_every_home_and_of_every_bit(folder
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_overlay_on_the_device_changes_its_rows_and_comes_off(dtype):
     layout, form = TableLayout(rows=101, dim=4, shards=8), RowFormat(dtype, 4)
-    host = HostTable.from_array(form, form.pack(tables.random(101, 4)))
+    host = HostTable(form, form.pack(tables.random(101, 4)))
     stored = np.uint16 if dtype == "bfloat16" else np.float32
     table_SRD = jnp.asarray(tables.filled(layout, host.packed_RB.view(stored)))
     changed = host.packed_RB.copy()

@@ -118,7 +118,7 @@ def test_bytes_are_those_that_travel():
     _, source = cache()
     _, sent = fetched(source, ids_of(5, 6))
     assert sent.bytes == 16 * HEADS * FORMAT.row_bytes + 2 * 16 * 4
-    straight = Sender(HostTable.from_array(FORMAT, PACKED))
+    straight = Sender(HostTable(FORMAT, PACKED))
     rows, sent = fetched(straight, ids_of(5, 6))
     assert (rows == PACKED[ids_of(5, 6)]).all()
     assert sent.bytes == 16 * FORMAT.row_bytes
@@ -172,7 +172,7 @@ def test_wrong_ids_are_refused(ids, line):
 
 def test_a_cache_without_room_is_refused():
     with pytest.raises(UserError, match="capacity_bytes"):
-        DeviceCache(HostTable.from_array(FORMAT, PACKED), HEADS, SET_BYTES - 1)
+        DeviceCache(HostTable(FORMAT, PACKED), HEADS, SET_BYTES - 1)
 
 
 def test_padded_sizes_are_few():

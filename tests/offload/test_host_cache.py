@@ -24,7 +24,7 @@ class Below:
 
     def __init__(self):
         packed = np.random.default_rng(0).integers(0, 256, (ROWS, FORMAT.row_bytes))
-        self.table = HostTable.from_array(FORMAT, packed.astype(np.uint8))
+        self.table = HostTable(FORMAT, packed.astype(np.uint8))
         self.format, self.rows = self.table.format, self.table.rows
         self.asked, self.left, self.closed = [], 99, False
 
