@@ -60,17 +60,44 @@ def test_every_room_has_its_place():
     assert rooms == set(LEVEL)
 
 
-@pytest.mark.parametrize(("room", "strangers"), [
-    ("hashing", ["tables", "offload", "model", "training", "runs"]),
-    ("tables", ["offload", "model", "training", "runs"]),
-    ("offload", ["tables", "model", "training", "runs"]),
-])
-def test_a_guest_of_one_room_walks_through_no_other(room, strangers):
-    """All of the room, with all that it imports in turn, in a process of its own."""
+ALL_MODULES = """
+for name in MODULES:
+    importlib.import_module(f"engram_jax.ROOM.{name}")
+"""
+ALL_EXPORTS = """
+room = importlib.import_module("engram_jax.ROOM")
+for name in room.__all__:
+    assert getattr(room, name) is not None
+    assert name in dir(room)
+"""
+WHICH = "print(*sorted({m.split('.')[1] for m in sys.modules if m.startswith('engram_jax.')}))"
+
+
+def walked(room, program):
+    """The rooms that a process of its own has imported after a program."""
     modules = sorted(path.stem for path in (PACKAGE / room).glob("*.py"))
-    program = "import importlib, sys\n" + "".join(
-        f"importlib.import_module('engram_jax.{room}.{name}')\n" for name in modules
-    ) + "print(*sorted({m.split('.')[1] for m in sys.modules if m.startswith('engram_jax.')}))"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True,
-                          text=True, cwd=PACKAGE.parent)
-    assert not set(done.stdout.split()) & set(strangers), done.stdout
+    program = program.replace("ROOM", room).replace("MODULES", repr(modules))
+    done = subprocess.run(
+        [sys.executable, "-c", f"import importlib, sys\n{program}\n{WHICH}"], check=True,
+        capture_output=True, text=True, cwd=PACKAGE.parent)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("program", [ALL_MODULES, ALL_EXPORTS], ids=["modules", "exports"])
+@pytest.mark.parametrize(("room", "strangers"), [
+    ("hashing", {"tables", "offload", "model", "training", "runs"}),
+    ("tables", {"offload", "model", "training", "runs"}),
+    ("offload", {"tables", "model", "training", "runs"}),
+])
+def test_a_guest_of_one_room_walks_through_no_other(room, strangers, program):
+    """All of the room, or all that it exports, with all that it imports in turn."""
+    there = walked(room, program)
+    assert room in there
+    assert not there & strangers, there
+
+
+@pytest.mark.parametrize("room", sorted(
+    path.parent.name for path in PACKAGE.glob("*/__init__.py")
+    if "__all__" in path.read_text() and path.parent.name not in ("hashing", "tables", "offload")))
+def test_every_export_is_there(room):
+    walked(room, ALL_EXPORTS)
