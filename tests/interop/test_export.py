@@ -2,8 +2,13 @@
 
 import hashlib
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,8 +16,11 @@ from engram_jax.errors import MachineError, UserError
 from engram_jax.insides.observing import open_run
 from engram_jax.interop import safetensors
 from engram_jax.interop.export import export_run, import_run, open_export
+from engram_jax.model import transformer
 from engram_jax.runs.directory import RunDirectory
-from engram_jax.tables.layout import layout_of
+from engram_jax.tables.layout import gather_rows, layout_of
+
+PYTHON = os.environ.get("ENGRAM_TORCH_PYTHON", sys.executable)
 
 
 @pytest.fixture(scope="module", name="exported")
@@ -123,3 +131,24 @@ def test_an_export_that_fails_leaves_no_folder(trained, tmp_path, monkeypatch):
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="is there already; choose another name"):
         export_run(trained, tmp_path / "there")
+
+
+def test_a_twin_in_pytorch_reads_the_export_and_gives_its_logits(trained, exported, tmp_path):
+    tried = subprocess.run([PYTHON, "-c", "import torch, safetensors"], capture_output=True,
+                           check=False)
+    if tried.returncode:
+        pytest.skip(f"{PYTHON} has no torch and safetensors; set ENGRAM_TORCH_PYTHON")
+    tokens_BT = np.random.default_rng(0).integers(0, 300, (3, 16)).astype(np.int32)
+    np.save(tmp_path / "tokens.npy", tokens_BT)
+    script = pathlib.Path(__file__).with_name("torch_twin.py")
+    subprocess.run([PYTHON, script, exported, tmp_path / "tokens.npy", tmp_path / "logits.npy"],
+                   check=True, capture_output=True)
+    opened = open_run(RunDirectory(trained))
+    model, state = opened.run.model, opened.state
+    ids = opened.reader.addressing.ids(jnp.asarray(tokens_BT))
+    ours, _ = jax.jit(transformer.apply, static_argnums=4)(
+        state.params, tokens_BT, gather_rows(model, state.tables, ids), state.router_bias, model)
+    theirs = np.load(tmp_path / "logits.npy")
+    worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
+    print(f"largest difference {worst:.1e} of the largest logit")
+    assert worst < 1e-6
