@@ -191,6 +191,6 @@ def _moves_rows(one: Collective, dims: set[int]) -> bool:
     return any(dtype == "f32" and shape and shape[-1] in dims for dtype, shape in one.shapes)
 
 
-def _wire(found: Iterable[Collective]) -> float:
+def _wire(calls: Iterable[Collective]) -> float:
     """Bytes that a device puts on the wire."""
-    return sum(one.times * one.bytes * WIRE[one.kind](one.group or DEVICES) for one in found)
+    return sum(one.times * one.bytes * WIRE[one.kind](one.group or DEVICES) for one in calls)

@@ -66,19 +66,19 @@ def gather_benchmark(*, batches: Sequence[int] = (1, 8), steps: int = 2048, pref
     tables = {site.name: _table(site.rows) for site in addressing.sites}
     fill_s = time.perf_counter() - started
     arms = _Arms(addressing, tables, max(prefill, *batches))
-    found: dict[str, Any] = {}
+    times: dict[str, Any] = {}
     equal = True
     for batch in batches:
         text = _steps(inputs.tokens.train, batch, arms.hash.history_length)
         row = _measured(arms, text, steps)
         row["us_per_token"] = row["us_per_step"] / batch
         for name, us in row.items():
-            found.setdefault(name, {})[str(batch)] = us
+            times.setdefault(name, {})[str(batch)] = us
         equal &= _equal(arms, text)
     prompt = _prefill(arms, inputs.tokens.train, prefill)
     size = sum(table.nbytes for table in tables.values())
     return {
-        **found, **prompt, "equal": equal,
+        **times, **prompt, "equal": equal,
         "table_gib": size / 2**30,
         "huge_page_gib": sum(table.huge_bytes for table in tables.values()) / 2**30,
         "table_fill_s": fill_s,
@@ -144,7 +144,7 @@ class _Arms:
         return clock, wanted, rows
 
     def plain(self, step: Step) -> tuple[list[float], list[Fetch], list[np.ndarray]]:
-        """As it is written in NumPy without a thought for time."""
+        """The same rows in plain NumPy, written without a thought for time."""
         clock = [time.perf_counter()]
         wanted, rows = [], []
         for site in self._addressing.sites:
@@ -173,9 +173,9 @@ def _measured(arms: _Arms, text: Iterator[Step], steps: int) -> dict[str, float]
     for _ in range(1 + -(-steps // STEPS_A_TURN)):  # the first turn warms up
         for name, way in ways.items():
             clocks[name] += [way(next(text))[0] for _ in range(STEPS_A_TURN)]
-    spent = {name: np.diff(np.array(found[STEPS_A_TURN:])) * 1e6 for name, found in clocks.items()}
+    spent = {name: np.diff(np.array(turns[STEPS_A_TURN:])) * 1e6 for name, turns in clocks.items()}
     parts = np.median(spent["us_per_step"], axis=0)
-    return {**{name: float(np.median(found.sum(axis=1))) for name, found in spent.items()},
+    return {**{name: float(np.median(turns.sum(axis=1))) for name, turns in spent.items()},
             **dict(zip(("hash_us", "distinct_us", "lookup_us"), parts.tolist(), strict=True))}
 
 

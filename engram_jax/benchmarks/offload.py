@@ -46,7 +46,7 @@ _TILE_ROWS = 65_521  # a prime: rows of different heads get different bytes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What is asked of which model.
+    """A model and the requests that it serves.
 
     Attributes:
       model: with a memory.
@@ -139,7 +139,7 @@ def offload_benchmark(work: Workload | None = None, trace: str = "") -> dict[str
             arm.time_alone(requests[:ALONE])
         if trace:
             _trace(next(arm for arm in arms if arm.home == "host"), requests[: work.slots], trace)
-        rows = [arm.found() for arm in arms]
+        rows = [arm.measured() for arm in arms]
     baseline = next(row["tokens_per_s"] for row in rows if row["home"] == "none")
     for row in rows:
         row["penalty"] = 1 - row["tokens_per_s"] / baseline
@@ -226,7 +226,7 @@ class _Arm:
                 pass
             self._first_s.append(time.perf_counter() - start)
 
-    def found(self) -> dict[str, Any]:
+    def measured(self) -> dict[str, Any]:
         ms = np.array(self._between_s) * 1e3
         row: dict[str, Any] = {
             "home": self.home, **self._way._asdict(),
@@ -246,7 +246,7 @@ class _Arm:
         return row
 
     def _hit_rate(self, counted: Counters) -> float | None:
-        """Of the fastest cache; None without one."""
+        """The hit rate of the fastest cache; None without one."""
         if not self._way.cache and not self._way.host_cache:
             return None
         return next(iter(counted.tiers.values())).hit_rate

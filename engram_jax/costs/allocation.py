@@ -131,8 +131,8 @@ def with_parameters(run: RunConfig, parameters: int) -> RunConfig:
         rows = (rows_per_head,) * len(engram.rows_per_head)
         return changed(run, {"model.engram": changed(engram, {"rows_per_head": rows})})
 
-    found = _last_at_most(lambda count: _rows(sized(count)) * engram.head_dim, wanted, most)
-    return min((sized(count) for count in (found, found + 1)),
+    largest = _last_at_most(lambda count: _rows(sized(count)) * engram.head_dim, wanted, most)
+    return min((sized(count) for count in (largest, largest + 1)),
                key=lambda made: abs(_rows(made) * engram.head_dim - wanted))
 
 

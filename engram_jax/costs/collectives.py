@@ -46,7 +46,7 @@ def collectives(program: Any) -> list[Collective]:
     """
     if not isinstance(program, Program):
         program = parse(program if isinstance(program, str) else program.as_text())
-    found: list[Collective] = []
+    calls: list[Collective] = []
     counted: set[str] = set()  # computations that are the inside of a collective
     started: set[str] = set()  # computations that run beside others
     for site in program.walk():
@@ -58,19 +58,19 @@ def collectives(program: Any) -> list[Collective]:
             continue
         counted.update(instruction.called)
         sent = _sent(computation, instruction)
-        found.append(Collective(
+        calls.append(Collective(
             kind=kind, shapes=sent, bytes=sum(map(bytes_of, sent)), times=site.times,
             exact=site.exact, group=_group(program, instruction),
             source=instruction.attribute(r'op_name="([^"]*)"') or "",
             overlaps=instruction.opcode.endswith("-start") or computation.name in started))
-    return found
+    return calls
 
 
-def by_kind(found: Iterable[Collective]) -> dict[str, dict[str, int]]:
+def by_kind(calls: Iterable[Collective]) -> dict[str, dict[str, int]]:
     """For each kind that occurs: `count` and `bytes` (per device, over all the times that they
     run) and `largest_bytes` (of one)."""
     totals: dict[str, collections.Counter[str]] = {}
-    for one in found:
+    for one in calls:
         total = totals.setdefault(one.kind, collections.Counter())
         total["count"] += one.times
         total["bytes"] += one.times * one.bytes

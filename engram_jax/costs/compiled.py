@@ -81,11 +81,11 @@ def _convolution(site: Site) -> int:
 
 def _window(text: str, rank: int) -> list[tuple[int, int, int, int, int]]:
     """size, stride, low padding, lhs_dilate, rhs_dilate of each spatial axis."""
-    found = dict(re.findall(r"(\w+)=(\S+)", text))
+    fields = dict(re.findall(r"(\w+)=(\S+)", text))
 
     def of(name: str, default: int) -> list[int]:
-        return [int(part.split("_")[0]) for part in found[name].split("x")
-                ] if name in found else [default] * rank
+        return [int(part.split("_")[0]) for part in fields[name].split("x")
+                ] if name in fields else [default] * rank
 
     return list(zip(of("size", 1), of("stride", 1), of("pad", 0), of("lhs_dilate", 1),
                     of("rhs_dilate", 1), strict=True))
@@ -99,8 +99,8 @@ def _taps(
         return out
     last = (size - 1) * dilation
     return sum(1 for at in range(out) for tap in range(window)
-               if 0 <= (place := at * stride + tap * spread - low) <= last
-               and place % dilation == 0)
+               if 0 <= (position := at * stride + tap * spread - low) <= last
+               and position % dilation == 0)
 
 
 def _ragged(site: Site) -> int:

@@ -65,20 +65,20 @@ def forecast(run: RunConfig, mesh: Mesh | None = None) -> Forecast:
         seconds=flops / (EFFICIENCY * mesh.size * _flops_a_second(run.model.compute_dtype)))
 
 
-def check(found: Sequence[Forecast]) -> None:
+def check(forecasts: Sequence[Forecast]) -> None:
     """Refuse runs that do not fit (UserError)."""
-    for each in found:
+    for each in forecasts:
         require(each.fits, "run", each.run.name,
                 f"needs {_gb(each.memory_bytes)} without activations, and the devices have "
                 f"{_gb(each.available_bytes)}: take more of them or a smaller scale")
 
 
-def table(found: Sequence[Forecast]) -> str:
+def table(forecasts: Sequence[Forecast]) -> str:
     """A line each run, and their sums."""
     head = (f"{'run':<34}{'total':>9}{'active':>9}{'tables':>9}{'experts':>9}{'rho':>7}"
             f"{'FLOPs/token':>13}{'tokens':>9}{'FLOPs':>10}{'needs':>11}{'time':>11}  fits")
     lines = [head, "-" * len(head)]
-    for each in found:
+    for each in forecasts:
         numbers, moe = account(each.run), each.run.model.moe
         rho = "-" if numbers.rho is None else f"{numbers.rho:.3f}"
         lines.append(
@@ -87,8 +87,8 @@ def table(found: Sequence[Forecast]) -> str:
             f"{moe.experts if moe else '-':>9}{rho:>7}{short(numbers.flops_per_token):>13}"
             f"{short(each.tokens):>9}{each.flops:>10.2e}{_gb(each.memory_bytes):>11}"
             f"{_duration(each.seconds):>11}  {'yes' if each.fits else 'no'}")
-    lines.append(f"{len(found)} runs, {sum(each.flops for each in found):.2e} FLOPs, about "
-                 f"{_duration(sum(each.seconds for each in found))} one after another on "
+    lines.append(f"{len(forecasts)} runs, {sum(each.flops for each in forecasts):.2e} FLOPs, about "
+                 f"{_duration(sum(each.seconds for each in forecasts))} one after another on "
                  f"{jax.device_count()} {jax.devices()[0].device_kind}")
     return "\n".join(lines)
 

@@ -42,8 +42,8 @@ class Instruction:
 
     def attribute(self, pattern: str) -> str | None:
         """The first group of `pattern` in the attributes."""
-        found = re.search(pattern, self.attributes)
-        return found[1] if found else None
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else None
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
@@ -133,10 +133,10 @@ class Program:
         carry = computation.instructions[loop.operands[0]]
         if carry.opcode != "tuple":
             return None
-        found = computation.instructions[carry.operands[index]]
-        while found.opcode in _FORWARDED and found.operands[0] in computation.instructions:
-            found = computation.instructions[found.operands[0]]
-        return int(found.literal) if found.opcode == "constant" else None
+        origin = computation.instructions[carry.operands[index]]
+        while origin.opcode in _FORWARDED and origin.operands[0] in computation.instructions:
+            origin = computation.instructions[origin.operands[0]]
+        return int(origin.literal) if origin.opcode == "constant" else None
 
 
 def parse(text: str) -> Program:

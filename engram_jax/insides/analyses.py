@@ -38,16 +38,16 @@ def _gates(opened: Opened, text: str) -> dict[str, Any]:
     gates.require_memory(opened)
     read = Text(opened, text)
     known = [sentence for sentence in GATED if opened.tokens(sentence).size]  # of its characters
-    found, *sentences = gates.of_texts(opened, [_beginning(opened, text), *known])
+    observed, *sentences = gates.of_texts(opened, [_beginning(opened, text), *known])
     layers, branches = {}, {}
-    for layer, gate_TM in found.gates.items():
+    for layer, gate_TM in observed.gates.items():
         extremes = gates.extremes(opened, read.inputs(), layer)
         follows_M = gates.pattern_branch(opened, read.inputs(), layer)
         layers[layer] = {
             "gates": gate_TM.tolist(), "highest": extremes.highest, "lowest": extremes.lowest,
             "pattern_correlation": follows_M.tolist()}
         branches[layer] = int(follows_M.argmax())
-    return {"pieces": found.pieces, "layers": layers, "pattern_branch": branches,
+    return {"pieces": observed.pieces, "layers": layers, "pattern_branch": branches,
             "examples": [
                 {"text": text, "pieces": sentence.pieces,
                  "layers": {layer: gate_TM.tolist() for layer, gate_TM in sentence.gates.items()}}
@@ -83,15 +83,15 @@ def of_cka(
     examples = sum(len(places_P) for _, places_P in batches)
     require(examples >= similarity.LEAST, "examples", examples,
             f"must be at least {similarity.LEAST}, the {positions} that lie in whole sequences")
-    found = {}
+    compared = {}
     for other in others or [first]:
         require(other.reader.tokenizer.to_str() == first.reader.tokenizer.to_str(), "run",
                 other.name, f"has another tokenizer than {first.name}, so their positions are of "
                 "different tokens")
         matrix = _likeness(first, other, batches)
-        found[other.name] = {"cka": matrix.tolist(),
+        compared[other.name] = {"cka": matrix.tolist(),
                              "soft_alignment": similarity.soft_alignment(matrix).tolist()}
-    return {"of": first.name, "positions": positions, "examples": examples, "with": found}
+    return {"of": first.name, "positions": positions, "examples": examples, "with": compared}
 
 
 def _spans(read: Text, marked: spans.Marked | None) -> tuple[str, np.ndarray]:
@@ -119,9 +119,9 @@ def _likeness(
     return alike.cka()
 
 
-def _at(opened: Opened, tokens_BT: np.ndarray, places: np.ndarray) -> np.ndarray:
+def _at(opened: Opened, tokens_BT: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Each layer's merged streams at some positions, [L, P, D]."""
-    return np.stack([np.asarray(x_BTMD.mean(axis=2)).reshape(tokens_BT.size, -1)[places]
+    return np.stack([np.asarray(x_BTMD.mean(axis=2)).reshape(tokens_BT.size, -1)[positions]
                      for x_BTMD in opened.observe(tokens_BT).streams[1:]])
 
 
@@ -141,13 +141,13 @@ def _suppression(
              "ngram_frequency": suppression.frequency_bands(counts, FREQUENT),
              "context": suppression.context}
     measured = suppression.measured(opened, read.batches())
-    found = {name: _plain(measured.by_kind(of_kind)) for name, of_kind in kinds.items()}
-    return {**found, "tasks": _plain(tasks.answered(opened, examples))} if examples else found
+    losses = {name: _plain(measured.by_kind(of_kind)) for name, of_kind in kinds.items()}
+    return {**losses, "tasks": _plain(tasks.answered(opened, examples))} if examples else losses
 
 
-def _plain(found: Mapping[str, suppression.Kept]) -> dict[str, dict[str, Any]]:
+def _plain(kinds: Mapping[str, suppression.Kept]) -> dict[str, dict[str, Any]]:
     return {name: {**vars(kept), "likelihood_kept": kept.likelihood_kept}
-            for name, kept in found.items()}
+            for name, kept in kinds.items()}
 
 
 def of_patchscope(runs: Sequence[Opened], text: str) -> dict[str, Any]:
@@ -158,8 +158,9 @@ def of_patchscope(runs: Sequence[Opened], text: str) -> dict[str, Any]:
 def of_tokenizer(runs: Sequence[Opened], text: str) -> dict[str, Any]:
     """What compression merges; the text is not read."""
     del text
-    found = {opened.name: compression(opened.reader.tokenizer) for opened in runs}
-    return {name: {**each._asdict(), "reduction": each.reduction} for name, each in found.items()}
+    compressions = {opened.name: compression(opened.reader.tokenizer) for opened in runs}
+    return {name: {**each._asdict(), "reduction": each.reduction}
+            for name, each in compressions.items()}
 
 
 def of_memory(runs: Sequence[Opened], text: str) -> dict[str, Any]:
@@ -186,21 +187,21 @@ def _memory(opened: Opened, read: Text) -> dict[str, Any]:
 def _orders(
     opened: Opened, site: str, tokens_BT: np.ndarray, ids_NH: np.ndarray
 ) -> dict[int, dict[str, Any]]:
-    """Of each order: occupancy, collisions and the cache curve."""
+    """How the rows of each n-gram order are used: occupancy, collisions and the cache curve."""
     hashing = opened.reader.addressing.hashes[site]
     layer = next(each.layer for each in opened.reader.addressing.sites if each.name == site)
-    found = {}
+    orders = {}
     for number, primes in enumerate(hashing.primes[layer]):
         order = number + 2
         ids_NK = ids_NH[:, number * hashing.heads : (number + 1) * hashing.heads]
         ngrams_N = _ngram_numbers(opened, site, tokens_BT, order)
         sizes = [2**power for power in range(4, max(5, int(np.log2(len(ngrams_N))) + 1))]
-        found[order] = {
+        orders[order] = {
             **memory_use.occupancy(ids_NK, ngrams_N, sum(primes))._asdict(),
             "foreign_reads_by_frequency": memory_use.collisions_by_frequency(ids_NK, ngrams_N),
             "cache_entries": sizes,
             "cache_hit_rates": memory_use.lru_hit_rates(ngrams_N, sizes)}
-    return found
+    return orders
 
 
 def _ngram_numbers(
@@ -274,7 +275,7 @@ def _marked(content: str, text: str | None) -> tuple[str, spans.Marked]:
 
 def write(text: str, what: str, folder: epath.PathLike) -> None:
     """Write findings to FOLDER/WHAT.json."""
-    place = epath.Path(folder)
-    with refusals(place, "written"):
-        place.mkdir(parents=True, exist_ok=True)
-    write_text(place / f"{what}.json", text + "\n")
+    path = epath.Path(folder)
+    with refusals(path, "written"):
+        path.mkdir(parents=True, exist_ok=True)
+    write_text(path / f"{what}.json", text + "\n")

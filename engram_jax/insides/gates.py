@@ -75,15 +75,15 @@ def of_texts(opened: Opened, texts: Sequence[str]) -> list[TokenGates]:
 def pieces(opened: Opened, tokens_T: np.ndarray) -> list[str]:
     """What each token adds to the decoded text."""
     decode = opened.reader.tokenizer.decode
-    found, before = [], ""
+    pieces, before = [], ""
     for stop in range(1, len(tokens_T) + 1):
         text = decode(tokens_T[:stop].tolist(), skip_special_tokens=False)
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
         if stop == len(tokens_T):
             whole = text
-        found.append(whole[len(before):])
+        pieces.append(whole[len(before):])
         before = max(before, whole, key=len)
-    return found
+    return pieces
 
 
 class Extremes(NamedTuple):

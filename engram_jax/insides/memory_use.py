@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Occupancy(NamedTuple):
-    """Of one table and text.
+    """How one text uses the rows of one table.
 
     Attributes:
       rows: of the table.
@@ -62,8 +62,8 @@ def occupancy(ids_NK: np.ndarray, ngrams_N: np.ndarray, rows: int) -> Occupancy:
     distinct_GK = np.asarray(ids_NK)[first]
     shared_GK = np.empty(distinct_GK.shape, bool)
     for head in range(distinct_GK.shape[1]):
-        _, place, times = np.unique(distinct_GK[:, head], return_inverse=True, return_counts=True)
-        shared_GK[:, head] = times[place] > 1
+        _, index, times = np.unique(distinct_GK[:, head], return_inverse=True, return_counts=True)
+        shared_GK[:, head] = times[index] > 1
     return Occupancy(rows=rows, touched=len(np.unique(ids_NK)), reads=int(np.size(ids_NK)),
                      collided=float(shared_GK.mean()),
                      heads_collided=float(shared_GK.all(axis=1).mean()))
@@ -113,25 +113,25 @@ def _stack_distances(keys: bytes) -> np.ndarray:
     last: dict[int, int] = {}
     out = np.full(count, np.inf)
 
-    def add(place: int, amount: int) -> None:
-        place += 1
-        while place <= count:
-            tree[place] += amount
-            place += place & -place
+    def add(position: int, amount: int) -> None:
+        position += 1
+        while position <= count:
+            tree[position] += amount
+            position += position & -position
 
-    def marked_before(place: int) -> int:
+    def marked_before(position: int) -> int:
         total = 0
-        while place > 0:
-            total += tree[place]
-            place -= place & -place
+        while position > 0:
+            total += tree[position]
+            position -= position & -position
         return total
 
-    for place, key in enumerate(keys_N.tolist()):
+    for position, key in enumerate(keys_N.tolist()):
         if (before := last.get(key)) is not None:
-            out[place] = marked_before(place) - marked_before(before + 1)
+            out[position] = marked_before(position) - marked_before(before + 1)
             add(before, -1)
-        add(place, 1)
-        last[key] = place
+        add(position, 1)
+        last[key] = position
     return out
 
 

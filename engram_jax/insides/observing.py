@@ -202,8 +202,8 @@ def open_run(records: RunDirectory) -> Opened:
     """
     run = records.config()
     reader = reader_of(records)
-    with last_checkpoint(records, reader) as found:
-        state = found.restore(placed_state(run, single_mesh()),
+    with last_checkpoint(records, reader) as checkpoint:
+        state = checkpoint.restore(placed_state(run, single_mesh()),
                               only=("params", "router_bias", "tables"))
     return Opened(run=run, reader=reader, state=state,
                   fingerprint=str(records.env().get("data_fingerprint", "")))

@@ -69,9 +69,9 @@ def _place(opened: Opened, prompt_T: np.ndarray, prompt: str, placeholder: str) 
 
 def _continued(opened: Opened, prompt_T: np.ndarray, patch: Patch, count: int) -> str:
     room_T = np.concatenate([prompt_T, np.full(count, opened.reader.pad_id, np.int32)])
-    for place in range(len(prompt_T), len(room_T)):  # one shape, compiled once
+    for position in range(len(prompt_T), len(room_T)):  # one shape, compiled once
         last = opened.observe(room_T[None], patch=patch).streams[-1]
-        logits_V = opened.head(last)[0, place - 1, : opened.reader.vocab_size]
-        room_T[place] = int(jnp.argmax(logits_V))
+        logits_V = opened.head(last)[0, position - 1, : opened.reader.vocab_size]
+        room_T[position] = int(jnp.argmax(logits_V))
     text: str = opened.reader.tokenizer.decode(room_T[len(prompt_T):].tolist())
     return text

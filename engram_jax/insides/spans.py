@@ -57,9 +57,9 @@ def names(text: str) -> list[Span]:
     Returns:
       Spans that do not overlap, in the order of the text.
     """
-    found = [*_capitalised(text), *_identifiers(text)]
+    names = [*_capitalised(text), *_identifiers(text)]
     chosen: list[Span] = []
-    for start, end in sorted(found, key=lambda span: (span[0], -span[1])):
+    for start, end in sorted(names, key=lambda span: (span[0], -span[1])):
         if not chosen or start >= chosen[-1][1]:
             chosen.append((start, end))
     return chosen
@@ -118,7 +118,7 @@ def listed(content: str, length: int) -> Marked:
     Raises:
       UserError: a line that is no span of the text; it names the line and the text's length.
     """
-    found = []
+    spans = []
     for number, line in enumerate(content.split("\n"), 1):
         words = line.partition("#")[0].split()
         if not words:
@@ -128,8 +128,8 @@ def listed(content: str, length: int) -> Marked:
         require(whole, f"spans line {number}", line[:SHOWN], right)
         start, end = map(int, words)
         require(start < end <= length, f"spans line {number}", line[:SHOWN], right)
-        found.append((start, end))
-    return Marked("spans of a file", sorted(found))
+        spans.append((start, end))
+    return Marked("spans of a file", sorted(spans))
 
 
 def few_nerd(content: str) -> tuple[str, Marked]:
@@ -143,7 +143,7 @@ def few_nerd(content: str) -> tuple[str, Marked]:
       UserError: a line of another form; it names the line.
     """
     text, before, joint = "", "O", ""
-    found: list[Span] = []
+    spans: list[Span] = []
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             before, joint = "O", "\n" if text else ""
@@ -156,10 +156,10 @@ def few_nerd(content: str) -> tuple[str, Marked]:
         start = len(text) + len(joint)
         text += joint + word
         if tag != "O":
-            first = found.pop()[0] if tag == before else start
-            found.append((first, len(text)))
+            first = spans.pop()[0] if tag == before else start
+            spans.append((first, len(text)))
         before, joint = tag, " "
-    return text, Marked("entities of a Few-NERD file", found)
+    return text, Marked("entities of a Few-NERD file", spans)
 
 
 # --- Their tokens ---

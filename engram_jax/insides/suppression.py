@@ -17,7 +17,7 @@ START = "start of a sequence"  # before which there is no n-gram
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Of one kind of tokens.
+    """What tokens of one kind lose without the memory.
 
     Attributes:
       tokens: how many there were.

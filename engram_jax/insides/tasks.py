@@ -57,10 +57,10 @@ def parsed(content: str) -> list[Example]:
     Raises:
       UserError: no example, or a line of another form; it names the line.
     """
-    found = [_example(line, number) for number, line in enumerate(content.split("\n"), 1)
+    examples = [_example(line, number) for number, line in enumerate(content.split("\n"), 1)
              if line.strip()]
-    require(bool(found), "tasks", content[:SHOWN], "must have a line of JSON for each example")
-    return found
+    require(bool(examples), "tasks", content[:SHOWN], "must have a line of JSON for each example")
+    return examples
 
 
 def _example(line: str, number: int) -> Example:
@@ -85,15 +85,15 @@ def answered(opened: Opened, examples: Sequence[Example]) -> dict[str, Answered]
     """
     cut = [_tokens(opened, example) for example in examples]
     scores, without = (_scores(opened, cut, scale) for scale in (1.0, 0.0))
-    found = {}
+    answers = {}
     for task in dict.fromkeys(example.task for example in examples):
         own = [number for number, example in enumerate(examples) if example.task == task]
         (loss, right), (suppressed, still) = (
             _told([of_each[number] for number in own]) for of_each in (scores, without))
-        found[task] = Answered(
+        answers[task] = Answered(
             tokens=sum(len(scores[number].loss_T) for number in own), loss=loss,
             suppressed=suppressed, examples=len(own), right=right, right_suppressed=still)
-    return found
+    return answers
 
 
 class _Cut(NamedTuple):
@@ -119,14 +119,14 @@ def _tokens(opened: Opened, example: Example) -> _Cut:
 
 
 class _Score(NamedTuple):
-    """Of an answer's tokens: nats float32 [T], and whether each is the likeliest, bool [T]."""
+    """The score of an answer's tokens: nats float32 [T], and which are the likeliest, bool [T]."""
 
     loss_T: np.ndarray
     right_T: np.ndarray
 
 
 def _scores(opened: Opened, cut: Sequence[_Cut], scale: float) -> list[_Score]:
-    found = []
+    scores = []
     for chosen, tokens in _batches(opened, cut):
         logits_BTV = opened.head(opened.observe(tokens[:, :-1], scale).streams[-1])
         loss_BT = np.asarray(cross_entropy(logits_BTV, jnp.asarray(tokens[:, 1:])))
@@ -134,8 +134,8 @@ def _scores(opened: Opened, cut: Sequence[_Cut], scale: float) -> list[_Score]:
         for each, loss_T, right_T in zip(
                 chosen, loss_BT, likeliest_BT == tokens[:, 1:], strict=False):
             own = slice(each.first - 1, len(each.tokens_T) - 1)
-            found.append(_Score(loss_T[own], right_T[own]))
-    return found
+            scores.append(_Score(loss_T[own], right_T[own]))
+    return scores
 
 
 def _batches(

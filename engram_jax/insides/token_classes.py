@@ -9,7 +9,7 @@ from engram_jax.hashing.compression import CompressedVocabulary
 
 
 class Compression(NamedTuple):
-    """Of a tokenizer.
+    """How much smaller a tokenizer becomes, and its largest classes.
 
     Attributes:
       raw, canonical: how many ids there are before and after.

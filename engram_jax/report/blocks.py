@@ -84,7 +84,7 @@ class Numbers:
     """A few large numbers with what they are: (number, words)."""
 
     kind: ClassVar[str] = "numbers"
-    found: Sequence[tuple[str, str]]
+    numbers: Sequence[tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

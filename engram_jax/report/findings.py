@@ -46,7 +46,7 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class Findings:
     """Findings of one analysis by arm, and by reason the arms that have none."""
 
     values: dict[str, Any]
@@ -76,7 +76,7 @@ class Material:
     def arms(self) -> list[Arm]:
         return [subject.arm for subject in self.subjects]
 
-    def of(self, what: str, subjects: Sequence[Subject] | None = None) -> Found:
+    def of(self, what: str, subjects: Sequence[Subject] | None = None) -> Findings:
         """The findings of `analyses.ANALYSES[what]` in each arm's opened run, or some arms'."""
         values: dict[str, Any] = {}
         reasons: dict[str, list[str]] = {}
@@ -87,7 +87,7 @@ class Material:
                 name = subject.opened.name if subject.opened else ""
                 reason = str(error).removeprefix(f"run = {name!r}: ")
                 reasons.setdefault(reason, []).append(subject.name)
-        return Found(values, reasons)
+        return Findings(values, reasons)
 
     def largest(self, names: Container[str] | None = None) -> Subject:
         """The arm with the largest memory, of all or of those named; the first of equals."""
@@ -102,8 +102,8 @@ class Material:
         """
         self._require_text()
         ours, theirs = _require_opened(first), _require_opened(other)
-        found = analyses.ANALYSES["cka"]([ours, theirs], self.text)
-        return {**found, **found["with"][theirs.name]}
+        likeness = analyses.ANALYSES["cka"]([ours, theirs], self.text)
+        return {**likeness, **likeness["with"][theirs.name]}
 
     def _of(self, what: str, subject: Subject) -> Any:
         opened = _require_opened(subject)
@@ -177,7 +177,7 @@ def material(
 
 
 def _in_order(arms: Sequence[Arm]) -> list[Arm]:
-    """Without memory first, then by kind and size: the order of folders says nothing."""
+    """The arms in the order of the page: without memory first, then by kind and size."""
     kinds = ["no memory", *(memory_kind(arm.runs[0].config) for arm in arms)]
     return sorted(arms, key=lambda arm: (kinds.index(memory_kind(arm.runs[0].config)),
                                          slots(arm.runs[0].config)))

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from engram_jax.errors import UserError
 from engram_jax.report import looks
 from engram_jax.report.blocks import Block, Cell, Group, Plot, Section, Table, Tokens
-from engram_jax.report.findings import Found, Material, Subject
+from engram_jax.report.findings import Findings, Material, Subject
 
 SHOWN = 10  # n-grams that open a gate most, and as many that shut it
 CELLS = 144  # of a heatmap, up to which each shows its number
@@ -16,27 +16,27 @@ CELLS = 144  # of a heatmap, up to which each shows its number
 
 def gates(material: Material) -> Section:
     """Gates token by token, the n-grams at their ends, and what they follow."""
-    found = material.of("gates")
+    findings = material.of("gates")
     blocks: list[Block] = []
-    if found.values:
-        chosen = material.largest(found.values).name
-        others = [name for name in found.values if name != chosen]
-        tables = {name: _extremes(name, values) for name, values in found.values.items()}
-        blocks = [*_tokens(found, chosen), *tables[chosen], _patterns(material, found)]
+    if findings.values:
+        chosen = material.largest(findings.values).name
+        others = [name for name in findings.values if name != chosen]
+        tables = {name: _extremes(name, values) for name, values in findings.values.items()}
+        blocks = [*_tokens(findings, chosen), *tables[chosen], _patterns(material, findings)]
         if others:
             blocks.append(Group(title="N-grams that open and shut the gates of the other arms",
                                 blocks=[table for name in others for table in tables[name]]))
     return Section(
-        name="gates", title="Gates", blocks=blocks, missing=found.missing,
+        name="gates", title="Gates", blocks=blocks, missing=findings.missing,
         reading="How much of what memory found each token lets in: the darker a token, the wider "
         "its gate stands open. The shade runs from the lowest to the highest gate of what is "
         "chosen. Point at a token (or tap it) for its number.")
 
 
-def _tokens(found: Found, chosen: str) -> list[Tokens]:
+def _tokens(findings: Findings, chosen: str) -> list[Tokens]:
     """The texts, once for arms that cut them into the same tokens."""
     grouped: dict[str, tuple[list[list[str]], dict[str, Any]]] = {}
-    for name, values in found.values.items():
+    for name, values in findings.values.items():
         texts = [values, *values.get("examples", [])]
         pieces = [[piece.replace("\n", f"{looks.RETURN}\n") for piece in each["pieces"]]
                   for each in texts]
@@ -67,11 +67,11 @@ def _ngrams(title: str, ngrams: Sequence[tuple[str, float, int]]) -> Table:
                        for text, gate, times in ngrams])
 
 
-def _patterns(material: Material, found: Found) -> Plot:
+def _patterns(material: Material, findings: Findings) -> Plot:
     """The correlation of each branch's gate with how sure the model was, a row an arm and layer."""
     rows = [(subject, layer, of_layer["pattern_correlation"])
-            for subject in material.subjects if subject.name in found.values
-            for layer, of_layer in found.values[subject.name]["layers"].items()]
+            for subject in material.subjects if subject.name in findings.values
+            for layer, of_layer in findings.values[subject.name]["layers"].items()]
     several = len({layer for _, layer, _ in rows}) > 1
     traces: list[Any] = []
     for number, (subject, layer, correlations) in enumerate(rows):
@@ -94,18 +94,18 @@ def _patterns(material: Material, found: Found) -> Plot:
 
 def lens(material: Material) -> Section:
     """How early a layer's prediction is the last one's."""
-    found = material.of("lens")
-    chosen = [subject for subject in material.subjects if subject.name in found.values]
+    findings = material.of("lens")
+    chosen = [subject for subject in material.subjects if subject.name in findings.values]
     traces = [looks.curve(subject.name, subject.look, list(range(len(values))), values,
                           "block %{x}: %{y:.4g} nats")
-              for subject in chosen for values in [found.values[subject.name]]]
+              for subject in chosen for values in [findings.values[subject.name]]]
     plots = [Plot(
         title="Divergence from the last block's prediction", height=340,
         keys=looks.keys(chosen),
-        figure=looks.figure(traces, looks.axis("block", dtick=_step(found.values.values())),
+        figure=looks.figure(traces, looks.axis("block", dtick=_step(findings.values.values())),
                             looks.axis("KL divergence, nats", rangemode="tozero")))]
     return Section(
-        name="lens", title="LogitLens", blocks=plots if traces else [], missing=found.missing,
+        name="lens", title="LogitLens", blocks=plots if traces else [], missing=findings.missing,
         reading="Each block's state is read off as if it were the last one's: the lower a curve, "
         "the nearer that block is to what the model says in the end, where it is 0. A curve that "
         "falls earlier is a model that is ready earlier.")
@@ -137,8 +137,8 @@ def cka(material: Material) -> Section:
         f"it were deeper than it is.{alike}")
 
 
-def _heatmap(found: Mapping[str, Any], first: str, other: str) -> Plot:
-    matrix = found["cka"]
+def _heatmap(likeness: Mapping[str, Any], first: str, other: str) -> Plot:
+    matrix = likeness["cka"]
     depth, other_depth = len(matrix), len(matrix[0])
     heat = go.Heatmap(
         z=matrix, zmin=0, zmax=1, xgap=2, ygap=2, showscale=depth * other_depth > CELLS,
@@ -147,7 +147,7 @@ def _heatmap(found: Mapping[str, Any], first: str, other: str) -> Plot:
         "<br>CKA %{z:.3f}<extra></extra>",
         colorbar={"thickness": 10, "outlinewidth": 0, "tickfont": {"color": looks.FAINT}})
     alignment = go.Scatter(
-        x=list(range(other_depth)), y=found["soft_alignment"], mode="lines+markers",
+        x=list(range(other_depth)), y=likeness["soft_alignment"], mode="lines+markers",
         line={"color": looks.ORANGE, "width": 2.2}, marker={"color": looks.ORANGE, "size": 7},
         hovertemplate="block %{x} is like block %{y:.2f}<extra></extra>")
     ends = [0, min(depth, other_depth) - 1]
@@ -155,7 +155,7 @@ def _heatmap(found: Mapping[str, Any], first: str, other: str) -> Plot:
                           line={"color": looks.INK, "width": 1, "dash": "dot"})
     title = f"{first} and itself" if first == other else f"{first} and {other}"
     return Plot(
-        title=title, height=min(560, 180 + 60 * depth), half=True, note=_compared(found),
+        title=title, height=min(560, 180 + 60 * depth), half=True, note=_compared(likeness),
         figure=looks.figure(
             [heat, diagonal, alignment],
             looks.axis(f"block of {looks.shortened(other)}", dtick=_step(matrix), showgrid=False),
@@ -163,9 +163,9 @@ def _heatmap(found: Mapping[str, Any], first: str, other: str) -> Plot:
             annotations=_cells(matrix)))
 
 
-def _compared(found: Mapping[str, Any]) -> str:
-    examples = f"{found['examples']:,} positions: " if "examples" in found else ""
-    return f"Orange: soft alignment. {examples}{found.get('positions', '')}".strip()
+def _compared(likeness: Mapping[str, Any]) -> str:
+    examples = f"{likeness['examples']:,} positions: " if "examples" in likeness else ""
+    return f"Orange: soft alignment. {examples}{likeness.get('positions', '')}".strip()
 
 
 def _cells(matrix: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
@@ -180,15 +180,15 @@ def _cells(matrix: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
 
 def suppression(material: Material) -> Section:
     """Losses with memory and without, by kind of token."""
-    found = material.of("suppression")
+    findings = material.of("suppression")
     blocks: list[Block] = []
-    if found.values:
-        chosen = material.largest(found.values).name
-        for group in dict.fromkeys(name for groups in found.values.values() for name in groups):
-            blocks += _of_group(material, group, chosen, found.values)
-    several = [subject for subject in material.subjects if subject.name in found.values]
+    if findings.values:
+        chosen = material.largest(findings.values).name
+        for group in dict.fromkeys(name for groups in findings.values.values() for name in groups):
+            blocks += _of_group(material, group, chosen, findings.values)
+    several = [subject for subject in material.subjects if subject.name in findings.values]
     return Section(
-        name="suppression", title="Memory taken away", blocks=blocks, missing=found.missing,
+        name="suppression", title="Memory taken away", blocks=blocks, missing=findings.missing,
         keys=looks.keys(several) if len(several) > 1 else (),
         reading="The same run with every row set to zero: what it loses is what it left to its "
         "memory. A model trained with memory is not one trained without, so this says where memory "
@@ -261,18 +261,18 @@ def _dumbbells(
 def patchscope(material: Material) -> Section:
     """What each model says of its own states."""
     first, other = material.subjects[0], material.largest()
-    found = material.of("patchscope", [first, other] if other is not first else [first])
-    depth = max(map(len, found.values.values()), default=0)
-    head = ["block", *found.values]
+    findings = material.of("patchscope", [first, other] if other is not first else [first])
+    depth = max(map(len, findings.values.values()), default=0)
+    head = ["block", *findings.values]
     rows = [[str(layer), *(values[layer].replace("\n", looks.RETURN) if layer < len(values) else "-"
-                           for values in found.values.values())] for layer in range(depth)]
+                           for values in findings.values.values())] for layer in range(depth)]
     of = material.prompt(first.opened) if material.text and first.opened else ""
     table = Table(title="What the state behind the last token says", head=head, rows=rows,
                   code=True, note=f"The text: \N{LEFT DOUBLE QUOTATION MARK}{of}"
                   "\N{RIGHT DOUBLE QUOTATION MARK}")
     return Section(
         name="patchscope", title="PatchScope", blocks=[table] if rows else [],
-        missing=found.missing,
+        missing=findings.missing,
         reading="Each block's state behind a text's last token is put into a prompt that asks the "
         "model to repeat what stands there. A large model that has made sense of the words says "
         "so from some block on; small ones go on as they always do.")

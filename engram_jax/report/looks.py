@@ -73,14 +73,14 @@ def looks(arms: Sequence[Arm]) -> list[Look]:
     known = [(memory_kind(run), slots(run)) for run in runs]
     if len(set(known)) == len(known) and len(known) > 2:
         return [_by_size(known, kind, size) for kind, size in known]
-    found, hue = [], 0
+    looks, hue = [], 0
     for kind, _ in known:
         if kind == "no memory" and known.count((kind, 0)) == 1:
-            found.append(_plain(GREY, "diamond"))
+            looks.append(_plain(GREY, "diamond"))
             continue
-        found.append(_plain(HUES[hue % len(HUES)], SYMBOLS[hue // len(HUES) % len(SYMBOLS)]))
+        looks.append(_plain(HUES[hue % len(HUES)], SYMBOLS[hue // len(HUES) % len(SYMBOLS)]))
         hue += 1
-    return found
+    return looks
 
 
 def _plain(colour: str, symbol: str = "circle") -> Look:
@@ -91,15 +91,15 @@ def _by_size(known: Sequence[tuple[str, int]], kind: str, size: int) -> Look:
     if kind not in RAMPS:
         return _plain(GREY, "diamond")
     sizes = sorted(each for name, each in known if name == kind)
-    place = sizes.index(size) / (len(sizes) - 1) if len(sizes) > 1 else 0.7
-    light, dark = (_between(*ends, place) for ends in RAMPS[kind])
+    share = sizes.index(size) / (len(sizes) - 1) if len(sizes) > 1 else 0.7
+    light, dark = (_between(*ends, share) for ends in RAMPS[kind])
     return Look(light, dark, "circle" if kind == "Engram" else "square")
 
 
-def _between(start: str, stop: str, place: float) -> str:
+def _between(start: str, stop: str, share: float) -> str:
     """The colour so far on the way; 0 is the start."""
     ends = [[int(colour[at : at + 2], 16) for at in (1, 3, 5)] for colour in (start, stop)]
-    return "#" + "".join(f"{round(a + (b - a) * place):02X}" for a, b in zip(*ends, strict=True))
+    return "#" + "".join(f"{round(a + (b - a) * share):02X}" for a, b in zip(*ends, strict=True))
 
 
 def swap(arms_looks: Sequence[Look]) -> dict[str, str]:
@@ -121,14 +121,14 @@ def shortened(name: str, length: int = 26) -> str:
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """With its sign, a true minus."""
+    """A number with its sign, a true minus."""
     return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def visible(text: str) -> str:
     """Text with its spaces and line breaks to be seen."""
-    def run(found: re.Match[str]) -> str:
-        count = len(found.group())
+    def run(match: re.Match[str]) -> str:
+        count = len(match.group())
         return "\N{OPEN BOX}" if count == 1 else f"\N{OPEN BOX}\N{MULTIPLICATION SIGN}{count}"
 
     return re.sub(" +", run, text.replace("\n", RETURN).replace("\t", TAB))
@@ -202,15 +202,15 @@ def curve(
 
 def dots(
     name: str, look: Look, x: Sequence[float], y: Sequence[float], hover: str,
-    found: Sequence[Interval] | None = None, **more: Any,
+    intervals: Sequence[Interval] | None = None, **more: Any,
 ) -> go.Scatter:
     """Points, with the ends of their intervals along x if they are given."""
     error = None
-    if found is not None and any(each.low is not None for each in found):
+    if intervals is not None and any(each.low is not None for each in intervals):
         error = {"type": "data", "symmetric": False, "thickness": 1.4, "width": 4,
                  "color": look.light,
-                 "array": [(each.high or each.mean) - each.mean for each in found],
-                 "arrayminus": [each.mean - (each.low or each.mean) for each in found]}
+                 "array": [(each.high or each.mean) - each.mean for each in intervals],
+                 "arrayminus": [each.mean - (each.low or each.mean) for each in intervals]}
     marker = {"color": look.light, "size": 10, "symbol": look.symbol, **more.pop("marker", {})}
     return go.Scatter(
         x=list(x), y=list(y), mode="markers", meta=name, name=name, error_x=error, marker=marker,

@@ -18,16 +18,16 @@ DASHES = ("solid", "dash", "dot", "dashdot")  # of orders
 
 def tokenizer(material: Material) -> Section:
     """What compression merges, once for each tokenizer."""
-    found = material.of("tokenizer")
+    findings = material.of("tokenizer")
     grouped: dict[str, tuple[list[str], Mapping[str, Any]]] = {}
-    for name, values in found.values.items():
+    for name, values in findings.values.items():
         grouped.setdefault(repr(values), ([], values))[0].append(name)
     blocks: list[Block] = []
     for names, values in grouped.values():
         of = f": {', '.join(names)}" if len(grouped) > 1 else ""
         blocks += _compression(values, of)
     return Section(
-        name="tokenizer", title="Compressed vocabulary", blocks=blocks, missing=found.missing,
+        name="tokenizer", title="Compressed vocabulary", blocks=blocks, missing=findings.missing,
         reading="Before they are hashed, tokens that are the same word up to case, accents and "
         "spaces get one canonical id, so that a row serves all spellings.")
 
@@ -41,7 +41,7 @@ def _compression(values: Mapping[str, Any], of: str) -> list[Block]:
         cliponaxis=False, textfont={"color": looks.FAINT, "size": 11})
     most = math.log10(max(sizes.values()))
     return [
-        Numbers(found=[(f"{values['raw']:,}", f"raw ids{of}"),
+        Numbers(numbers=[(f"{values['raw']:,}", f"raw ids{of}"),
                        (f"{values['canonical']:,}", "canonical ids"),
                        (f"{values['reduction']:.1%}", "fewer ids")]),
         Plot(title="How many tokens share a canonical id", height=260, half=True,
@@ -59,15 +59,15 @@ Used = tuple[Subject, str, Mapping[str, Any]]  # an arm, its site, and how that 
 
 def memory(material: Material) -> Section:
     """How a text uses the rows of each table."""
-    found = material.of("memory")
+    findings = material.of("memory")
     tables = [(subject, site, values) for subject in material.subjects
-              for site, values in found.values.get(subject.name, {}).items()]
+              for site, values in findings.values.get(subject.name, {}).items()]
     blocks: list[Block] = []
     if tables:
         blocks = [*_shares(tables), _ranks(tables), _foreign(tables), _norms(tables),
                   *_caches(tables)]
     return Section(
-        name="memory", title="Use of the memory", blocks=blocks, missing=found.missing,
+        name="memory", title="Use of the memory", blocks=blocks, missing=findings.missing,
         keys=looks.keys({subject.name: subject for subject, _, _ in tables}.values()),
         reading="Which rows the text reads, how many n-grams share one, and how few rows a cache "
         "would have to hold. All of it follows from the row ids; the text is the one above.")
@@ -132,15 +132,15 @@ def thinned(count: int, points: int = POINTS) -> list[int]:
     """About so many ranks from 0 to count - 1, evenly on a logarithmic axis."""
     if count <= points:
         return list(range(count))
-    return sorted({round(count ** (place / (points - 1))) - 1 for place in range(points)})
+    return sorted({round(count ** (point / (points - 1))) - 1 for point in range(points)})
 
 
 def _foreign(tables: Sequence[Used]) -> Plot:
     """The share of a row's reads that belongs to other n-grams, by how frequent one is."""
     traces = []
     for subject, _, values in tables:
-        for number, (order, found) in enumerate(values["orders"].items()):
-            bands = found["foreign_reads_by_frequency"]
+        for number, (order, use) in enumerate(values["orders"].items()):
+            bands = use["foreign_reads_by_frequency"]
             trace = looks.curve(subject.name, subject.look, _named(bands, memory_use.FREQUENCIES),
                                 list(bands.values()),
                                 f"{order}-grams that come %{{x}} times: %{{y:.1%}}")
@@ -153,9 +153,9 @@ def _foreign(tables: Sequence[Used]) -> Plot:
                     looks.axis("share of reads", tickformat=".0%", rangemode="tozero")))
 
 
-def _named(found: Mapping[int, float], bands: Sequence[int]) -> list[str]:
-    """The names of the bands that were found."""
-    return [looks.ranges(bands)[list(bands).index(low)] for low in found]
+def _named(shares: Mapping[int, float], bands: Sequence[int]) -> list[str]:
+    """The names of the bands that have a share."""
+    return [looks.ranges(bands)[list(bands).index(low)] for low in shares]
 
 
 def _bands_axis(title: str, bands: Sequence[int]) -> dict[str, Any]:
@@ -188,17 +188,17 @@ def _caches(tables: Sequence[Used]) -> Iterator[Plot]:
     """Hit rates of a cache; arms that read the same n-grams share a curve."""
     curves: dict[str, tuple[list[str], str, Mapping[str, Any]]] = {}
     for name, (_, _, values) in zip(_names(tables), tables, strict=True):
-        for order, found in values["orders"].items():
-            rates = found["cache_hit_rates"]
-            curves.setdefault(repr((order, rates)), ([], order, found))[0].append(name)
+        for order, use in values["orders"].items():
+            rates = use["cache_hit_rates"]
+            curves.setdefault(repr((order, rates)), ([], order, use))[0].append(name)
     same = len(curves) == len({order for _, order, _ in curves.values()})
     traces, keys = [], []
-    for number, (names, order, found) in enumerate(curves.values()):
+    for number, (names, order, use) in enumerate(curves.values()):
         said = f"{order}-grams" if same else f"{order}-grams, {', '.join(names)}"
         colour = looks.HUES[number % len(looks.HUES)]
         look = Look(colour, looks.ON_BLACK[colour])
         keys.append(Key(said, look))
-        traces.append(looks.curve(said, look, found["cache_entries"], found["cache_hit_rates"],
+        traces.append(looks.curve(said, look, use["cache_entries"], use["cache_hit_rates"],
                                   "%{x:,} n-grams: %{y:.1%} hits"))
     yield Plot(
         title="Hits of a cache by its size", height=320, keys=keys, half=True,

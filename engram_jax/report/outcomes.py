@@ -87,11 +87,11 @@ def _numbers(arm: Arm, first: Arm) -> list[Cell | str]:
             f"{bits.mean:.4f}", f"{speed.mean:,.0f}", *counts]
 
 
-def ends(found: Interval, said: Any) -> str:
+def ends(spread: Interval, said: Any) -> str:
     """An interval's ends as words; nothing for one value."""
-    if found.low is None or found.high is None:
+    if spread.low is None or spread.high is None:
         return ""
-    return f"{said(found.low)} to {said(found.high)}"
+    return f"{said(spread.low)} to {said(spread.high)}"
 
 
 def _losses(done: Sequence[Subject]) -> Plot:
@@ -99,16 +99,16 @@ def _losses(done: Sequence[Subject]) -> Plot:
     traces = []
     for row, subject in enumerate(done):
         values = subject.arm.values("loss")
-        found = interval(values.values())
-        said = ends(found, "{:.4f}".format)
+        spread = interval(values.values())
+        said = ends(spread, "{:.4f}".format)
         if len(values) > 1:
             traces.append(looks.dots(
                 subject.name, subject.look, list(values.values()), [row] * len(values),
                 "seed %{customdata}: %{x:.4f} nats a token", marker={"size": 7, "opacity": 0.45},
                 customdata=[seed for _, seed in values]))
-        traces.append(looks.dots(subject.name, subject.look, [found.mean], [row],
+        traces.append(looks.dots(subject.name, subject.look, [spread.mean], [row],
                                  "%{x:.4f} nats a token" + (f"<br>95 % {said}" if said else ""),
-                                 found=[found]))
+                                 intervals=[spread]))
     return Plot(title="Validation loss by arm", height=looks.height(len(done)),
                 figure=looks.figure(traces, looks.axis("nats a token", tickformat=".2f"),
                                     looks.rows_axis([subject.name for subject in done])),
@@ -123,10 +123,10 @@ def _by_slots(done: Sequence[Subject]) -> Plot | None:
     for subject in done:
         kinds[looks.memory_kind(subject.arm.runs[0].config)].append(subject)
     bare = kinds.pop("no memory", [])
-    sizes = [{_slots(subject) for subject in found} for found in kinds.values()]
+    sizes = [{_slots(subject) for subject in alike} for alike in kinds.values()]
     if not any(len(each) > 1 for each in sizes) or not all(map(_only_slots, kinds.values())):
         return None
-    traces: list[Any] = [_line(kind, sorted(found, key=_slots)) for kind, found in kinds.items()]
+    traces: list[Any] = [_line(kind, sorted(alike, key=_slots)) for kind, alike in kinds.items()]
     everywhere = sorted(set().union(*sizes))
     for subject in bare[:1]:
         mean = interval(subject.arm.values("loss").values()).mean
@@ -144,9 +144,9 @@ def _by_slots(done: Sequence[Subject]) -> Plot | None:
             looks.axis("nats a token", tickformat=".2f")))
 
 
-def _only_slots(found: Sequence[Subject]) -> bool:
+def _only_slots(subjects: Sequence[Subject]) -> bool:
     """Whether arms differ in nothing else."""
-    names = comparing.differing([subject.arm for subject in found])
+    names = comparing.differing([subject.arm for subject in subjects])
     return all(name.endswith(".rows_per_head") for name in names)
 
 
@@ -154,10 +154,10 @@ def _slots(subject: Subject) -> int:
     return looks.slots(subject.arm.runs[0].config)
 
 
-def _line(kind: str, found: Sequence[Subject]) -> go.Scatter:
-    look = found[-1].look if len(found) < 2 else found[len(found) // 2].look
-    means = [interval(subject.arm.values("loss").values()) for subject in found]
-    line = _named(looks.curve(kind, look, [_slots(subject) for subject in found],
+def _line(kind: str, subjects: Sequence[Subject]) -> go.Scatter:
+    look = subjects[-1].look if len(subjects) < 2 else subjects[len(subjects) // 2].look
+    means = [interval(subject.arm.values("loss").values()) for subject in subjects]
+    line = _named(looks.curve(kind, look, [_slots(subject) for subject in subjects],
                        [mean.mean for mean in means], "%{x:,} slots: %{y:.4f} nats a token"))
     if any(mean.low is not None for mean in means):
         line.error_y = {"type": "data", "thickness": 1.3, "width": 4, "color": look.light,
@@ -179,10 +179,10 @@ def curves(material: Material) -> Section:
             for subject in material.subjects]
     plots, missing = [], []
     for name, title, unit in METRICS:
-        traces = [looks.curve(subject.name, subject.look, *_columns(found[name]),
+        traces = [looks.curve(subject.name, subject.look, *_columns(curves[name]),
                               _of_seed(run, len(runs)) + STEP, markers=len(runs) == 1,
                               opacity=1 if len(runs) == 1 else 0.6)
-                  for subject, runs in read for run, found in runs if len(found[name]) > 1]
+                  for subject, runs in read for run, curves in runs if len(curves[name]) > 1]
         if not traces:
             missing.append(f"{title}: not logged more than once in any run")
             continue
@@ -208,11 +208,11 @@ def _of_seed(run: Run, seeds: int) -> str:
 
 
 def _curves(run: Run) -> Curves:
-    found: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
+    curves: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
     for row in RunDirectory(run.path).metrics():
         for name, value in row.items():
-            found[name].append((row["step"], value))
-    return found
+            curves[name].append((row["step"], value))
+    return curves
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
@@ -222,14 +222,14 @@ def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[flo
 def _gaps(read: Sequence[tuple[Subject, Sequence[tuple[Run, Curves]]]]) -> list[go.Scatter]:
     """The mean over seeds of the training loss less the first arm's at the same step, of each arm
     that read the same batches."""
-    bare = {run.seed: dict(found["learning/loss"]) for run, found in read[0][1]}
+    bare = {run.seed: dict(curves["learning/loss"]) for run, curves in read[0][1]}
     traces = []
     for subject, runs in read[1:]:
         if any(subject.arm.fields[name] != read[0][0].arm.fields[name] for name in BATCHES):
             continue
         gaps: dict[int, list[float]] = collections.defaultdict(list)
-        for run, found in runs:
-            for step, loss in found["learning/loss"]:
+        for run, curves in runs:
+            for step, loss in curves["learning/loss"]:
                 if step in bare.get(run.seed, {}):
                     gaps[step].append(loss - bare[run.seed][step])
         if gaps:
@@ -274,13 +274,13 @@ def _told(counts: Sequence[int]) -> go.Scatter:
 def _stacked(title: str, arms: Sequence[Arm], which: str) -> Plot:
     sums = [_parts(arm, which) for arm in arms]
     colours = {**PARTS, TABLES: looks.AMBER, REST: looks.INK}
-    kinds = [kind for kind in colours if any(found[kind] for found in sums)]
+    kinds = [kind for kind in colours if any(own[kind] for own in sums)]
     traces: list[Any] = [go.Bar(
-        x=[found[kind] for found in sums], y=list(range(len(arms))), orientation="h", meta=kind,
+        x=[own[kind] for own in sums], y=list(range(len(arms))), orientation="h", meta=kind,
         name=kind, marker={"color": colours[kind], "line": {"width": 0}},
         hovertemplate=f"%{{customdata}}<br>{kind} %{{x:.4s}}<extra></extra>",
         customdata=[looks.plain(arm.name) for arm in arms]) for kind in kinds]
-    totals = [sum(found.values()) for found in sums]
+    totals = [sum(own.values()) for own in sums]
     keys = [Key(kind, Look(colours[kind], looks.ON_BLACK[colours[kind]])) for kind in kinds]
     return Plot(title=title, height=looks.height(len(arms)), keys=keys, figure=looks.figure(
         [*traces, _told(totals)],
@@ -291,9 +291,9 @@ def _stacked(title: str, arms: Sequence[Arm], which: str) -> Plot:
 def _parts(arm: Arm, which: str) -> collections.Counter[str]:
     """Parameters by the kinds that are drawn."""
     left_out = ["token embedding", *(["LM head"] if which == "active" else [])]
-    found: collections.Counter[str] = collections.Counter()
+    sums: collections.Counter[str] = collections.Counter()
     for kind, part in arm.numbers.parts.items():
         if kind not in left_out:
             drawn = TABLES if kind.startswith("table ") else kind if kind in PARTS else REST
-            found[drawn] += getattr(part, which)
-    return found
+            sums[drawn] += getattr(part, which)
+    return sums

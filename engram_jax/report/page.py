@@ -50,25 +50,25 @@ def write_report(
         in none.
       MachineError: something cannot be read or written.
     """
-    place = epath.Path(out).expanduser()
-    require(not place.is_dir(), "out", os.fspath(out), "is a folder; name a file, for example "
-            f"{os.fspath(place / 'report.html')}")
-    if is_local(place):
-        require(place.parent.is_dir() and os.access(place.parent, os.W_OK), "out", os.fspath(out),
+    path = epath.Path(out).expanduser()
+    require(not path.is_dir(), "out", os.fspath(out), "is a folder; name a file, for example "
+            f"{os.fspath(path / 'report.html')}")
+    if is_local(path):
+        require(path.parent.is_dir() and os.access(path.parent, os.W_OK), "out", os.fspath(out),
                 "its folder is not there or cannot be written")
-    found = material(directories, file)
+    gathered = material(directories, file)
     sections = []
     for make in SECTIONS:
-        sections.append(make(found))
+        sections.append(make(gathered))
         say(f"done: {sections[-1].title}")
     words = ["engram-jax", "report", *map(os.fspath, directories), "--out", os.fspath(out),
              *(["--text", os.fspath(file)] if file else [])]
-    title = found.arms[0].name if len(found.arms) == 1 else ", ".join(
+    title = gathered.arms[0].name if len(gathered.arms) == 1 else ", ".join(
         RunDirectory(directory).path.name for directory in directories)
-    write_text(place, page(title, found, [*sections, records(found, shlex.join(words))]))
+    write_text(path, page(title, gathered, [*sections, records(gathered, shlex.join(words))]))
 
 
-def page(title: str, found: Material, sections: Sequence[Section]) -> str:
+def page(title: str, material: Material, sections: Sequence[Section]) -> str:
     """The page, as text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("engram_jax.report", "parts"), autoescape=True,
@@ -77,14 +77,14 @@ def page(title: str, found: Material, sections: Sequence[Section]) -> str:
     assert loader is not None
     style, script = (loader.get_source(environment, name)[0] for name in ("style.css", "page.js"))
     return environment.get_template("template.html.j2").render(
-        title=title, headline=headline(found), facts=facts(found),
-        sections=sections, swap=looks.swap([subject.look for subject in found.subjects]),
+        title=title, headline=headline(material), facts=facts(material),
+        sections=sections, swap=looks.swap([subject.look for subject in material.subjects]),
         style=style, script=script, plotly=get_plotlyjs(), version=__version__)
 
 
-def headline(found: Material) -> tuple[str, str]:
+def headline(material: Material) -> tuple[str, str]:
     """The number that stands over the page, and what it is."""
-    first, *others = found.arms
+    first, *others = material.arms
     loss, bits = first.mean("loss"), first.mean("bits_per_byte")
     gaps = {arm.name: gap for arm in others if (gap := arm.against(first))}
     if gaps:
@@ -104,15 +104,15 @@ def headline(found: Material) -> tuple[str, str]:
                                 f"{bits.mean:.3f} bits a byte")
 
 
-def facts(found: Material) -> list[str]:
+def facts(material: Material) -> list[str]:
     """What the runs are, in a few words each."""
-    runs = [run for arm in found.arms for run in arm.runs]
+    runs = [run for arm in material.arms for run in arm.runs]
     texts = dict.fromkeys(epath.Path(run.config.data.path).name for run in runs)
     tokens = {run.config.training.steps * run.config.data.batch_size
               * run.config.data.sequence_length for run in runs}
-    active = {arm.numbers.active_params for arm in found.arms}
-    return [f"{len(runs)} run{'s' * (len(runs) > 1)} in {len(found.arms)} "
-            f"arm{'s' * (len(found.arms) > 1)}",
+    active = {arm.numbers.active_params for arm in material.arms}
+    return [f"{len(runs)} run{'s' * (len(runs) > 1)} in {len(material.arms)} "
+            f"arm{'s' * (len(material.arms) > 1)}",
             f"trained on {', '.join(texts)}", f"{_span(tokens)} tokens each",
             f"{_span(active)} active parameters"]
 
@@ -122,10 +122,10 @@ def _span(numbers: set[int]) -> str:
     return short(low) if high - low <= ALIKE * low else f"{short(low)} to {short(high)}"
 
 
-def records(found: Material, command: str) -> Section:
+def records(material: Material, command: str) -> Section:
     """Config and environment of each run, and the commands."""
     blocks = [Folded(title=run.path.name, texts=_of_run(run.path, to_dict(run.config)))
-              for arm in found.arms for run in arm.runs]
+              for arm in material.arms for run in arm.runs]
     blocks.append(Folded(title="This page", texts=[("made by", command)]))
     return Section(name="records", title="Configs and environments", blocks=blocks,
                    reading="What each run was, on what it ran, and the commands that made it and "
