@@ -1,0 +1,1 @@
+"""Do our disagreements with the paper shrink as models are trained?"""
