@@ -26,6 +26,7 @@ from engram_jax.storage import is_local, refusals
 
 BLOCK = 2**20  # bytes read at once
 DEEPEST = 200  # brackets within brackets in JSON; a limit of its own in each Python otherwise
+BYTE_ORDER_MARK = "\ufeff"
 GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"  # no text in UTF-8 begins with these
 PACKED_SUFFIXES = (".gz", ".gzip", ".zst", ".zstd")
 
@@ -115,13 +116,13 @@ def text_blocks(stream: BinaryIO) -> Iterator[str]:
       Unreadable: a NUL byte, or not UTF-8; says at which byte.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    begin = 0  # the byte of the file at which the block begins
+    begin, blank = 0, True  # the byte at which the block begins; whether there was no text yet
     while block := stream.read(BLOCK):
         if 0 in block:
             raise Unreadable(f"holds a NUL byte at offset {begin + block.index(0)}")
-        skipped = len(codecs.BOM_UTF8) if begin == 0 and block.startswith(codecs.BOM_UTF8) else 0
-        yield _decoded(decoder, block[skipped:], begin + skipped, False)
-        begin += len(block)
+        text = _decoded(decoder, block, begin, False)
+        yield text.removeprefix(BYTE_ORDER_MARK) if blank else text
+        begin, blank = begin + len(block), blank and not text
     yield _decoded(decoder, b"", begin, True)
 
 

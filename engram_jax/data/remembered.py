@@ -36,8 +36,9 @@ def recall(config: DataConfig, stamp: Any) -> Known | None:
         return None
     with contextlib.suppress(OSError, ValueError, TypeError):
         values = json.loads((_folder(config) / _name(config, stamp)).read_text())
-        if all(isinstance(value, str) for value in values.values()):
-            return Known(**values)
+        known = Known(**values)
+        if all(isinstance(value, str) for value in known):
+            return known
     return None
 
 

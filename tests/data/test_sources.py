@@ -1,7 +1,10 @@
 """Text from anywhere: every kind of source, and what is no text."""
 
 import contextlib
+import gzip
 import hashlib
+import os
+import subprocess
 import sysconfig
 
 import numpy as np
@@ -9,7 +12,7 @@ import pytest
 from etils import epath
 from texts import changed, documents, write_documents
 
-from engram_jax.data import read_ahead, sources, tokens
+from engram_jax.data import read_ahead, reading, sources, tokens
 from engram_jax.errors import MachineError, UserError
 
 
@@ -42,6 +45,73 @@ def test_a_folder_is_read_below_and_in_order(tmp_path, settings):
         (folder / path).write_text({"empty.txt": "", "blank.txt": " \n"}.get(path, path))
     (folder / "c.jsonl").write_text('{"text": "row"}\n')
     assert documents(settings, folder) == ["a/10.txt", "a/2.txt", "b.md", "row"]
+
+
+def test_a_folder_with_links_to_itself(tmp_path, settings):
+    folder = tmp_path / "f"
+    write_documents(folder, ["one", "two"])
+    for name in ("b", "c"):
+        write_documents(folder / name, [f"{name} one"])
+    for link, to in (("loop", "."), ("b/up", ".."), ("b/side", "../c"), ("c/side", "../b"),
+                     ("a", "c"), ("file", "0000.txt")):
+        (folder / link).symlink_to(to)
+    # c is read as a, the first of its names, and b from within it.
+    assert documents(settings, folder) == ["one", "two", "c one", "b one", "one"]
+    tokens.open_tokens(changed(settings, path=str(folder)))
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, settings):
+    (tmp_path / "f").mkdir()
+    os.mkfifo(tmp_path / "f" / "pipe")
+    for path in (tmp_path / "f", tmp_path / "f" / "pipe"):
+        with pytest.raises(UserError, match=r"^data\.path = .*pipe is no regular file"):
+            documents(settings, path)
+
+
+def test_folders_as_deep_as_a_path_may_be(tmp_path, settings, monkeypatch):
+    (tmp_path / "f").mkdir()
+    monkeypatch.chdir(tmp_path / "f")
+    for _ in range(1200):  # further than functions may call each other
+        os.mkdir("d")
+        os.chdir("d")
+    (epath.Path("a.txt")).write_text("deep")
+    os.chdir(tmp_path)
+    try:
+        assert documents(settings, "f") == ["deep"]
+    finally:  # deeper than pytest could clear away
+        subprocess.run(["rm", "-rf", "f"], check=True)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 1000])
+@pytest.mark.parametrize(("data", "text"), [
+    (b"\xef\xbb\xbf", None), (b"\xef\xbb\xbfa", "a"), ("é日\U0001f600é\r\n".encode(), None),
+    ("a\ufeffb".encode(), None), (b" \n" * 5 + b"x", None), (b"x" + b" \n" * 5, None),
+    (b"a\rb\r\nc\n\x85\xff", "is not UTF-8 at byte 7"), (b"\xef\xbb\xbf\xff", "at byte 3"),
+    (b"abc\xe6\x97", "is not UTF-8 at byte 3"), (b"abcd\xe6\x97a", "is not UTF-8 at byte 4"),
+    (b"abc\0", "holds a NUL byte at offset 3"),
+])
+def test_text_in_blocks_of_any_size(tmp_path, settings, monkeypatch, block, data, text):
+    monkeypatch.setattr(reading, "BLOCK", block)
+    (tmp_path / "a.txt").write_bytes(data)
+    if text and " " in text:
+        with pytest.raises(UserError, match=text):
+            documents(settings, tmp_path / "a.txt")
+        with pytest.raises(UserError, match=text):
+            reading.read_file(tmp_path / "a.txt", "text")
+        return
+    wanted = data.decode("utf-8-sig")
+    assert documents(settings, tmp_path / "a.txt") == ([wanted] if wanted else [])
+    assert reading.read_file(tmp_path / "a.txt", "text") == wanted
+
+
+def test_side_files_are_read_as_training_reads(tmp_path):
+    data = b"\xef\xbb\xbfone\r\ntwo\n"
+    (tmp_path / "a.txt").write_bytes(data)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(data))
+    for name in ("a.txt", "a.txt.gz"):
+        assert reading.read_file(tmp_path / name, "text") == "one\r\ntwo\n"
+    with pytest.raises(UserError, match=r"^text = '.*none': must be a text file$"):
+        reading.read_file(tmp_path / "none", "text")
 
 
 def test_jsonl_is_one_document_a_line(tmp_path, settings):

@@ -1,13 +1,24 @@
 """Tokenizers: trained ones, and anybody's."""
 
+import json
 import types
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from texts import changed, prose
 from tokenizers import AddedToken, Tokenizer, models
 
+from engram_jax.config import DataConfig
 from engram_jax.data import tokenizer, tokens
 from engram_jax.errors import UserError
+
+SMALL = tokenizer.train_bpe([prose(0, 300)], 262).to_str().encode()
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**40) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner,
+                                                                max_size=3), max_leaves=5)
 
 
 def test_a_trained_tokenizer_loses_nothing_and_is_always_the_same(settings):
@@ -80,3 +91,40 @@ def test_a_tokenizer_without_an_end():
     made = Tokenizer(models.WordLevel({"a": 0}))
     with pytest.raises(UserError, match=r"data\.tokenizer: has no token to end a document"):
         tokenizer.find_end_id(made)
+
+
+def test_a_kept_tokenizer_that_has_changed_is_trained_again(settings, tmp_path):
+    first = tokens.open_tokens(settings)
+    kept, = (tmp_path / "cache" / "tokenizers").glob("*.json")
+    before = kept.read_bytes()
+    for damaged in (before[:-50], b"", b"\xff", before.replace(b"<|pad|>", b"<|dap|>"),
+                    tokenizer.train_bpe([prose(5, 900)], 290).to_str().encode()):
+        kept.write_bytes(damaged)
+        assert tokens.open_tokens(settings) == first
+        assert kept.read_bytes() == before
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_bytes_are_a_tokenizer_or_one_clear_line(tmp_path_factory, data):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.json"
+    content = bytearray(SMALL)
+    if data.draw(st.booleans()):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 9))] = data.draw(st.binary(max_size=9))
+    else:
+        values = json.loads(SMALL)
+        node, key = values, data.draw(st.sampled_from(sorted(values)))
+        while isinstance(node[key], dict) and node[key] and data.draw(st.booleans()):
+            node, key = node[key], data.draw(st.sampled_from(sorted(node[key])))
+        node[key] = data.draw(VALUES)
+        content = json.dumps(values).encode()
+    file.write_bytes(content)
+    message = "data.tokenizer = "
+    try:
+        made = tokenizer.ready_tokenizer(DataConfig(tokenizer=str(file)), "")
+        made.encode("kara <|end|> lono", add_special_tokens=False)
+    except UserError as error:
+        message = str(error)
+    assert message.startswith("data.tokenizer = ")
+    assert "\n" not in message
