@@ -14,9 +14,13 @@ def add(commands: Commands) -> None:
         "measure this machine: hash (jitted against NumPy), table (row updates against the table's "
         "size), optimizers (of tables), exchange (rows on eight devices against a sharded gather), "
         "gather (tokens to packed rows from a table in host memory), offload (inference with the "
-        "table on the device, the host and a disk, against no memory)", "bench hash --json")
+        "table on the device, the host and a disk, against no memory), pack (a text on one core "
+        "and on all)", "bench hash --json")
     command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather",
-                                          "offload"])
+                                          "offload", "pack"])
+    command.add_argument("--megabytes", type=int, default=0, metavar="N",
+                         help="of bench pack: size of the gzipped text (default 64); 2000 is the "
+                         "text that has to fit 1 GiB of memory, and takes half an hour")
     command.add_argument("--size", choices=["tiny", "4b"], default="",
                          help="of bench offload: the demo's model (default), or a dense model of "
                          "4.1B parameters with a table of 42 GB, for an accelerator")
@@ -39,6 +43,8 @@ def _measured(options: Options) -> dict[str, typing.Any]:
     for name in ("size", "trace"):
         if getattr(options, name) and what != "offload":
             raise UserError(f"--{name} is of bench offload, not of bench {what}")
+    if options.megabytes and what != "pack":
+        raise UserError(f"--megabytes is of bench pack, not of bench {what}")
     match what:
         case "offload":
             from engram_jax.benchmarks import offload
@@ -57,6 +63,10 @@ def _measured(options: Options) -> dict[str, typing.Any]:
             from engram_jax.benchmarks.row_optimizers import row_optimizer_benchmark
 
             return row_optimizer_benchmark()
+        case "pack":
+            from engram_jax.benchmarks.packing import packing_benchmark
+
+            return packing_benchmark(options.megabytes or 64)
         case "gather":
             from engram_jax.benchmarks.gather import gather_benchmark
 

@@ -14,12 +14,22 @@ import sys
 from collections.abc import Sequence
 
 from engram_jax import __version__
-from engram_jax.cli import benchmarks, fields, models, released, results, runs, serving, sweeps
+from engram_jax.cli import (
+    benchmarks,
+    fields,
+    models,
+    released,
+    results,
+    runs,
+    serving,
+    sweeps,
+    texts,
+)
 from engram_jax.cli.endings import ending, quieten
 from engram_jax.cli.words import Parser
 
 GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-FAMILIES = (models, fields, runs, sweeps, results, serving, released, benchmarks)
+FAMILIES = (models, fields, texts, runs, sweeps, results, serving, released, benchmarks)
 
 
 def main(words: Sequence[str] | None = None) -> int:
