@@ -11,6 +11,7 @@ from micro import micro, plain, with_model, write_text
 
 from engram_jax.cli import main
 from engram_jax.cli.results import ANALYSES as NAMES
+from engram_jax.data.reading import read_file
 from engram_jax.insides import analyses
 from engram_jax.insides.examples import GATED
 from engram_jax.insides.observing import Opened, open_run
@@ -216,3 +217,34 @@ def test_documents_stay_apart_in_the_text_that_is_read(tmp_path):
     assert len(documents) > 3
     assert all(document.startswith("kalo misu") for document in documents[1:])
     assert inputs.end_id not in inputs.tokenizer.encode(text).ids
+
+
+def test_side_files_are_read_as_training_reads(folders, capsys, tmp_path):
+    """A byte order mark is no part of them, line ends are; spans are counted in the file as it
+    is."""
+    run, lines = folders / "memory", (folders / "text.txt").read_text().split("\n")
+    text = "\r\n".join(lines)
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    starts = [match.start() for match in re.finditer("No_me", text)][:40]
+    (tmp_path / "spans.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(
+        f"{start} {start + 5}" for start in starts).encode())
+    values = found(capsys, "analyze", "cka", run, "--text", tmp_path / "text.txt",
+                   "--spans", tmp_path / "spans.txt")
+    assert values["positions"] == "last tokens of 40 spans of a file"
+    (tmp_path / "tasks.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"task": "c", "prompt": "ka", "answer": " lo"}\r\n')
+    values = found(capsys, "analyze", "suppression", run, "--text", tmp_path / "text.txt",
+                   "--tasks", tmp_path / "tasks.jsonl")
+    assert values["memory"]["tasks"]["c"]["examples"] == 1
+    opened = open_run(RunDirectory(run))
+    read = Text(opened, read_file(tmp_path / "text.txt", "text"))
+    assert read.text == text
+    first, last = analyses.spans.tokens_of([(starts[7], starts[7] + 5)], read.offsets_N2)[0]
+    assert text[read.offsets_N2[first, 0] : read.offsets_N2[last, 1]].strip() == "No_me"
+
+
+def test_a_text_that_spells_an_end_token_is_analysed_as_it_is_trained_on(folders):
+    opened = open_run(RunDirectory(folders / "memory"))
+    ids = opened.tokens("kalo <|end|> lo")
+    assert opened.reader.end_id not in ids
+    assert opened.reader.tokenizer.decode(ids.tolist()) == "kalo <|end|> lo"
