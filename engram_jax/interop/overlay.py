@@ -186,6 +186,7 @@ class OverlaidTable:
                 f"the table has {below.format}")
         _check_base(table_digest(below), overlay)
         self.format, self.rows, self.group = below.format, below.rows, below.group
+        self.fingerprint = below.fingerprint
         self.below, self.overlay = below, overlay
 
     def lookup(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -243,7 +244,7 @@ def _check_base(digest: str, overlay: Overlay) -> None:
 class _OnDevice:
     """As much of a home as a digest needs, over a table on the device."""
 
-    group = 1
+    group, fingerprint = 1, ""
 
     def __init__(self, layout: TableLayout, table_SRD: jax.Array, format: RowFormat):
         self.format, self.rows, self._layout, self._table = format, layout.rows, layout, table_SRD

@@ -18,8 +18,8 @@ _KINDS = _PER_OCTAVE * 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TierCounts:
-    """Of one tier; those of the same tier of several tables add up, and earlier ones can be taken
-    away.
+    """What one tier did; the same tier's counts of several tables add up, and earlier ones can be
+    taken away.
 
     Attributes:
       lookups: requests that were answered.
@@ -48,7 +48,7 @@ class TierCounts:
 
     @property
     def hit_rate(self) -> float:
-        """Of the rows asked for."""
+        """The share of the rows asked for that it had."""
         return self.hits / self.asked if self.asked else 0.0
 
     def latency_us(self, percent: float) -> float:
@@ -90,8 +90,8 @@ class TierMeter:
 
 def summed(stacks: list[dict[str, TierCounts]]) -> dict[str, TierCounts]:
     """The counts of several stacks, tier by tier, in the order of the first one's tiers."""
-    found: dict[str, TierCounts] = {}
+    total: dict[str, TierCounts] = {}
     for stack in stacks:
         for name, counts in stack.items():
-            found[name] = found[name] + counts if name in found else counts
-    return found
+            total[name] = total[name] + counts if name in total else counts
+    return total

@@ -1,4 +1,4 @@
-"""Which rows a home has to read for the ids that tokens ask for: each once.
+"""Each row that tokens ask for is read once: which rows those are, and who asked for them.
 
 Shapes: B batch, T time, H rows of a token, U distinct rows, G n-grams of K heads each, N ids.
 """
@@ -24,7 +24,7 @@ class Fetch(NamedTuple):
 
 
 def distinct(ids: np.ndarray, group: int = 1) -> Fetch:
-    """Each id once, in order; but where none repeats, as for a few tokens, in the order asked.
+    """Take each id once, in order; where none repeats, as for a few tokens, in the order asked.
 
     Args:
       ids: whole numbers of any shape, 0 or more and below 2**31. Many are told apart quickest when
@@ -36,18 +36,20 @@ def distinct(ids: np.ndarray, group: int = 1) -> Fetch:
     ids = ids.astype(np.int64, copy=False)
     if group > 1:
         return _whole_groups(ids, group)
-    if ids.size > _MANY and (found := _by_head(ids.reshape(-1, ids.shape[-1]))) is not None:
-        return Fetch(found.ids_U, found.inverse.reshape(ids.shape))
+    if ids.size > _MANY and (fetch := _by_head(ids.reshape(-1, ids.shape[-1]))) is not None:
+        return Fetch(fetch.ids_U, fetch.inverse.reshape(ids.shape))
     flat = ids.reshape(-1)
     ordered = np.sort(flat)
     if not np.count_nonzero(ordered[1:] == ordered[:-1]):
         return Fetch(flat, np.arange(flat.size, dtype=np.int32).reshape(ids.shape))
-    ids_U, places, new = _sorted(flat)
-    return Fetch(ids_U, _inverse(places, new).reshape(ids.shape))
+    ids_U, order_N, new_N = _sorted(flat)
+    return Fetch(ids_U, _inverse(order_N, new_N).reshape(ids.shape))
 
 
 def group_keys(ids_GK: np.ndarray) -> np.ndarray:
-    """uint64 [G] of int64 [G, K]: the same ids have the same key; different ones very likely not.
+    """Numbers by which n-grams are told apart, uint64 [G] of int64 [G, K].
+
+    The same ids have the same number; different ones very likely not.
 
     A sum of products with odd random numbers, modulo 2**64.
     """
@@ -77,19 +79,19 @@ def _by_head(ids_NH: np.ndarray) -> Fetch | None:
     parts: list[np.ndarray] = []
     count = 0
     for head in range(ids_NH.shape[1]):
-        ids_U, places_N, new_N = _sorted(ids_NH[:, head])
+        ids_U, order_N, new_N = _sorted(ids_NH[:, head])
         if parts and ids_U[0] <= parts[-1][-1]:
             return None
-        np.add(_inverse(places_N, new_N), count, out=inverse_NH[:, head])
+        np.add(_inverse(order_N, new_N), count, out=inverse_NH[:, head])
         parts.append(ids_U)
         count += ids_U.size
     return Fetch(np.concatenate(parts), inverse_NH)
 
 
 def _sorted(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each id once, in order; the places of all ids, in their order; which of these is new, bool.
+    """Each id once, in order; the order of all ids, as indices; which of these is new, bool.
 
-    An id and its place are sorted as one number: a third of the time that it takes to sort places
+    An id and its index are sorted as one number: a third of the time that it takes to sort indices
     by ids, as `np.unique` does.
     """
     bits = max(1, ids_N.size - 1).bit_length()
@@ -103,10 +105,10 @@ def _sorted(ids_N: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ordered_N[new_N], both_N, new_N
 
 
-def _inverse(places_N: np.ndarray, new_N: np.ndarray) -> np.ndarray:
-    """int32 [N]: the rank of the id at each place."""
+def _inverse(order_N: np.ndarray, new_N: np.ndarray) -> np.ndarray:
+    """The rank of each id among the distinct ones, int32 [N]."""
     rank_N = np.cumsum(new_N, dtype=np.int32)
     rank_N -= 1
     inverse_N = np.empty(rank_N.size, np.int32)
-    inverse_N[places_N] = rank_N
+    inverse_N[order_N] = rank_N
     return inverse_N

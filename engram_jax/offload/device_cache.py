@@ -90,7 +90,7 @@ class DeviceCache:
         """The rows of n-grams.
 
         Args:
-          ids_U: whole n-grams of K ids each, each n-gram once (`fetch.distinct` with `group`).
+          ids_U: whole n-grams of K ids each, each n-gram once (`dedup.distinct` with `group`).
 
         Raises:
           UserError: ids out of range, or no whole number of n-grams.
@@ -109,7 +109,7 @@ class DeviceCache:
         sent_MX = np.empty((padded_size(len(misses)), self._rows_CX.shape[1]), np.uint8)
         self._below.lookup(ids_GK[misses].reshape(-1),
                            out=sent_MX.reshape(-1, format.row_bytes))
-        # Where each n-gram's rows are: an entry, or behind all entries the place among the sent.
+        # Where each n-gram's rows are: an entry, or behind all entries its number among the sent.
         at_G = np.zeros(padded_size(len(ids_GK)), np.int32)
         at_G[np.flatnonzero(hit_G)] = entry_G[hit_G]
         at_G[misses] = self._index.entries + np.arange(len(misses), dtype=np.int32)

@@ -34,17 +34,17 @@ _ROWS_AT_ONCE = 4096  # distinct rows; bounds the memory where whole blocks are 
 
 
 class DiskTable:
-    """A home on disk; made by `open`."""
+    """A home on a disk, which `open` opens."""
 
     group = 1
 
-    def __init__(self, path: Path, file: BinaryIO, found: TableFile, check: str):
-        self.info, self.format, self.rows = found.info, found.info.format, found.info.rows
-        self.fingerprint = found.info.fingerprint
-        self._path, self._file, self._found = path, file, found
+    def __init__(self, path: Path, file: BinaryIO, table: TableFile, check: str):
+        self.info, self.format, self.rows = table.info, table.info.format, table.info.rows
+        self.fingerprint = table.info.fingerprint
+        self._path, self._file, self._table = path, file, table
         self._meter = TierMeter()
         # Blocks that need no more checking.
-        self._trusted_K = np.full(found.info.blocks, check == "none")
+        self._trusted_K = np.full(table.info.blocks, check == "none")
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], expect: TableInfo | None = None,
@@ -68,20 +68,20 @@ class DiskTable:
         with refusals(path, "read"):
             file = path.open("rb", buffering=0)
         try:
-            found = read_table_file(path, file)
+            table = read_table_file(path, file)
             if expect is not None:
-                check_serves(path, found.info, expect)
+                check_serves(path, table.info, expect)
         except BaseException:
             file.close()
             raise
         # What is read beside a row is not read again soon.
         _advise(file.fileno(), 0, 0, "POSIX_FADV_RANDOM")
-        return cls(path, file, found, check)
+        return cls(path, file, table, check)
 
     @property
     def checksums_K(self) -> np.ndarray:
         """CRC-32 of each block, uint32 [K], as the file has them."""
-        return self._found.checksums_K
+        return self._table.checksums_K
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """As `Home.lookup`."""
@@ -94,10 +94,10 @@ class DiskTable:
                 part = slice(start, start + _ROWS_AT_ONCE)
                 self._check(wanted_U[part])
                 self._read(wanted_U[part], rows_UB[part])
-        found = rows_UB.take(inverse_U, axis=0, mode="clip", out=out)
-        self._meter.count(len(found), len(found), self.format.row_bytes,
+        packed_UB = rows_UB.take(inverse_U, axis=0, mode="clip", out=out)
+        self._meter.count(len(packed_UB), len(packed_UB), self.format.row_bytes,
                           time.perf_counter() - started)
-        return found
+        return packed_UB
 
     def fill(self, ids_GK: np.ndarray) -> None:
         """As `Home.fill`: it has them all."""
@@ -124,13 +124,13 @@ class DiskTable:
             return
         scratch_MB = np.empty((count_S.sum(), self.format.row_bytes), np.uint8)
         self._read_spans(first_S, count_S, scratch_MB)
-        place_S = np.cumsum(count_S) - count_S
-        rows_UB[:] = scratch_MB[ids_U + (place_S - first_S)[np.cumsum(new_U) - 1]]
+        start_S = np.cumsum(count_S) - count_S
+        rows_UB[:] = scratch_MB[ids_U + (start_S - first_S)[np.cumsum(new_U) - 1]]
 
     def _read_spans(self, first_S: np.ndarray, count_S: np.ndarray, rows_MB: np.ndarray) -> None:
         """Read spans of rows one behind the other into `rows_MB`."""
         width, file = self.format.row_bytes, self._file.fileno()
-        offsets = (self._found.data_start + first_S * width).tolist()
+        offsets = (self._table.data_start + first_S * width).tolist()
         sizes = (count_S * width).tolist()
         for offset, size in zip(offsets, sizes, strict=True):
             _advise(file, offset, size, "POSIX_FADV_WILLNEED")
@@ -153,7 +153,7 @@ class DiskTable:
         self._read_spans(first_S, count_S, rows_MB)
         for block, start in zip(blocks_S.tolist(), (np.cumsum(count_S) - count_S).tolist(),
                                 strict=True):
-            check_blocks(self._path, self._found, block, rows_MB[start:start + size])
+            check_blocks(self._path, self._table, block, rows_MB[start:start + size])
         self._trusted_K[blocks_S] = True
 
 

@@ -192,7 +192,7 @@ def _info(path: Path, fields: dict[str, Any]) -> TableInfo:
     return info
 
 
-def check_serves(path: Path, found: TableInfo, expect: TableInfo) -> None:
+def check_serves(path: Path, info: TableInfo, expect: TableInfo) -> None:
     """Refuse a table whose rows mean something else to a model.
 
     What says where it comes from (`run`, `step`, `saved_ns`) and `dtype` may differ.
@@ -205,13 +205,13 @@ def check_serves(path: Path, found: TableInfo, expect: TableInfo) -> None:
                         "of the run that is served")
 
     for name in expect.hash:  # what a person chose comes first, what follows from it last
-        if found.hash.get(name) != expect.hash[name]:
-            refuse(f"hash.{name}", found.hash.get(name), expect.hash[name])
-    if found.fingerprint != expect.fingerprint:
-        refuse("fingerprint", found.fingerprint, f"{expect.fingerprint} (another tokenizer)")
+        if info.hash.get(name) != expect.hash[name]:
+            refuse(f"hash.{name}", info.hash.get(name), expect.hash[name])
+    if info.fingerprint != expect.fingerprint:
+        refuse("fingerprint", info.fingerprint, f"{expect.fingerprint} (another tokenizer)")
     for name in ("site", "rows", "dim"):
-        if getattr(found, name) != getattr(expect, name):
-            refuse(name, getattr(found, name), getattr(expect, name))
+        if getattr(info, name) != getattr(expect, name):
+            refuse(name, getattr(info, name), getattr(expect, name))
 
 
 class TableWriter:
@@ -324,40 +324,40 @@ def verify(path: str | os.PathLike[str]) -> TableInfo:
     require_local(path)
     path = Path(path)
     with refusals(path, "read"), path.open("rb", buffering=0) as file:
-        found = read_table_file(path, file)
-        for _ in checked_rows(path, file, found):
+        table = read_table_file(path, file)
+        for _ in checked_rows(path, file, table):
             pass
-    return found.info
+    return table.info
 
 
-def checked_rows(path: Path, file: Any, found: TableFile) -> Iterator[tuple[int, np.ndarray]]:
+def checked_rows(path: Path, file: Any, table: TableFile) -> Iterator[tuple[int, np.ndarray]]:
     """The whole table a piece at a time, checked: first id and uint8 [U, B], valid until the next.
 
     Raises:
       MachineError: a block fails its check, or cannot be read.
     """
-    info = found.info
+    info = table.info
     width, at_once = info.format.row_bytes, max(1, _READ_AT_ONCE // BLOCK_BYTES) * info.block_rows
     buffer_UB = np.empty((min(at_once, info.rows), width), np.uint8)
-    file.seek(found.data_start)
+    file.seek(table.data_start)
     for first in range(0, info.rows, at_once):
         packed_UB = buffer_UB[:info.rows - first]
         with refusals(path, "read"):
             _fill(file, packed_UB.reshape(-1).data)
-        check_blocks(path, found, first // info.block_rows, packed_UB)
+        check_blocks(path, table, first // info.block_rows, packed_UB)
         yield first, packed_UB
 
 
-def check_blocks(path: Path, found: TableFile, block: int, packed_UB: np.ndarray) -> None:
+def check_blocks(path: Path, table: TableFile, block: int, packed_UB: np.ndarray) -> None:
     """Refuse whole blocks of packed rows, from `block` on, that are not as they were written.
 
     Raises:
       MachineError: the first that is not.
     """
-    for start in range(0, len(packed_UB), found.info.block_rows):
-        rows_UB = packed_UB[start:start + found.info.block_rows]
-        if zlib.crc32(rows_UB.data) != found.checksums_K[block]:
-            first = block * found.info.block_rows
+    for start in range(0, len(packed_UB), table.info.block_rows):
+        rows_UB = packed_UB[start:start + table.info.block_rows]
+        if zlib.crc32(rows_UB.data) != table.checksums_K[block]:
+            first = block * table.info.block_rows
             raise MachineError(f"{path}: rows {first}..{first + len(rows_UB) - 1} are altered "
                                f"(block {block} fails its checksum); export it again")
         block += 1

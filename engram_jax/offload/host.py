@@ -85,12 +85,12 @@ class HostTable:
         require_local(path)
         path = Path(path)
         with refusals(path, "read"), path.open("rb", buffering=0) as file:
-            found = read_table_file(path, file)
+            read = read_table_file(path, file)
             if expect is not None:
-                check_serves(path, found.info, expect)
-            table = cls.allocate(found.info.format, found.info.rows)
-            table.fingerprint = found.info.fingerprint
-            for start, packed_UB in checked_rows(path, file, found):
+                check_serves(path, read.info, expect)
+            table = cls.allocate(read.info.format, read.info.rows)
+            table.fingerprint = read.info.fingerprint
+            for start, packed_UB in checked_rows(path, file, read):
                 table.write(start, packed_UB)
         return table
 
@@ -121,11 +121,11 @@ class HostTable:
         started = time.perf_counter()
         ids = checked_ids(ids_U, self.rows)
         # Clipping changes nothing after the check; it is what lets NumPy write to `out` directly.
-        found = self.packed_RB.take(ids, axis=0, mode="clip",
-                                    out=room(out, len(ids), self.format))
+        packed_UB = self.packed_RB.take(ids, axis=0, mode="clip",
+                                        out=room(out, len(ids), self.format))
         self._meter.count(len(ids), len(ids), self.format.row_bytes,
                           time.perf_counter() - started)
-        return found
+        return packed_UB
 
     def fill(self, ids_GK: np.ndarray) -> None:
         """As `Home.fill`: it has them all."""

@@ -30,7 +30,7 @@ class CachedTable:
     Args:
       below: the whole table; closed with this.
       group: K, how many ids, one after another, are one n-gram's. All lookups come in such groups
-        (`fetch.distinct` with this `group`).
+        (`dedup.distinct` with this `group`).
       capacity_bytes: of the cache's rows.
 
     Raises:

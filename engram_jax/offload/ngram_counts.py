@@ -14,7 +14,7 @@ class NgramCounts:
     """Counts the n-grams of one table's ids, on the host, in memory of 8 * (K + 2) bytes for each
     different one.
 
-    Two n-grams of the same key (`fetch.group_keys`) are counted as one.
+    Two n-grams of the same key (`dedup.group_keys`) are counted as one.
 
     Args:
       group: K, how many ids, one after another, are one n-gram's.
