@@ -6,6 +6,7 @@ import math
 from engram_jax.config.checks import require, require_at_least
 from engram_jax.config.model import ModelConfig
 
+FROZEN = ("", "tables", "backbone")
 MAX_SEED = MAX_STEPS = 2**31 - 1  # int32
 SCHEDULES = ("step", "wsd")
 TABLE_OPTIMIZERS = ("row_adam", "dense_adam", "row_rmsprop", "row_adagrad", "balanced_momentum")
@@ -159,6 +160,12 @@ class TrainingConfig:
       tensorboard: also write TensorBoard events (extra `tensorboard`).
       grace_seconds: from SIGTERM or Ctrl-C to the end of the process; by then the step under way
         and its checkpoint should be done.
+      start_from: RUN or RUN@STEP, the folder of a run whose checkpoint (the last one unless a step
+        is named) this one begins from, with its weights and tables; "" begins anew.
+      start_optimizer: of `start_from`: take over the optimizer's state and the step, too, and the
+        place in the data if it is the same; so a run is extended.
+      freeze: what stays as it was at the start: "tables", "backbone" (every parameter outside the
+        memories), or "" for nothing.
       skips_in_a_row: a step whose loss or gradient is not finite is skipped; when more than so many
         follow one another the run has diverged, and stops.
       accumulate: a step's batch is cut into so many parts, one after another; the gradients add up,
@@ -179,12 +186,19 @@ class TrainingConfig:
     tensorboard: bool = False
     skips_in_a_row: int = 3
     grace_seconds: float = 30.0
+    start_from: str = ""
+    start_optimizer: bool = False
+    freeze: str = ""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "training", "steps", "keep_checkpoints", "accumulate")
         require_at_least(self, 0, "training", "seed", "evaluate_every", "evaluate_batches",
                          "checkpoint_every", "log_every", "row_capacity", "skips_in_a_row",
                          "grace_seconds")
+        require(self.freeze in FROZEN, "training.freeze", self.freeze,
+                'must be "tables", "backbone" or "" for nothing')
+        require(not self.start_optimizer or bool(self.start_from), "training.start_optimizer",
+                self.start_optimizer, "needs training.start_from")
         for field, most in (("seed", MAX_SEED), ("steps", MAX_STEPS)):
             value = getattr(self, field)
             require(value <= most, f"training.{field}", value, f"must be at most {most}")

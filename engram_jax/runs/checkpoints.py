@@ -74,7 +74,20 @@ class Checkpoints:
     @property
     def latest(self) -> int | None:
         """The step of the last whole checkpoint."""
-        return max(filter(self._is_whole, self._steps()), default=None)
+        return max(self.steps, default=None)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, in order."""
+        return sorted(filter(self._is_whole, self._steps()))
+
+    def saved_ns(self, step: int) -> int:
+        """When a checkpoint was saved, in ns since 1970.
+
+        Raises:
+          MachineError: it cannot be read.
+        """
+        return int(self._metadata(step).init_timestamp_nsecs)
 
     def discard_unfinished(self) -> None:
         """Remove what a kill left half-written; for the run that writes here, at its start."""
@@ -145,7 +158,7 @@ class Checkpoints:
           MachineError: the checkpoint cannot be read.
         """
         step = self._latest() if step is None else step
-        self._check(step, abstract)
+        self._check(step, abstract, only)
         left_out = [name for name in vars(abstract) if only and name not in only]
         wanted: dict[str, Any] = {"state": dataclasses.replace(abstract, **{
             name: jax.tree.map(lambda _: ocp.PLACEHOLDER, getattr(abstract, name))
@@ -274,13 +287,15 @@ class Checkpoints:
             f"{_ends(self._fingerprints.get(name))}); use the data and hash settings that it was "
             "trained with")
 
-    def _check(self, step: int, abstract: TrainState) -> None:
+    def _check(self, step: int, abstract: TrainState, only: Sequence[str]) -> None:
         """Refuse a checkpoint whose rows or shapes mean something else."""
         place, metadata = self._directory / str(step), self._metadata(step)
         self._check_fingerprints(step, metadata)
         saved = metadata.metadata["state"]
         expected, found = _shapes(abstract), _shapes(saved)
         for path in sorted(expected.keys() | found.keys()):
+            if only and path.partition(".")[0] not in only:
+                continue
             if expected.get(path) != found.get(path):
                 raise UserError(f"{place}: {path} has shape {found.get(path, 'none')}, "
                                 f"the model wants {expected.get(path, 'none')}")

@@ -49,6 +49,12 @@ from engram_jax.storage import (
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers")
 
 
+# What may be different when a run goes on: it changes no bit of what is trained.
+NEUTRAL = ("training.log_every", "training.checkpoint_every", "training.evaluate_every",
+           "training.keep_checkpoints", "training.tensorboard", "training.skips_in_a_row",
+           "training.grace_seconds", "data.cache_dir")
+
+
 class RunDirectory:
     """Reads and writes the records of one run; `path` may be on a disk or gs://.
 
@@ -149,6 +155,8 @@ class RunDirectory:
         if claimed:
             self.check(run)
             self._check_text(run, env)
+            if to_dict(self.config()) != to_dict(run):  # in what is neutral
+                self._write("config.json", to_dict(run))
         if claimed and read_before:
             self._check_tokenizer(run, tokenizer)
         elif is_first():
@@ -158,7 +166,7 @@ class RunDirectory:
             self._write("config.json", to_dict(run))  # last: with it the folder is claimed
 
     def begin(self, step: int, env: Mapping[str, Any]) -> None:
-        """Add a start, at `step`, to env.json."""
+        """Add a start, at `step`, to env.json, with what is different from the first one."""
         first = self.env() or dict(env)
         starts = first.pop("starts", [{"step": 0}] if step else [])  # version 0.1.0 kept none
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -197,11 +205,20 @@ class RunDirectory:
             kept.write(self.path / artifact.FILE)
 
     def check(self, run: RunConfig) -> None:
-        """Refuse a folder that holds another run (UserError)."""
-        if difference := first_difference(to_dict(self.config()), to_dict(run)):
+        """Refuse a folder that holds another run (UserError); `NEUTRAL` settings may differ."""
+        if difference := first_difference(_decisive(self.config()), _decisive(run)):
             field, before, now = difference
-            raise UserError(f"{field} = {now!r}: {self.path} holds a run with {before!r}; "
-                            "choose another folder or delete this one")
+            raise UserError(
+                f"{field} = {now!r}: {self.path} holds a run with {before!r}, and it changes what "
+                "is trained; choose another folder, where training.start_from="
+                f"{self.path} begins from this run")
+
+    def source(self) -> Mapping[str, Any]:
+        """What the first start recorded of the run that this one began from."""
+        for start in self.env().get("starts", []):
+            if isinstance(found := start.get("start_from"), dict):
+                return found
+        return {}
 
     def _check_text(self, run: RunConfig, env: Mapping[str, Any]) -> None:
         before = self.env() or env
@@ -249,6 +266,15 @@ class RunDirectory:
             if not path.exists():
                 return None
         return read_json(path)
+
+
+def _decisive(run: RunConfig) -> dict[str, Any]:
+    """The config without what is neutral."""
+    values = to_dict(run)
+    for path in NEUTRAL:
+        part, _, name = path.partition(".")
+        del values[part][name]
+    return values
 
 
 def environment(**known: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from engram_jax.config import RunConfig
 from engram_jax.data.batches import train_batches
 from engram_jax.errors import Stopped
 from engram_jax.hashing.artifact import HashArtifact
+from engram_jax.runs.beginning import begin_from
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory, environment
 from engram_jax.runs.divergence import Divergence
@@ -130,7 +131,12 @@ class _Loop:
         self.checkpoints.discard_unfinished()
         restored = self.checkpoints.restore_last(
             placement.placed_state(self.run, self.mesh), self.batches, self.say)
-        state, start = restored or self._first()
+        state, start = restored or (self._first(), 0)
+        if restored is None and self.run.training.start_from:
+            beginning = begin_from(self.run, self.inputs, self.mesh, state, self.batches,
+                                   self.records.source(), self.say)
+            state, start = beginning.state, beginning.step
+            env = {**env, "start_from": beginning.source}
         self.records.truncate_metrics(start)
         self.records.begin(start, env)
         self.saved = start
@@ -138,11 +144,12 @@ class _Loop:
             self.say(f"{self.run.name}: going on from step {start}")
         return state, start
 
-    def _first(self) -> tuple[TrainState, int]:
+    def _first(self) -> TrainState:
         """The state before the first step."""
         placed = placement.shardings(self.run, self.mesh)
         init = jax.jit(lambda seed: init_state(self.run, seed), out_shardings=placed)
-        return init(np.int32(self.run.training.seed)), 0
+        state: TrainState = init(np.int32(self.run.training.seed))
+        return state
 
     def _steps(self, state: TrainState, start: int) -> TrainState:
         training, pending = self.run.training, None

@@ -24,6 +24,7 @@ from engram_jax.model.transformer import Observed
 from engram_jax.tables.exchange import RowGradients
 from engram_jax.tables.local import LocalLookup
 from engram_jax.training import placement
+from engram_jax.training.freezing import gradients_of_trained, only_trained
 from engram_jax.training.fsdp import AXES
 from engram_jax.training.optimizers import optimizer, schedule
 from engram_jax.training.state import TrainState, updates_made
@@ -58,9 +59,11 @@ def train_step(
         lookup = memory.lookup(state.tables, row_ids(run, addressing, batch))
         (loss, seen), (grads, row_grads) = gradients(
             run, state, lookup.rows, batch, split.whole, mesh.size)
-        grads = split.summed(grads)
+        grads = split.summed(gradients_of_trained(run, grads))
         combined = memory.combine(lookup.routes, row_grads)
-        square = split.square(grads) + _everywhere(sum(r.square for r in combined.values()))
+        square = split.square(grads)
+        if run.training.freeze != "tables":
+            square += _everywhere(sum(r.square for r in combined.values()))
         norm = jnp.sqrt(square)
         finite, scale = jnp.isfinite(norm), jnp.minimum(1.0, run.optimizer.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * scale, grads)
@@ -68,13 +71,16 @@ def train_step(
 
         learning_rate = rate(state.step)
         updates = jax.tree.map(lambda u: u * learning_rate, updates)
-        moved, moments = memory.update(
-            state.tables, state.table_state, combined, updates_made(state.opt_state) + 1,
-            learning_rate * run.optimizer.table_multiplier, scale, finite)
+        moved, moments = state.tables, state.table_state
+        if run.training.freeze != "tables":
+            moved, moments = memory.update(
+                state.tables, state.table_state, combined, updates_made(state.opt_state) + 1,
+                learning_rate * run.optimizer.table_multiplier, scale, finite)
         seen = jax.lax.psum(seen, AXES)
         new = TrainState(
             step=state.step + 1,
-            params=_if(finite, optax.apply_updates(state.params, updates), state.params),
+            params=_if(finite, only_trained(
+                run, optax.apply_updates(state.params, updates), state.params), state.params),
             router_bias=_if(
                 finite, _rebalanced(run, state.router_bias, seen.loads), state.router_bias),
             opt_state=_if(finite, opt_state, state.opt_state),
@@ -217,7 +223,7 @@ def _if(finite: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _rebalanced(run: RunConfig, router_bias: Any, loads: list[jax.Array | None]) -> Any:
-    if run.model.moe is None:
+    if run.model.moe is None or run.training.freeze == "backbone":
         return router_bias
     rate = run.model.moe.balance_rate
     return [None if bias is None or load is None else moe.rebalanced(bias, load, rate)
