@@ -162,13 +162,13 @@ class RunDirectory:
         elif is_first():
             write_text(self.tokenizer_path, tokenizer.to_str())
         if not claimed:
-            self._write("env.json", env)
+            self._write("env.json", {**env, "starts": []})
             self._write("config.json", to_dict(run))  # last: with it the folder is claimed
 
     def begin(self, step: int, env: Mapping[str, Any]) -> None:
         """Add a start, at `step`, to env.json, with what is different from the first one."""
         first = self.env() or dict(env)
-        starts = first.pop("starts", [{"step": 0}] if step else [])  # version 0.1.0 kept none
+        starts = first.pop("starts", [{"step": 0}])  # version 0.1.0 kept none
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         other = {name: value for name, value in env.items() if first.get(name) != value}
         starts = [*starts, {"step": step, "time": now, **other}]
