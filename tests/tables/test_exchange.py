@@ -17,7 +17,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tables import filled, flat, random
 
 from engram_jax.costs.collectives import collectives
-from engram_jax.tables import row_optimizers
+from engram_jax.errors import UserError
+from engram_jax.tables import exchange, row_optimizers
 from engram_jax.tables.exchange import UNUSED, Exchange
 from engram_jax.tables.layout import TableLayout
 
@@ -389,6 +390,93 @@ def test_a_lookup_moves_rows_by_all_to_all_alone():
             assert one.shapes == (("s32", (8,)),)
         else:
             assert numbers == 8 * 5 * (dim if one.shapes[0][0] == "f32" else 1)
+
+
+def test_without_a_capacity_there_is_room_for_the_even_share():
+    """No ids are known to ask for more than 1.25 of their even share here, so one round it is."""
+    ids = np.arange(8 * IDS, dtype=np.int32)[:, None]
+    got = program((2, 4), 0)(*tables(), ids, gradients(ids))
+    assert got.rounds.tolist() == [1] * 8
+    check(jax.tree.map(np.asarray, got), ids, 8, IDS)
+
+
+# --- What is refused ---
+
+
+def inside_a_shard_map(function):
+    """`function` of a device's part of the table and ids, traced on eight devices."""
+    jax.eval_shape(on_devices((2, 4), function), tables()[0], cases(8)["any"])
+
+
+@pytest.mark.parametrize(("function", "line"), [
+    (lambda table, ids: Exchange(layout=LAYOUT).route(ids),
+     r"^Exchange.axes = \(\): .* each device would have a table of its own$"),
+    (lambda table, ids: Exchange(layout=LAYOUT, axes=("model",), devices=8).route(ids),
+     r"^Exchange.axes = \('model',\): the jax.shard_map around it has \{'data': 2, 'fsdp': 4\}$"),
+    (lambda table, ids: Exchange(layout=LAYOUT, axes=("data",), devices=8).route(ids),
+     r"^Exchange.devices = 8: the jax.shard_map around it has"),
+    (lambda table, ids: exchange_of((2, 4), 5).route(ids * 1.0), r"^ids.dtype = 'float32': "),
+    (lambda table, ids: read_by(exchange_of((2, 4), 5), jnp.zeros(LAYOUT.shape), ids),
+     r"^table.shape = \(24, 42, 4\): must be \(3, 42, 4\), what one of 8 devices holds$"),
+    (lambda table, ids: read_by(exchange_of((2, 4), 5), table, ids, ids[:2]),
+     r"^ids.shape = \(8, 3\): must be the 6 ids of the route$"),
+    (lambda table, ids: exchange_of((2, 4), 5).combine(
+        exchange_of((2, 4), 5).route(ids), jnp.zeros((8, 3, 4))),
+     r"^grads.shape = \(8, 3, 4\): must be \(24, 4\), one gradient for each id of the route$"),
+    (lambda table, ids: LAYOUT.gather(table, ids),
+     r"^table.shape = \(3, 42, 4\): must begin with \(24, 42\), as this layout does"),
+    (lambda table, ids: row_optimizers.row_adagrad().update(
+        LAYOUT, table, row_optimizers.row_adagrad().init(exchange_of((2, 4), 5).part),
+        exchange.combine(ids.reshape(-1), jnp.zeros((24, 4))), jnp.int32(1), 1.0),
+     r"^table.shape = \(3, 42\): must begin with \(24, 42\), as this layout does"),
+])
+def test_what_does_not_go_together_inside_a_shard_map_is_refused(function, line):
+    with pytest.raises(UserError, match=f"(?m){line}"):  # jax adds lines of its own
+        inside_a_shard_map(function)
+
+
+def read_by(here, table_SRD, ids, routed=None):
+    return here.lookup(table_SRD, ids, here.route(ids if routed is None else routed)).rows
+
+
+@pytest.mark.parametrize(("make", "line"), [
+    (lambda: Exchange(layout=LAYOUT, axes=AXES, devices=5),
+     r"^shards = 24: does not divide among 5 devices; set a multiple of 5$"),
+    (lambda: Exchange(layout=LAYOUT, devices=8), r"^Exchange.axes = \(\): must name the mesh axes"),
+    (lambda: Exchange(layout=LAYOUT, capacity=-1), r"^Exchange.capacity = -1: "),
+    (lambda: exchange_of((2, 4), 5).route(jnp.arange(3)),
+     r"^Exchange.axes = \('data', 'fsdp'\): there is no jax.shard_map around it$"),
+    (lambda: row_optimizers.row_adam().update(
+        LAYOUT, jnp.zeros(LAYOUT.shape), row_optimizers.row_adam().init(LAYOUT),
+        exchange.combine(jnp.arange(3), jnp.zeros((3, 4))), 0, 1.0),
+     r"^number = 0: must count the updates from 1$"),
+])
+def test_an_exchange_that_cannot_be_is_refused(make, line):
+    with pytest.raises(UserError, match=line):
+        make()
+
+
+def test_one_device_may_use_either_layout():
+    """Its part counts keys and the whole table row ids: an update is right by both."""
+    here = Exchange(layout=LAYOUT)
+    ids = jnp.asarray(cases(1)["Zipf"])
+    combined = here.combine(here.route(ids), gradients(ids).reshape(-1, LAYOUT.dim))
+    adagrad = row_optimizers.row_adagrad()
+    table = jnp.asarray(tables()[0])
+    tables_after = [
+        here.update(combined, (table, adagrad.init(layout)), lambda carry, rows: (
+            adagrad.update(layout, *carry, rows, jnp.int32(1), RATE)))[0]  # noqa: B023
+        for layout in (here.part, here.layout)]
+    np.testing.assert_array_equal(*tables_after)
+    assert (tables_after[0] != table).any()
+
+
+def test_a_number_of_0_gives_no_nan():
+    """Where only the device sees it, an update that was never counted is the first."""
+    adam, rows = row_optimizers.row_adam(), exchange.combine(jnp.arange(3), jnp.ones((3, 4)))
+    update = jax.jit(lambda number: adam.update(
+        LAYOUT, jnp.zeros(LAYOUT.shape), adam.init(LAYOUT), rows, number, RATE)[0])
+    assert np.isfinite(update(jnp.int32(0))).all()
 
 
 def test_one_device_says_nothing():

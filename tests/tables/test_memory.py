@@ -4,11 +4,13 @@ The dense reference keeps each table as rows [R, C] on one device, indexes it wi
 differentiates with respect to all of it.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tables import flat
@@ -178,14 +180,253 @@ def test_no_collective_is_of_the_tables_size():
     assert compiled.memory_analysis().temp_size_in_bytes < table / 8 / 2
 
 
-def test_a_lookup_is_a_pytree():
+# --- Gradients of several look-ups ---
+
+
+@functools.cache
+def gradient_of(name, way):
+    """(tables, tokens) -> (loss, square, tables after), the batch at once or in two parts."""
+    memory = memory_on(name)
+
+    def part(tables, tokens):
+        lookup = memory.lookup(tables, tokens)
+        loss, row_grads = jax.value_and_grad(lambda rows: loss_of(rows) / 2)(lookup.rows)
+        return loss, lookup, row_grads
+
+    def at_once(tables, tokens_ABT):
+        lookup = memory.lookup(tables, tokens_ABT.reshape(-1, TIME))
+        loss, row_grads = jax.value_and_grad(loss_of)(lookup.rows)
+        return loss, memory.combine(lookup, row_grads)
+
+    def listed(tables, tokens_ABT):
+        losses, lookups, row_grads = zip(*(part(tables, each) for each in tokens_ABT), strict=True)
+        return sum(losses), memory.combine(lookups, row_grads)
+
+    def scanned(tables, tokens_ABT):
+        def body(total, tokens):
+            loss, lookup, row_grads = jax.checkpoint(part)(tables, tokens)
+            return total + loss, (lookup, row_grads)
+
+        loss, (lookups, row_grads) = jax.lax.scan(body, jnp.float32(0), tokens_ABT)
+        return loss, memory.combine(lookups, row_grads)
+
+    def run(tables, tokens_ABT):
+        loss, combined = {"at once": at_once, "listed": listed, "scanned": scanned}[way](
+            tables, tokens_ABT)
+        return loss, combined.square, memory.update(tables, combined, RATE)
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("way", ["listed", "scanned"])
+@pytest.mark.parametrize("name", ["none", "8 auto", "4x2 explicit"])
+def test_a_batch_in_parts_is_the_batch_at_once(name, way):
+    """Parts of a batch may share rows, and each row is updated once."""
+    tables = memory_on(name).init(jax.random.key(0))
+    tokens_ABT = np.stack([tokens_of(0), tokens_of(1)])
+    whole, parts = (gradient_of(name, w)(tables, tokens_ABT) for w in ("at once", way))
+    assert float(parts[0]) == pytest.approx(float(whole[0]), rel=1e-6)
+    assert float(parts[1]) == pytest.approx(float(whole[1]), rel=1e-5)
+    for left, right in zip(jax.tree.leaves(whole[2]), jax.tree.leaves(parts[2]), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
+
+
+def test_layers_with_one_table_add_up():
+    memory = Memory(dataclasses.replace(CONFIG, one_table=True), VOCABULARY)
+    lookup = memory.lookup(memory.init(jax.random.key(0)), tokens_of())
+    np.testing.assert_array_equal(lookup.rows[1], lookup.rows[3])
+    ones = jax.tree.map(jnp.ones_like, lookup.rows)
+    alone = memory.combine(lookup, {1: ones[1], 3: 0 * ones[3]})
+    assert float(memory.combine(lookup, ones).square) == pytest.approx(4 * float(alone.square))
+
+
+# --- What a look-up may be given ---
+
+
+def test_pieces_with_their_history_read_the_rows_of_the_whole():
+    memory, tokens = memory_on("8 auto"), tokens_of()
+    tables = memory.init(jax.random.key(0))
+    whole = memory.lookup(tables, spread(memory, tokens))
+    rest = memory.lookup(tables, spread(memory, tokens[:, 4:]), history=tokens[:, 1:4])
+    for layer in CONFIG.layers:
+        np.testing.assert_array_equal(rest.rows[layer], whole.rows[layer][:, 4:])
+
+
+def test_ngrams_stop_at_the_start_of_a_document():
+    memory, tokens = memory_on("8 explicit"), tokens_of()
+    tables = memory.init(jax.random.key(0))
+    positions = np.broadcast_to([0, 1, 2, 0, 1, 2], tokens.shape)
+    both = memory.lookup(tables, spread(memory, tokens), positions=spread(memory, positions))
+    second = memory.lookup(tables, spread(memory, tokens[:, 3:]))
+    for layer in CONFIG.layers:
+        np.testing.assert_array_equal(both.rows[layer][:, 3:], second.rows[layer])
+
+
+@pytest.mark.parametrize("bad", [RAW, -1, 2**31 - 1])
+def test_a_token_that_there_is_not_is_counted_and_reads_zeros(bad):
+    memory, tokens = memory_on("8 auto"), tokens_of()
+    tables = memory.init(jax.random.key(0))
+    tokens[2, 3] = bad
+    lookup = memory.lookup(tables, jnp.asarray(tokens))
+    assert int(lookup.outside) == 1
+    rows = np.asarray(lookup.rows[1])
+    zeros_BT = (rows[:, :, :2] == 0).all((2, 3))  # of the two heads of order 2
+    assert np.argwhere(zeros_BT).tolist() == [[2, 3], [2, 4]]
+    combined = memory.combine(lookup, jax.tree.map(jnp.ones_like, lookup.rows))
+    ids = [np.unique(each) for each in lookup.ids.values()]
+    assert int(combined.touched) == sum((each >= 0).sum() for each in ids)
+
+
+@pytest.mark.parametrize("capacity", [0.01, 0.5, 100.0])
+def test_capacity_changes_rounds_and_no_bit(capacity):
+    tables = memory_on("8 auto").init(jax.random.key(0))
+    right = memory_on("8 auto").lookup(tables, spread(memory_on("8 auto"), tokens_of()))
+    memory = memory_on("8 auto", capacity=capacity)
+    lookup = memory.lookup(tables, spread(memory, tokens_of()))
+    np.testing.assert_array_equal(lookup.rows[3], right.rows[3])
+    assert (int(lookup.rounds) == 1) == (int(lookup.overflow) == 0) == (capacity == 100)
+
+
+# --- bfloat16, and steps that are skipped ---
+
+HALF = dataclasses.replace(CONFIG, table_dtype="bfloat16")
+
+
+def test_a_bfloat16_table_decodes_itself():
+    memory = memory_on("8 auto", HALF, dtype="bfloat16")
+    tables = memory.init(jax.random.key(0))
+    assert tables.values["layer_1"].dtype == jnp.uint16
+    lookup = memory.lookup(tables, tokens_of())
+    exact = memory_on("8 auto", HALF).lookup(tables, tokens_of()).rows[1]
+    assert lookup.rows[1].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(lookup.rows[1].astype(jnp.float32), exact)
+    float32 = memory_on("8 auto").lookup(memory_on("8 auto").init(jax.random.key(0)), tokens_of())
+    np.testing.assert_allclose(exact, float32.rows[1], rtol=2**-8)
+    moved, _ = make_step(memory)(tables, spread(memory, tokens_of()))
+    assert moved.values["layer_1"].dtype == jnp.uint16
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(("rate", "scale", "gradient"), [
+    (RATE, 0.0, 1.0), (RATE, NAN, 1.0), (RATE, INF, 1.0), (NAN, 1.0, 1.0), (RATE, 1.0, NAN),
+    (RATE, 1.0, INF), (RATE, 1.0, 1e30)])
+@pytest.mark.parametrize("optimizer", ["row_adam", "dense_adam"])
+def test_a_skipped_step_changes_no_bit(optimizer, rate, scale, gradient):
+    memory = memory_on("8 auto", optimizer=OPTIMIZERS[optimizer])
+    tables, after = moved_once(memory, rate, scale, gradient)
+    for left, right in zip(jax.tree.leaves(tables), jax.tree.leaves(after), strict=True):
+        assert np.asarray(left).tobytes() == np.asarray(right).tobytes()
+
+
+def moved_once(memory, rate, scale, gradient):
+    tables = memory.init(jax.random.key(0))
+    lookup = memory.lookup(tables, tokens_of())
+    row_grads = {layer: jnp.ones_like(rows).at[3, 2].set(gradient)
+                 for layer, rows in lookup.rows.items()}
+    return tables, memory.update(tables, memory.combine(lookup, row_grads), rate, scale)
+
+
+def test_after_skipped_steps_adam_is_optax():
+    """Two of four steps have a NaN: the other two are optax's first two on the big array."""
+    memory = memory_on("8 auto", optimizer=OPTIMIZERS["dense_adam"])
+    tables = memory.init(jax.random.key(0))
+    big = jax.tree.map(jnp.asarray, dense_tables(memory))
+    adam = optax.adam(RATE, b1=0.9, b2=0.95)
+    state = adam.init(big)
+    for number, weight in enumerate([NAN, 1.0, NAN, -2.0]):
+        lookup = memory.lookup(tables, tokens_of(number))
+        combined = memory.combine(lookup, {
+            layer: jnp.full(rows.shape, weight) for layer, rows in lookup.rows.items()})
+        tables = memory.update(tables, combined, RATE)
+        if weight == weight:
+            grads = {layer: jnp.zeros_like(table).at[dense_ids(tokens_of(number), layer)].add(
+                weight) for layer, table in big.items()}
+            updates, state = adam.update(grads, state)
+            big = optax.apply_updates(big, updates)
+    assert int(tables.updates) == 2
+    for site in memory.sites:
+        rows, _ = flat(layout_of(site), np.asarray(tables.values[site.name]))
+        np.testing.assert_allclose(rows, big[site.layer], rtol=0, atol=1e-5)
+
+
+# --- What is refused ---
+
+
+def test_the_pytrees_go_through_tree_map():
     memory = memory_on("none")
     lookup = memory.lookup(memory.init(jax.random.key(0)), tokens_of())
     assert isinstance(jax.tree.map(lambda x: x, lookup), Lookup)
 
 
-def test_rows_of_another_lookup_are_refused():
+def test_abstract_tables_are_those_of_init():
+    memory = memory_on("2x4 both")
+    for made, like in zip(jax.tree.leaves(memory.init(jax.random.key(0))),
+                          jax.tree.leaves(memory.abstract()), strict=True):
+        assert (made.shape, made.dtype) == (like.shape, like.dtype)
+        assert made.sharding == like.sharding
+
+
+def mesh_of_eight():
+    return memory_on("8 auto").mesh
+
+
+@pytest.mark.parametrize(("make", "line"), [
+    (lambda: Memory(CONFIG, VOCABULARY, mesh_of_eight(), ("model",)),
+     r"^Memory.axes = \('model',\): must be axes of the mesh, which has \('data',\)$"),
+    (lambda: Memory(CONFIG, VOCABULARY, mesh_of_eight(), "data"),
+     r"^Memory.axes = 'data': must be a tuple of axes of the mesh"),
+    (lambda: Memory(dataclasses.replace(CONFIG, shards=12), VOCABULARY, mesh_of_eight()),
+     r"^EngramConfig.shards = 12: does not divide among 8 devices; set a multiple of 8$"),
+    (lambda: Memory(dataclasses.replace(CONFIG, pad_id=RAW), VOCABULARY),
+     r"^EngramConfig.pad_id = 100: must be a raw token id, in 0..99$"),
+    (lambda: Memory(dataclasses.replace(CONFIG, keys="random"), VOCABULARY), "is a control"),
+    (lambda: Memory(CONFIG, VOCABULARY, dtype="bf16"), r"^Memory.dtype = 'bf16': "),
+    (lambda: Memory(CONFIG, VOCABULARY, capacity=0.0), r"^Memory.capacity = 0.0: "),
+    (lambda: TableLayout(rows=9, dim=2, shards=3).init(jax.random.key(0), 1.0, "bf16"),
+     r"^dtype = 'bf16': must be float32 or bfloat16$"),
+])
+def test_a_memory_that_cannot_be_is_refused(make, line):
+    with pytest.raises(UserError, match=line):
+        make()
+
+
+@pytest.mark.parametrize(("given", "line"), [
+    ({"tokens": tokens_of()[:, 0]}, r"^tokens.shape = \(8,\): must be \[B, T\]$"),
+    ({"tokens": tokens_of()[:6]}, r"^tokens.shape = \(6, 6\): has 6 sequences, which do not"),
+    ({"tokens": tokens_of() * 1.0}, r"^tokens.dtype = 'float64': must be a whole-number type$"),
+    ({"tokens": tokens_of() + 50}, r"^token id = 1\d\d: must be in 0..99"),
+    ({"history": tokens_of()[:, :1]}, r"^history.shape = \(8, 1\): must be \(8, 2 or more\)$"),
+    ({"positions": tokens_of()[:, :1]}, r"^positions.shape = \(8, 1\): must be \(8, 6\)"),
+])
+def test_a_lookup_that_cannot_be_is_refused(given, line):
     memory = memory_on("8 auto")
-    lookup = memory.lookup(memory.init(jax.random.key(0)), tokens_of())
+    with pytest.raises(UserError, match=line):
+        memory.lookup(memory.abstract(), **{"tokens": tokens_of(), **given})
+
+
+def test_rows_of_another_lookup_and_tables_of_another_memory_are_refused():
+    memory = memory_on("8 auto")
+    other = memory_on("8 auto", dataclasses.replace(CONFIG, rows_per_head=(70, 90)))
+    tables = memory.init(jax.random.key(0))
+    lookup = memory.lookup(tables, tokens_of())
     with pytest.raises(UserError, match=r"^row_grads = .* must have the layers and shapes"):
         memory.combine(lookup, {1: lookup.rows[1]})
+    with pytest.raises(UserError, match=r"^row_grads = .* must have the layers and shapes"):
+        memory.combine(lookup, {layer: rows[:, :3] for layer, rows in lookup.rows.items()})
+    with pytest.raises(UserError, match=r"^row_grads = 1: must be as many as the look-ups"):
+        memory.combine([lookup, lookup], [lookup.rows])
+    with pytest.raises(UserError, match=r"^tables = .* are of another memory"):
+        other.lookup(tables, tokens_of())
+    with pytest.raises(UserError, match=r"^tables = .* are of another memory"):
+        other.update(tables, memory.combine(lookup, lookup.rows), RATE)
+
+
+def test_a_memory_inside_a_shard_map_is_refused():
+    memory = memory_on("8 auto")
+    inside = jax.shard_map(lambda tokens: memory.lookup(memory.abstract(), tokens).rows[1],
+                           mesh=memory.mesh, in_specs=PartitionSpec("data"),
+                           out_specs=PartitionSpec("data"), check_vma=False)
+    with pytest.raises(UserError, match=r"^axes = \('data',\): .* call it outside"):
+        jax.eval_shape(inside, tokens_of())
