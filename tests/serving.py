@@ -1,6 +1,5 @@
 """A micro model to generate with, its tables wherever they may be, and the same text by hand."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -21,21 +20,19 @@ from engram_jax.offload.file import TableWriter, table_info
 from engram_jax.offload.formats import RowFormat
 from engram_jax.offload.host import HostTable
 from engram_jax.offload.prefetch import HostRows
+from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows, layout_of
 
 VOCAB, PAD, END = 300, 2, 7
 SLOTS, CHUNK, LENGTH = 3, 4, 32
 
-_BASE = micro("none").model
-MODEL = dataclasses.replace(
-    _BASE, depth=3, engram=dataclasses.replace(_BASE.engram, layers=(1, 2)),
-    moe=dataclasses.replace(_BASE.moe, dense_layers=1))
-ISOLATED = dataclasses.replace(
-    MODEL, moe=None, streams=1, isolate_documents=True, depth=2,
-    engram=dataclasses.replace(
-        MODEL.engram, layers=(1,), max_order=4, rows_per_head=(64, 128, 64)))
-PLAIN = dataclasses.replace(MODEL, moe=None, streams=1, engram=None, depth=1)
-FIRST = dataclasses.replace(PLAIN, engram=dataclasses.replace(MODEL.engram, layers=(0,)))
+MODEL = changed(micro("none").model, {
+    "depth": 3, "engram.layers": (1, 2), "moe.dense_layers": 1})
+ISOLATED = changed(MODEL, {
+    "moe": None, "streams": 1, "isolate_documents": True, "depth": 2, "engram.layers": (1,),
+    "engram.max_order": 4, "engram.rows_per_head": (64, 128, 64)})
+PLAIN = changed(MODEL, {"moe": None, "streams": 1, "engram": None, "depth": 1})
+FIRST = changed(PLAIN, {"engram": MODEL.engram, "engram.layers": (0,)})
 
 
 class Parts(NamedTuple):

@@ -11,6 +11,7 @@ from engram_jax.config import RunConfig
 from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import matched_baseline, with_flops
 from engram_jax.recipes import tiny, with_over_encoding
+from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
 
 SCALES = {"tiny": 130}  # steps
@@ -35,16 +36,14 @@ class Trial:
 
     def on(self, run: RunConfig) -> RunConfig:
         """The run with these settings."""
-        model = dataclasses.replace(run.model, embedding_std=self.embedding_std)
-        if (engram := model.engram) is not None:
-            model = dataclasses.replace(
-                model, engram=dataclasses.replace(engram, table_std=self.table_std))
-        if (over := model.over_encoding) is not None:
-            model = dataclasses.replace(
-                model, over_encoding=dataclasses.replace(over, table_std=self.table_std))
-        return dataclasses.replace(run, model=model, optimizer=dataclasses.replace(
-            run.optimizer, learning_rate=self.rate, table_optimizer=self.table_optimizer,
-            table_multiplier=self.multiplier))
+        starts = {f"model.{memory}.table_std": self.table_std
+                  for memory in ("engram", "over_encoding")
+                  if getattr(run.model, memory) is not None}
+        return changed(run, {
+            "model.embedding_std": self.embedding_std, **starts,
+            "optimizer.learning_rate": self.rate,
+            "optimizer.table_optimizer": self.table_optimizer,
+            "optimizer.table_multiplier": self.multiplier})
 
 
 _RMSPROP = Trial(table_optimizer="row_rmsprop", multiplier=20.0)
@@ -89,9 +88,7 @@ TRIALS_BY_ARM = {f"{kind}-{number}": trials[number]
 
 def bases(steps: int) -> dict[str, RunConfig]:
     """The run of each kind, all at one cost of FLOPs."""
-    engram = tiny()
-    engram = dataclasses.replace(engram, training=dataclasses.replace(
-        engram.training, steps=steps, checkpoint_every=0))
+    engram = changed(tiny(), {"training.steps": steps, "training.checkpoint_every": 0})
     over = with_flops(with_over_encoding(engram), account(engram).flops_per_token)
     return {"no-memory": matched_baseline(engram), "engram": engram, "over-encoding": over}
 

@@ -10,6 +10,7 @@ from engram_jax.benchmarks.gather import gather_benchmark
 from engram_jax.benchmarks.row_optimizers import row_optimizer_benchmark
 from engram_jax.benchmarks.table import table_benchmark
 from engram_jax.config import TABLE_OPTIMIZERS
+from engram_jax.settings import changed
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compilations")]
 
@@ -47,10 +48,10 @@ def test_gather():
 def test_offload():
     """Whatever the home, overlapped or cached, the same tokens are generated."""
     work = offload.tiny()
-    engram = dataclasses.replace(work.model.engram, rows_per_head=(512, 512))
+    model = changed(work.model, {"engram.rows_per_head": (512, 512)})
     work = dataclasses.replace(
-        work, model=dataclasses.replace(work.model, engram=engram), sequences=3, prompt=(5, 20),
-        generated=(2, 4), slots=2, chunk=16, repeats=1, cache_bytes=2**16)
+        work, model=model, sequences=3, prompt=(5, 20), generated=(2, 4),
+        slots=2, chunk=16, repeats=1, cache_bytes=2**16)
     found = offload.offload_benchmark(work)
     assert found["same_tokens"]
     assert found["baseline_tokens_per_s"] > 0

@@ -1,6 +1,5 @@
 """The command line: every command does its work, and every mistake is one line and an exit code."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -18,7 +17,7 @@ from engram_jax import recipes
 from engram_jax.cli import main, results, runs, serving
 from engram_jax.cli.words import keeping_programs
 from engram_jax.runs.directory import RunDirectory
-from engram_jax.settings import with_settings
+from engram_jax.settings import changed, with_settings
 from engram_jax.sweeps import sweep
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -33,8 +32,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def recipe(text):
     """A recipe "micro" beside the others, on the standard library until it is told otherwise."""
-    run = plain(micro(text))
-    run = dataclasses.replace(run, data=dataclasses.replace(run.data, path="stdlib"))
+    run = changed(plain(micro(text)), {"data.path": "stdlib"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(recipes.RECIPES, "micro", lambda: run)
         yield run

@@ -1,6 +1,5 @@
 """What a run costs, against the published numbers and against counting by hand."""
 
-import dataclasses
 import json
 
 import jax
@@ -18,7 +17,7 @@ from engram_jax.costs.accounting import account, described
 from engram_jax.hashing.addressing import sites
 from engram_jax.model import transformer
 from engram_jax.recipes import RECIPES, recipe, with_over_encoding, without_memory
-from engram_jax.settings import with_settings
+from engram_jax.settings import changed, with_settings
 
 B = 1e9
 
@@ -97,7 +96,7 @@ def test_described_names_every_part(name):
 
 def test_tied_head_is_counted_once_as_the_head():
     run = recipe("tiny")
-    tied = dataclasses.replace(run, model=dataclasses.replace(run.model, tied_head=True))
+    tied = changed(run, {"model.tied_head": True})
     untied_numbers, numbers = account(run), account(tied)
     assert "LM head" not in numbers.parts
     for field in ("total_params", "active_params", "sparse_params", "rho", "flops_per_token"):

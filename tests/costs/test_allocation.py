@@ -10,6 +10,7 @@ from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import allocate, matched_baseline, with_flops, with_parameters
 from engram_jax.errors import UserError
 from engram_jax.recipes import recipe
+from engram_jax.settings import changed
 from experiments.allocation.configs import PAPER, RHOS, SCALES, described
 
 TINY_BASES = [pytest.param(*pair, id=pair[0].name) for pair in SCALES["tiny"]]
@@ -72,8 +73,7 @@ def test_experts_alone_are_the_model_itself():
 
 def test_without_a_dense_block_the_flops_must_do():
     base, memory = SCALES["tiny"][0]
-    bare = dataclasses.replace(base, model=dataclasses.replace(
-        base.model, moe=dataclasses.replace(base.model.moe, dense_layers=0)))
+    bare = changed(base, {"model.moe.dense_layers": 0})
     with pytest.raises(UserError, match=r"rho = 0.5: costs .* FLOPs a token .*dense block"):
         allocate(bare, 0.5, memory)
     thin = EngramConfig(layers=(1,), rows_per_head=(2, 2), heads=1, head_dim=1)
@@ -151,8 +151,7 @@ def test_the_dry_run_says_targets_and_what_is_met():
 
 def test_many_experts_or_few():
     base, memory = SCALES["tiny"][1]
-    few = dataclasses.replace(base, model=dataclasses.replace(
-        base.model, moe=MoEConfig(experts=8, top_k=2, shared=1, expert_ffn=64)))
+    few = changed(base, {"model.moe": MoEConfig(experts=8, top_k=2, shared=1, expert_ffn=64)})
     point = allocate(few, 0.5, memory)
     assert point.run.model.moe.experts == 5
     assert abs(point.parameters_off) < 1e-3

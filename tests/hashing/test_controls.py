@@ -1,6 +1,5 @@
 """Controls: rows that say nothing of the text, as many and as often as the memory's."""
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from engram_jax.hashing.addressing import address
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.controls import by_chance, of_neighbours
 from engram_jax.hashing.host import HostHash
+from engram_jax.settings import changed
 from engram_jax.training import placement
 
 VOCAB = 300
@@ -21,8 +21,7 @@ TOKENS_BT = np.random.default_rng(0).integers(0, VOCAB, (4, 200)).astype(np.int3
 
 
 def model(keys):
-    base = micro("none").model
-    return dataclasses.replace(base, engram=dataclasses.replace(base.engram, keys=keys))
+    return changed(micro("none").model, {"engram.keys": keys})
 
 
 def ids(keys, tokens_BT=TOKENS_BT):
@@ -79,8 +78,8 @@ def test_controls_do_not_serve(keys):
 
 
 def test_a_device_with_one_sequence_has_no_neighbour():
-    run = dataclasses.replace(micro("none"), model=model("shuffled"))
-    single = dataclasses.replace(run, data=dataclasses.replace(run.data, batch_size=1))
+    run = changed(micro("none"), {"model": model("shuffled")})
+    single = changed(run, {"data.batch_size": 1})
     with pytest.raises(UserError, match=r"data.batch_size = 1: .*shuffled.*two for a device"):
         placement.check(single, placement.single_mesh())
     placement.check(run, placement.single_mesh())

@@ -17,12 +17,13 @@ from engram_jax.model.attention import attention, attention_parameters, cached_a
 from engram_jax.model.documents import documents
 from engram_jax.model.engram import causal_conv, fuse, init_engram
 from engram_jax.model.parameters import values
+from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows
 
 pytestmark = pytest.mark.usefixtures("compilations")
 FIRST, SECOND, THIRD = (serving.prompt(length, seed=9) for length in (6, 5, 7))
-SHARED = dataclasses.replace(MODEL, engram=dataclasses.replace(
-    MODEL.engram, one_table=True, per_branch=False, gated=False))
+SHARED = changed(MODEL, {
+    "engram.one_table": True, "engram.per_branch": False, "engram.gated": False})
 models = pytest.mark.parametrize("model", [MODEL, ISOLATED], ids=["together", "isolated"])
 
 

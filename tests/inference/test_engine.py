@@ -15,6 +15,7 @@ from engram_jax.errors import MachineError, UserError
 from engram_jax.inference import stages
 from engram_jax.inference.engine import Request
 from engram_jax.offload.host import HostTable
+from engram_jax.settings import changed
 
 pytestmark = pytest.mark.usefixtures("compilations")
 PROMPTS = [serving.prompt(length) for length in (5, 9, 1, 13, 4)]
@@ -327,8 +328,7 @@ def test_without_any_memory(home, overlap, rows_of):
 
 @pytest.mark.parametrize("home", ["device", "host"])
 def test_without_convolution_or_head_of_its_own_and_with_memory_first(home, rows_of):
-    model = dataclasses.replace(
-        FIRST, tied_head=True, engram=dataclasses.replace(FIRST.engram, kernel=0))
+    model = changed(FIRST, {"tied_head": True, "engram.kernel": 0})
     requests = serving.greedy(PROMPTS, TOKENS)
     assert serving.generated(model, rows_of(home, model), requests) == recomputed(model, requests)
 

@@ -28,6 +28,7 @@ from engram_jax.model.over_encoding import encode
 from engram_jax.model.parameters import values
 from engram_jax.model.transformer import Segment, segments
 from engram_jax.recipes import RECIPES, recipe
+from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows, layout_of
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -488,7 +489,7 @@ def test_what_a_forward_pass_lets_one_see():
 def test_one_table_feeds_every_layer():
     """Its rows' gradient is the sum of what each layer's would be."""
     two = dataclasses.replace(PLAIN, engram=engram(0, 2))
-    one = dataclasses.replace(two, engram=dataclasses.replace(two.engram, one_table=True))
+    one = changed(two, {"engram.one_table": True})
     assert [site.name for site in sites(one)] == ["layer_0"]
     params, _, _ = parts(one)
     shared = rows_of(one, TOKENS_BT, NO_STARTS)["layer_0"]

@@ -29,6 +29,7 @@ from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.reader import open_inputs
+from engram_jax.settings import changed
 from engram_jax.tables.layout import layout_of
 from engram_jax.training import capacity, placement
 from engram_jax.training.state import abstract_state, init_state
@@ -52,11 +53,11 @@ def run(tmp_path_factory):
 
 
 def with_memory(run, **fields):
-    return with_model(run, engram=dataclasses.replace(run.model.engram, **fields))
+    return changed(run, {f"model.engram.{name}": value for name, value in fields.items()})
 
 
 def picking_all(run):
-    return with_model(run, moe=dataclasses.replace(run.model.moe, top_k=run.model.moe.experts))
+    return changed(run, {"model.moe.top_k": run.model.moe.experts})
 
 
 # --- What runs; cached by the run's value ---
@@ -215,7 +216,7 @@ def test_the_demo_on_every_mesh_equals_one_device(
     20 steps, and by 2e-6 without it. With two of eight experts, a near-tie in routing ends the
     likeness sooner or later."""
     run = with_memory(recipes.tiny(), signed_root=signed_root)
-    run = with_model(run, moe=dataclasses.replace(run.model.moe, top_k=top_k))
+    run = changed(run, {"model.moe.top_k": top_k})
     batches = list(itertools.islice(train_batches(open_inputs(run).tokens, run.data), steps))
     curves = {}
     for shape in (ONE, (8, 1), (2, 4), (4, 2)):

@@ -35,7 +35,7 @@ from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.evaluate import evaluator
 from engram_jax.runs.reader import open_inputs
-from engram_jax.settings import first_difference, to_dict
+from engram_jax.settings import changed, first_difference, to_dict
 from engram_jax.tables.layout import gather_rows
 from engram_jax.training import step
 from engram_jax.training.optimizers import optimizer, schedule
@@ -401,8 +401,7 @@ def test_a_finished_run_is_not_run_again(run, whole, monkeypatch):
     again = with_training(run, tensorboard=TENSORBOARD)
     assert train.train(again, whole.path, silent) == whole.result()
     with pytest.raises(UserError, match=r"optimizer.learning_rate = 0.5.*holds a run with 0.01"):
-        train.train(dataclasses.replace(again, optimizer=dataclasses.replace(
-            run.optimizer, learning_rate=0.5)), whole.path, silent)
+        train.train(changed(again, {"optimizer.learning_rate": 0.5}), whole.path, silent)
 
 
 class Stop(Exception):
@@ -632,7 +631,7 @@ def test_another_tokenizer_or_hash_is_refused(run, inputs, whole, name):
 
 def test_the_fingerprint_is_of_hash_and_tokenizer(run, inputs, tmp_path):
     assert set(inputs.fingerprints()) == {"tokenizer", "vocabulary", "layer_0"}
-    seeded = with_model(run, engram=dataclasses.replace(run.model.engram, hash_seed=1))
+    seeded = changed(run, {"model.engram.hash_seed": 1})
     assert open_inputs(seeded).fingerprints()["layer_0"] != inputs.fingerprints()["layer_0"]
     other = with_data(run, path=write_text(tmp_path / "other.txt", seed=5))
     assert open_inputs(other).fingerprints()["tokenizer"] != inputs.fingerprints()["tokenizer"]
