@@ -3,7 +3,8 @@
 Shapes: B batch, T time, M streams, D width, V vocabulary; C chunks of N tokens.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +32,50 @@ def token_losses(
       targets_BT: int32.
       config: the model.
     """
+    losses_BT: jax.Array = _by_chunks(cross_entropy, params, x_BTMD, targets_BT, config)
+    return losses_BT
+
+
+class TokenScores(NamedTuple):
+    """losses_BT, the cross-entropy of each target in nats, float32; best_BT, the likeliest token,
+    int32 (of equal ones the first)."""
+
+    losses_BT: jax.Array
+    best_BT: jax.Array
+
+
+def token_scores(
+    params: dict[str, Any], x_BTMD: jax.Array, targets_BT: jax.Array, config: ModelConfig
+) -> TokenScores:
+    """The loss of every target, and what the model would have said; arguments as `token_losses`."""
+
+    def of(logits_BTV: jax.Array, targets_BT: jax.Array) -> TokenScores:
+        best_BT = jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+        return TokenScores(cross_entropy(logits_BTV, targets_BT), best_BT)
+
+    scores: TokenScores = _by_chunks(of, params, x_BTMD, targets_BT, config)
+    return scores
+
+
+def _by_chunks(
+    of: Callable[[jax.Array, jax.Array], Any], params: dict[str, Any], x_BTMD: jax.Array,
+    targets_BT: jax.Array, config: ModelConfig,
+) -> Any:
+    """`of` logits and targets, whose results are [B, T], without all logits at once."""
     if targets_BT.size * config.vocab_size <= MAX_LOGITS:
-        return cross_entropy(transformer.head(params, x_BTMD, config), targets_BT)
+        return of(transformer.head(params, x_BTMD, config), targets_BT)
     tokens = max(1, MAX_LOGITS // config.vocab_size)
 
-    def chunk(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+    def chunk(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
         x_NMD, targets_N = part
         logits_1NV = transformer.head(params, x_NMD[None], config)
-        return None, cross_entropy(logits_1NV, targets_N[None])[0]
+        return None, jax.tree.map(lambda one: one[0], of(logits_1NV, targets_N[None]))
 
     parts = (_chunks(x_BTMD.reshape(-1, *x_BTMD.shape[2:]), tokens),
              _chunks(targets_BT.reshape(-1), tokens))
-    _, losses_CN = jax.lax.scan(jax.checkpoint(chunk), None, parts)
-    return losses_CN.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape)
+    _, made_CN = jax.lax.scan(jax.checkpoint(chunk), None, parts)
+    return jax.tree.map(
+        lambda one: one.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape), made_CN)
 
 
 def _chunks(array: jax.Array, limit: int) -> jax.Array:

@@ -1,0 +1,173 @@
+"""Trained runs under EleutherAI's lm-evaluation-harness (extra `eval`).
+
+    python -m engram_jax.evaluation --model engram_jax --model_args path=RUN --tasks arc_easy
+
+is the harness's own command with this model added: the harness (0.4.13) finds no models of other
+packages by itself.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from engram_jax.config import require
+from engram_jax.errors import UserError
+from engram_jax.evaluation.scoring import Scorer
+from engram_jax.inference.engine import Engine, Request
+from engram_jax.inference.serving import served
+from engram_jax.runs.directory import RunDirectory
+
+try:
+    from lm_eval import utils as harness_utils
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError as error:
+    raise UserError("evaluate needs lm-evaluation-harness: pip install 'engram_jax[eval]'"
+                    ) from error
+
+TOKENS = 256  # that are generated where a task does not say how many
+
+
+@register_model("engram_jax")
+class EngramLM(TemplateLM):
+    """A run as the harness sees a language model.
+
+    Args:
+      path: the run's folder.
+      memory, dtype: where its tables lie and in what, as `inference.serving.served` takes them.
+      batch_size: sequences at once.
+      max_length: tokens that the model reads at most; 0 is the length that it was trained at, or
+        to which it was extended. Longer contexts lose their beginning.
+
+    Raises:
+      UserError: no run, or a setting out of range.
+    """
+
+    def __init__(self, path: str, memory: str = "device", dtype: str = "",
+                 batch_size: int | str = 8, max_length: int = 0, **_: Any):
+        super().__init__()
+        self._model = served(RunDirectory(path), memory, dtype)
+        self.scorer = Scorer(self._model, int(batch_size))
+        trained = _length(self._model.run)
+        self.max_length = int(max_length) or trained
+        require(2 <= self.max_length <= trained, "max_length", self.max_length,
+                f"must be in 2..{trained}, what the run was trained or extended to")
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a document; it also stands where a context is empty."""
+        return self._model.reader.end_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._model.reader.fingerprints()["tokenizer"]
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Raw ids; special ones are never added, as in training."""
+        del add_special_tokens
+        ids: list[int] = self._model.reader.tokenizer.encode(
+            string, add_special_tokens=False).ids
+        return ids
+
+    def tok_decode(self, tokens: list[int]) -> str:
+        """The text of raw ids."""
+        text: str = self._model.reader.tokenizer.decode(tokens)
+        return text
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """For each (words, context, continuation): its log-likelihood, and whether it is greedy."""
+        out: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        order = sorted(range(len(requests)),
+                       key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
+        for start in range(0, len(order), self.scorer.batch_size):
+            chosen = order[start:start + self.scorer.batch_size]
+            pairs = [(requests[n][1], requests[n][2]) for n in chosen]
+            for number, answer in zip(chosen, self._scored(pairs), strict=True):
+                out[number] = answer
+                if requests[number][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], answer)
+        return out
+
+    def _scored(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        whole = [(context + continuation)[-(self.max_length + 1):]
+                 for context, continuation in pairs]
+        longest = max(map(len, whole)) - 1
+        tokens_BT = np.full((2, len(whole), longest), self._model.reader.pad_id, np.int32)
+        for row, ids in enumerate(whole):
+            tokens_BT[0, row, :len(ids) - 1], tokens_BT[1, row, :len(ids) - 1] = ids[:-1], ids[1:]
+        losses_BT, greedy_BT = self.scorer(*tokens_BT)
+        answers = []
+        for row, ((_, continuation), ids) in enumerate(zip(pairs, whole, strict=True)):
+            require(len(continuation) <= self.max_length, "continuation",
+                    f"{len(continuation)} tokens", f"is longer than max_length {self.max_length}")
+            told = slice(len(ids) - 1 - len(continuation), len(ids) - 1)
+            answers.append((-float(losses_BT[row, told].sum()), bool(greedy_BT[row, told].all())))
+        return answers
+
+    def loglikelihood_rolling(
+        self, requests: list[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of whole texts, in windows of `max_length` that do not overlap."""
+        del disable_tqdm
+        out = []
+        for request in requests:
+            (text,) = request.args
+            windows = map(harness_utils.make_disjoint_window,
+                          harness_utils.get_rolling_token_windows(
+                              self.tok_encode(text), self.eot_token_id, self.max_length, 1))
+            scored = self._loglikelihood_tokens([(None, *window) for window in windows])  # type: ignore[misc]
+            out.append(sum(likelihood for likelihood, _ in scored))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), out[-1])
+        return out
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each context, up to the first stop string."""
+        del disable_tqdm
+        asked = [request.args for request in requests]
+        made = self._engine.generate([self._request(*words) for words in asked])
+        out = []
+        for ids, words in zip(made, asked, strict=True):
+            text = self.tok_decode([token for token in ids if token != self.eot_token_id])
+            for stop in _stops(words[1]):
+                text = text.split(stop)[0]
+            out.append(text)
+            self.cache_hook.add_partial("generate_until", words, text)
+        return out
+
+    def _request(self, context: str, settings: dict[str, Any]) -> Request:
+        """A context loses its beginning where it leaves no room for the answer."""
+        tokens = min(int(settings.get("max_gen_toks", TOKENS)), self.max_length - 1)
+        prompt = self.tok_encode(context)[-(self.max_length - tokens):] or [self.eot_token_id]
+        return Request(prompt=tuple(prompt), tokens=tokens, **_sampling(settings))
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        return self._model.engine(slots=self.scorer.batch_size, length=self.max_length)
+
+    def close(self) -> None:
+        """Stop the threads that fetch rows."""
+        self._model.rows.close()
+
+
+def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    if not settings.get("do_sample", False):
+        return {}
+    return {"temperature": float(settings.get("temperature", 1.0)),
+            "top_k": int(settings.get("top_k", 0)), "top_p": float(settings.get("top_p", 1.0))}
+
+
+def _stops(settings: dict[str, Any]) -> list[str]:
+    stops = settings.get("until") or []
+    return [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
+
+
+def _length(run: Any) -> int:
+    """The most tokens that a run reads: what it was trained at, or extended to."""
+    yarn = run.model.attention.yarn
+    extended = int(yarn.factor * yarn.original_length) if yarn else 0
+    return max(run.data.sequence_length, extended)
