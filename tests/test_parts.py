@@ -1,4 +1,4 @@
-"""Every python block of docs/parts.md runs as it stands."""
+"""Every python block of docs/parts.md and of the other pages of parts runs as it stands."""
 
 import re
 from pathlib import Path

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from engram_jax import __version__
 from engram_jax.cli import (
     benchmarks,
+    evaluation,
     fields,
     models,
     released,
@@ -29,7 +30,8 @@ from engram_jax.cli.endings import ending, quieten
 from engram_jax.cli.words import Parser
 
 GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
-FAMILIES = (models, fields, texts, runs, sweeps, results, serving, released, benchmarks)
+FAMILIES = (models, fields, texts, runs, evaluation, sweeps, results, serving, released,
+            benchmarks)
 
 
 def main(words: Sequence[str] | None = None) -> int:

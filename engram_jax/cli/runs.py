@@ -1,4 +1,4 @@
-"""Commands about one run on a disk: `train`, `evaluate` and `reproduce`."""
+"""Commands that train one run on a disk: `train` and `reproduce`."""
 
 import typing
 
@@ -8,26 +8,18 @@ from engram_jax.cli.words import (
     Commands,
     Options,
     add_command,
-    add_directory,
-    add_json,
     add_mesh,
-    add_set,
     keeping_programs,
     program,
     say,
 )
-from engram_jax.config import RunConfig
-from engram_jax.settings import json_text, with_settings
 
 if typing.TYPE_CHECKING:
-    from engram_jax.runs.directory import RunDirectory
-    from engram_jax.runs.reader import Reader
-    from engram_jax.training.state import TrainState
+    pass
 
 
 def add(commands: Commands) -> None:
     _add_train(commands)
-    _add_evaluate(commands)
     _add_reproduce(commands)
 
 
@@ -52,41 +44,6 @@ def train(options: Options) -> None:
         result = run_to_end(run, options.out, tell, chosen_mesh(options.mesh))
         tell(f"loss {result['loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
         tell(f"next: {program()} generate {options.out} --prompt 'import '")
-
-
-def _add_evaluate(commands: Commands) -> None:
-    command = add_command(
-        commands, evaluate, "loss and bits per byte of a trained run on its validation text",
-        "evaluate runs/mine --set data.path=other.txt")
-    add_directory(command)
-    add_set(command)
-    add_json(command)
-
-
-@keeping_programs
-def evaluate(options: Options) -> None:
-    from engram_jax.runs.directory import RunDirectory
-    from engram_jax.runs.evaluate import evaluator
-    from engram_jax.runs.reader import open_inputs
-
-    records = RunDirectory(options.directory)
-    own = f"data.tokenizer={records.tokenizer_path}"
-    run = with_settings(records.config(), [own, *options.settings])
-    inputs = open_inputs(run, artifact=records.artifact())  # in silence: the answer is printed
-    loss, per_byte, tokens = evaluator(run, inputs)(_restored(records, run, inputs))
-    if options.json:
-        print(json_text({"loss": loss, "bits_per_byte": per_byte, "tokens": tokens}))
-    else:
-        print(f"loss {loss:.4f} nats a token, {per_byte:.4f} bits per byte, {tokens:,} tokens")
-
-
-def _restored(records: "RunDirectory", run: RunConfig, reader: "Reader") -> "TrainState":
-    """The last checkpoint of a run, on this process's first device."""
-    from engram_jax.runs.checkpoints import last_checkpoint
-    from engram_jax.training.placement import placed_state, single_mesh
-
-    with last_checkpoint(records, reader) as checkpoint:
-        return checkpoint.restore(placed_state(run, single_mesh()))
 
 
 def _add_reproduce(commands: Commands) -> None:

@@ -7,6 +7,7 @@ packages by itself.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,18 @@ from engram_jax.config import require
 from engram_jax.errors import UserError
 from engram_jax.evaluation.scoring import Scorer
 from engram_jax.inference.engine import Engine, Request
-from engram_jax.inference.serving import served
+from engram_jax.inference.serving import Served, served
 from engram_jax.runs.directory import RunDirectory
+from engram_jax.storage import first_line
 
 try:
+    from datasets.exceptions import DatasetsError
+    from lm_eval import simple_evaluate
     from lm_eval import utils as harness_utils
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
 except ImportError as error:
     raise UserError("evaluate needs lm-evaluation-harness: pip install 'engram_jax[eval]'"
                     ) from error
@@ -34,7 +40,7 @@ class EngramLM(TemplateLM):
     """A run as the harness sees a language model.
 
     Args:
-      path: the run's folder.
+      path: the run's folder, or a run that is served.
       memory, dtype: where its tables lie and in what, as `inference.serving.served` takes them.
       batch_size: sequences at once.
       max_length: tokens that the model reads at most; 0 is the length that it was trained at, or
@@ -44,12 +50,13 @@ class EngramLM(TemplateLM):
       UserError: no run, or a setting out of range.
     """
 
-    def __init__(self, path: str, memory: str = "device", dtype: str = "",
+    def __init__(self, path: str | Served, memory: str = "device", dtype: str = "",
                  batch_size: int | str = 8, max_length: int = 0, **_: Any):
         super().__init__()
-        self._model = served(RunDirectory(path), memory, dtype)
+        self._model = path if isinstance(path, Served) else served(
+            RunDirectory(path), memory, dtype)
         self.scorer = Scorer(self._model, int(batch_size))
-        trained = _length(self._model.run)
+        trained = self._model.length
         self.max_length = int(max_length) or trained
         require(2 <= self.max_length <= trained, "max_length", self.max_length,
                 f"must be in 2..{trained}, what the run was trained or extended to")
@@ -120,7 +127,7 @@ class EngramLM(TemplateLM):
             windows = map(harness_utils.make_disjoint_window,
                           harness_utils.get_rolling_token_windows(
                               self.tok_encode(text), self.eot_token_id, self.max_length, 1))
-            scored = self._loglikelihood_tokens([(None, *window) for window in windows])  # type: ignore[misc]
+            scored = self._loglikelihood_tokens([(None, *window) for window in windows])
             out.append(sum(likelihood for likelihood, _ in scored))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), out[-1])
         return out
@@ -166,8 +173,40 @@ def _stops(settings: dict[str, Any]) -> list[str]:
     return [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
 
 
-def _length(run: Any) -> int:
-    """The most tokens that a run reads: what it was trained at, or extended to."""
-    yarn = run.model.attention.yarn
-    extended = int(yarn.factor * yarn.original_length) if yarn else 0
-    return max(run.data.sequence_length, extended)
+
+def evaluate(
+    model: Served, tasks: Sequence[str], include: str = "", shots: int | None = None,
+    limit: int | None = None, batch_size: int = 8,
+) -> dict[str, Any]:
+    """A run's results on tasks of the harness, as the harness has them.
+
+    Args:
+      model: the run.
+      tasks: names of tasks or of groups.
+      include: a folder of further task files; "" is none.
+      shots: examples before each question; None is what each task says.
+      limit: questions of a task; None is all.
+      batch_size: sequences at once.
+
+    Raises:
+      UserError: a task that there is not, or one whose data cannot be had.
+    """
+    manager = TaskManager(include_path=include or None)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise UserError(f"tasks = {task!r}: the harness has no such task; `lm_eval ls tasks` "
+                            "lists them, and --include FOLDER adds your own")
+    try:
+        results = simple_evaluate(
+            EngramLM(model, batch_size=batch_size), tasks=list(tasks), task_manager=manager,
+            num_fewshot=shots, limit=limit, log_samples=False, verbosity="ERROR")
+    except (OSError, DatasetsError) as error:
+        raise UserError(f"tasks = {','.join(tasks)!r}: the data cannot be had "
+                        f"({first_line(error)})") from error
+    return dict(results or {})
+
+
+def table(results: dict[str, Any]) -> str:
+    """The harness's own table."""
+    made: str = make_table(results)
+    return made

@@ -42,6 +42,13 @@ class Served:
     router_bias: list[jax.Array | None]
     rows: RowSource
 
+    @property
+    def length(self) -> int:
+        """The most tokens that the run reads: what it was trained at, or extended to."""
+        yarn = self.run.model.attention.yarn
+        extended = int(yarn.factor * yarn.original_length) if yarn else 0
+        return max(self.run.data.sequence_length, extended)
+
     def engine(self, **settings: Any) -> Engine:
         """An engine of the run; `slots`, `length`, `chunk` and `overlap` as `Engine` takes them."""
         reader = self.reader

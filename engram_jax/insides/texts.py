@@ -9,7 +9,7 @@ import numpy as np
 
 from engram_jax.config import require
 from engram_jax.insides.observing import Opened
-from engram_jax.runs.reader import open_inputs
+from engram_jax.runs import reader
 
 BATCHES = 8  # of the text that an analysis reads
 
@@ -78,11 +78,7 @@ def validation_text(opened: Opened) -> str:
     Raises:
       UserError: the text is not the one that the run was trained on.
     """
-    run, inputs = opened.run, open_inputs(opened.run)
-    require(opened.fingerprint in ("", inputs.tokens.fingerprint), "data.path", run.data.path,
-            f"is not the text that {opened.name} was trained on; name one with --text FILE")
-    stream = inputs.tokens.validation
-    batch = run.data.batch_size * (run.data.sequence_length + 1)
-    tokens_N = stream.read(0, min(len(stream), 2 * BATCHES * batch))
-    documents = np.split(tokens_N, np.flatnonzero(tokens_N == inputs.end_id) + 1)
-    return "\n\n".join(inputs.tokenizer.decode(ids.tolist()) for ids in documents if ids.size)
+    data = opened.run.data
+    return reader.validation_text(
+        opened.run, 2 * BATCHES * data.batch_size * (data.sequence_length + 1),
+        opened.fingerprint)

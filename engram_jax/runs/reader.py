@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from engram_jax import distributed
@@ -107,3 +108,23 @@ def open_inputs(run: RunConfig, progress: Callable[[str], None] | None = None,
                  f"{run.model.vocab_size:,}: the rest of embedding and head is never used "
                  f"(--set model.vocab_size={reader.vocab_size})")
     return Inputs(tokens=tokens, **vars(reader))
+
+
+def validation_text(run: RunConfig, most: int, fingerprint: str = "") -> str:
+    """The beginning of a run's validation text; a blank line between documents.
+
+    Args:
+      run: the run.
+      most: tokens at most.
+      fingerprint: of the text that it was trained on, if that is known.
+
+    Raises:
+      UserError: the text is another one now, or cannot be opened.
+    """
+    inputs = open_inputs(run)
+    require(fingerprint in ("", inputs.tokens.fingerprint), "data.path", run.data.path,
+            f"is not the text that {run.name} was trained on; name one with --text FILE")
+    stream = inputs.tokens.validation
+    tokens_N = stream.read(0, min(len(stream), most))
+    documents = np.split(tokens_N, np.flatnonzero(tokens_N == inputs.end_id) + 1)
+    return "\n\n".join(inputs.tokenizer.decode(ids.tolist()) for ids in documents if ids.size)

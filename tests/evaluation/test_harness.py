@@ -11,6 +11,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from engram_jax.cli.main import main
 from engram_jax.errors import UserError
 from engram_jax.evaluation.harness import EngramLM
 
@@ -77,13 +78,16 @@ def instances(kind, arguments):
             for n, words in enumerate(arguments)]
 
 
-PAIRS = [("ka lo", " mi"), ("", "te ra"), ("vi pe du " * 12, "ka"), ("no", " su te ra"), ("a ", "b")]
+PAIRS = [("ka lo", " mi"), ("", "te ra"), ("vi pe du " * 12, "ka"), ("no", " su te ra"),
+         ("a ", "b")]
 
 
 def directly(lm, context, continuation):
     """The log-likelihood of a continuation, cut from the left, one token after another."""
     first = lm.tok_encode(context) if context.rstrip() else [lm.eot_token_id]
-    whole = lm.tok_encode(context + continuation) if context else first + lm.tok_encode(continuation)
+    whole = lm.tok_encode(context + continuation)
+    if not context:
+        whole = first + whole
     stripped = lm.tok_encode(context.rstrip()) if context else first
     said = whole[len(stripped):]
     whole = whole[-(lm.max_length + 1):]
@@ -142,6 +146,17 @@ def test_the_harness_makes_its_table(lm, folder):
     assert 0 <= results["choices"]["acc,none"] <= 1
     assert results["rolling"]["bits_per_byte,none"] > 0
     assert results["writing"]["exact_match,none"] == 0
+
+
+def test_evaluate_prints_the_table(trained, folder, capsys):
+    words = ["evaluate", str(trained), "--tasks", "choices", "--include", str(folder)]
+    assert main(words) == 0
+    assert "|choices|" in capsys.readouterr().out
+    assert main([*words, "--json", "--limit", "2", "--memory", "host"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["choices"]["acc,none"] <= 1
+    words[3] = "choice"
+    assert main(words) == 2
+    assert "'choice': the harness has no such task" in capsys.readouterr().err
 
 
 def test_what_there_is_not_is_refused(trained, tmp_path):

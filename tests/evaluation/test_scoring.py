@@ -1,17 +1,24 @@
-"""Scores of given tokens equal those of the network run directly, whatever the batch and the home."""
+"""Scores of given tokens equal those of the network run directly; RULER asks a served run."""
 
 import dataclasses
+import json
+import pathlib
+import re
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engram_jax.cli.main import main
 from engram_jax.errors import UserError
+from engram_jax.evaluation import ruler, ruler_scores
+from engram_jax.evaluation.haystack import Source
 from engram_jax.evaluation.longppl import KeyTokens, key_tokens, perplexities
 from engram_jax.evaluation.scoring import SHORTEST, Scorer
 from engram_jax.inference.serving import served
 from engram_jax.model import transformer
 from engram_jax.runs.directory import RunDirectory
+from engram_jax.settings import changed
 
 TIME = 40
 
@@ -99,3 +106,47 @@ def test_what_does_not_fit_is_refused(model, tokens):
         Scorer(model)(tokens, tokens[:, 1:])
     with pytest.raises(UserError, match="token id"):
         Scorer(dataclasses.replace(model))(tokens[:, :-1] + 10**6, tokens[:, 1:])
+
+
+@pytest.fixture(scope="module", name="prose")
+def a_text():
+    licence = pathlib.Path(__file__).parents[2] / "LICENSE"
+    return re.sub(r"[^A-Za-z0-9.,!?' ]+", " ", licence.read_text())
+
+
+def test_a_run_is_asked_and_scored(model, prose, monkeypatch):
+    """It knows nothing; with the references put into its mouth it knows all."""
+    longer = dataclasses.replace(model, run=changed(model.run, {"data.sequence_length": 1200}))
+    source = Source(prose, model.reader.tokenizer)
+    settings = {"lengths": [1200], "tasks": ["niah_single_1", "qa_single"], "samples": 2}
+    scores = ruler_scores.measured(longer, source, **settings)
+    assert [(score.task, score.samples, score.score) for score in scores] == [
+        ("niah_single_1", 2, 0), ("qa_single", 2, 0)]
+    said = ruler_scores.described(scores)
+    assert "niah_single_1" in said
+    assert "1,200" in said
+    asked = [one for task in settings["tasks"] for one in ruler.samples(source, task, 1200, 2)]
+    answers = iter([list(source.tokenizer.encode(" ".join(one.references)).ids) for one in asked])
+    monkeypatch.setattr("engram_jax.inference.engine.Engine.generate",
+                        lambda engine, requests: [next(answers) for _ in requests])
+    again = ruler_scores.measured(longer, source, **settings)
+    assert [score.score for score in again] == [100, 100]
+
+
+def test_evaluate_asks_rulers_questions_or_says_why_not(trained, capsys, tmp_path, prose):
+    assert main(["evaluate", str(trained), "--ruler", "99"]) == 2
+    assert "ruler = 99: is beyond the 16 tokens" in capsys.readouterr().err
+    assert main(["evaluate", str(trained), "--ruler", "x"]) == 2
+    assert "must be lengths in tokens" in capsys.readouterr().err
+    (tmp_path / "prose.txt").write_text(prose)
+    assert main(["evaluate", str(trained), "--ruler", "16", "--text", str(tmp_path / "prose.txt"),
+                 "--tasks", "vt"]) == 2
+    assert "task vt needs at least" in capsys.readouterr().err
+    assert main(["evaluate", str(trained), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] > 0
+
+
+def test_validation_text_is_where_questions_come_from_by_default(trained, capsys):
+    """The made-up text of the tests has too few sentences and words for it, and says so."""
+    assert main(["evaluate", str(trained), "--ruler", "16"]) == 2
+    assert "text = " in capsys.readouterr().err
