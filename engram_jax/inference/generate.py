@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from engram_jax.config import require
 from engram_jax.inference.engine import Engine, Request
 from engram_jax.inference.serving import Served
+from engram_jax.offload.device_cache import padded_size
 from engram_jax.runs.reader import Reader
 
 CHUNK = 256  # tokens of a prompt that are read at once
@@ -42,7 +43,8 @@ def generate(
     require(cache >= 0, "cache", cache, "must not be negative; 0 is as many as needed")
     require(needed <= (cache or needed), "cache", cache,
             f"is too small: the prompt's {len(ids)} tokens and {tokens} more need {needed}")
-    engine = model.engine(slots=1, length=cache or needed, chunk=min(CHUNK, len(ids)))
+    engine = model.engine(slots=1, length=padded_size(cache or needed),
+                          chunk=min(CHUNK, padded_size(len(ids))))
     engine.submit(request)
     return _pieces(engine, reader, ids)
 

@@ -46,15 +46,15 @@ def distinct(ids: np.ndarray, group: int = 1) -> Fetch:
     return Fetch(ids_U, _inverse(order_N, new_N).reshape(ids.shape))
 
 
-def group_keys(ids_GK: np.ndarray) -> np.ndarray:
-    """Numbers by which n-grams are told apart, uint64 [G] of int64 [G, K].
+def signatures(ids_GK: np.ndarray) -> np.ndarray:
+    """The signatures of n-grams, uint64 [G] of int64 [G, K]: numbers that tell them apart.
 
-    The same ids have the same number; different ones very likely not.
+    The same ids have the same signature; different ones very likely not.
 
     A sum of products with odd random numbers, modulo 2**64.
     """
-    keys_G: np.ndarray = ids_GK.view(np.uint64) @ _odd_numbers(ids_GK.shape[1])
-    return keys_G
+    signatures_G: np.ndarray = ids_GK.view(np.uint64) @ _odd_numbers(ids_GK.shape[1])
+    return signatures_G
 
 
 @functools.cache
@@ -65,9 +65,9 @@ def _odd_numbers(count: int) -> np.ndarray:
 
 def _whole_groups(ids: np.ndarray, group: int) -> Fetch:
     ids_GK = np.ascontiguousarray(ids).reshape(-1, group)
-    _, first_U, inverse_G = np.unique(group_keys(ids_GK), return_index=True, return_inverse=True)
+    _, first_U, inverse_G = np.unique(signatures(ids_GK), return_index=True, return_inverse=True)
     distinct_UK = ids_GK[first_U]
-    if not np.array_equal(distinct_UK[inverse_G], ids_GK):  # different ones had the same key
+    if not np.array_equal(distinct_UK[inverse_G], ids_GK):  # different ones had the same signature
         distinct_UK, inverse_G = np.unique(ids_GK, axis=0, return_inverse=True)
     inverse_GK = inverse_G.reshape(-1, 1) * group + np.arange(group)
     return Fetch(distinct_UK.reshape(-1), inverse_GK.astype(np.int32).reshape(ids.shape))

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engram_jax.offload.dedup import group_keys
+from engram_jax.offload.dedup import signatures
 
 
 class NgramCounts:
     """Counts the n-grams of one table's ids, on the host, in memory of 8 * (K + 2) bytes for each
     different one.
 
-    Two n-grams of the same key (`dedup.group_keys`) are counted as one.
+    Two n-grams of the same signature (`dedup.signatures`) are counted as one.
 
     Args:
       group: K, how many ids, one after another, are one n-gram's.
@@ -51,7 +51,7 @@ class _Part(NamedTuple):
 
 
 def _counted(ids_NK: np.ndarray, times_N: np.ndarray) -> _Part:
-    _, first_G, inverse_N = np.unique(group_keys(ids_NK), return_index=True, return_inverse=True)
+    _, first_G, inverse_N = np.unique(signatures(ids_NK), return_index=True, return_inverse=True)
     times_G = np.zeros(len(first_G), np.int64)
     np.add.at(times_G, inverse_N, times_N)
     return _Part(ids_NK[first_G], times_G)

@@ -11,7 +11,7 @@ entries.
 import numpy as np
 
 from engram_jax.config import require
-from engram_jax.offload.dedup import group_keys
+from engram_jax.offload.dedup import signatures
 
 WAYS = 8
 _NOBODY = -1
@@ -37,13 +37,13 @@ class NgramIndex:
         self.entries = self._sets * WAYS
         self._lookups = 0
         self._ids_CK = np.full((self.entries, group), _NOBODY, np.int64)
-        self._keys_SW = np.zeros((self._sets, WAYS), np.uint64)
+        self._signatures_SW = np.zeros((self._sets, WAYS), np.uint64)
         self._used_SW = np.zeros((self._sets, WAYS), np.int64)  # the lookup that used it last
 
     def clear(self) -> None:
         """Forget all n-grams."""
         self._ids_CK.fill(_NOBODY)
-        self._keys_SW.fill(0)
+        self._signatures_SW.fill(0)
         self._used_SW.fill(self._lookups - WAYS)
 
     def claim_all(self, ids_GK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,11 +62,11 @@ class NgramIndex:
 
     def probe(self, ids_GK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Look n-grams up: the entry of each, intp [G], and whether it is there, bool [G]."""
-        keys_G = group_keys(ids_GK)
-        sets_G = self._set(keys_G)
-        match_GW = self._keys_SW[sets_G] == keys_G[:, None]
+        signatures_G = signatures(ids_GK)
+        sets_G = self._set(signatures_G)
+        match_GW = self._signatures_SW[sets_G] == signatures_G[:, None]
         entry_G = sets_G * WAYS + match_GW.argmax(axis=1)
-        # Different n-grams may have the same key: only the ids prove it.
+        # Different n-grams may have the same signature: only the ids prove it.
         hit_G = (self._ids_CK[entry_G] == ids_GK).all(axis=1)
         self._lookups += 1
         self._used_SW.reshape(-1)[entry_G[hit_G]] = self._lookups
@@ -81,7 +81,7 @@ class NgramIndex:
         Returns:
           The numbers in `ids_MK` of those that have an entry, and the entry of each, both intp.
         """
-        sets_M = self._set(group_keys(ids_MK))
+        sets_M = self._set(signatures(ids_MK))
         order = np.argsort(sets_M, kind="stable")
         in_order = sets_M[order]
         rank = np.arange(len(order)) - np.searchsorted(in_order, in_order)
@@ -90,7 +90,7 @@ class NgramIndex:
         way_M = oldest_MW[np.arange(len(kept)), rank[rank < WAYS]]
         entry_M = sets_M[kept] * WAYS + way_M
         self._ids_CK[entry_M] = _NOBODY
-        self._keys_SW.reshape(-1)[entry_M] = 0
+        self._signatures_SW.reshape(-1)[entry_M] = 0
         return kept, entry_M
 
     def enter(self, ids_MK: np.ndarray, entry_M: np.ndarray, first_stay: bool = False) -> None:
@@ -102,9 +102,9 @@ class NgramIndex:
           first_stay: of one set, those that were claimed first make room last.
         """
         self._ids_CK[entry_M] = ids_MK
-        self._keys_SW.reshape(-1)[entry_M] = group_keys(ids_MK)
+        self._signatures_SW.reshape(-1)[entry_M] = signatures(ids_MK)
         self._used_SW.reshape(-1)[entry_M] = self._lookups - (entry_M % WAYS) * first_stay
 
-    def _set(self, keys_G: np.ndarray) -> np.ndarray:
-        # The lowest bits of a key are those of a sum of ids, however alike the ids are.
-        return ((keys_G >> np.uint64(32)) % np.uint64(self._sets)).astype(np.intp)
+    def _set(self, signatures_G: np.ndarray) -> np.ndarray:
+        # The lowest bits of a signature are those of a sum of ids, however alike the ids are.
+        return ((signatures_G >> np.uint64(32)) % np.uint64(self._sets)).astype(np.intp)

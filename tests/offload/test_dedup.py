@@ -49,7 +49,7 @@ def test_whole_groups(numbers, same_key):
     ids += 10 * np.arange(4)
     with pytest.MonkeyPatch.context() as patch:
         if same_key:
-            patch.setattr(fetch_module, "group_keys", lambda ids: np.zeros(len(ids), np.uint64))
+            patch.setattr(fetch_module, "signatures", lambda ids: np.zeros(len(ids), np.uint64))
         fetch = distinct(ids, group=2)
     np.testing.assert_array_equal(fetch.ids_U[fetch.inverse], ids)
     assert fetch.inverse.shape == ids.shape

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engram_jax.errors import MachineError, UserError
 from engram_jax.offload import host_cache, ngram_index
-from engram_jax.offload.dedup import distinct, group_keys
+from engram_jax.offload.dedup import distinct, signatures
 from engram_jax.offload.formats import RowFormat
 from engram_jax.offload.host import HostTable
 from engram_jax.offload.host_cache import CachedTable
@@ -65,7 +65,7 @@ def test_rows_are_those_of_the_home_below(sets, same_key, asked):
     cache = CachedTable(below, K, sets * WAYS * ENTRY)
     with pytest.MonkeyPatch.context() as patch:
         if same_key:
-            patch.setattr(ngram_index, "group_keys", lambda ids: np.zeros(len(ids), np.uint64))
+            patch.setattr(ngram_index, "signatures", lambda ids: np.zeros(len(ids), np.uint64))
         for numbers in asked:
             ids = ngrams(numbers) if numbers else np.empty(0, np.int64)
             np.testing.assert_array_equal(cache.lookup(ids), below.table.lookup(ids))
@@ -157,7 +157,7 @@ def test_a_filled_cache_has_the_first_of_each_set(below):
     cache.lookup(ngrams([250]))
     cache.fill(first)
     np.testing.assert_array_equal(below.filled, first)
-    sets = cache._index._set(group_keys(first))
+    sets = cache._index._set(signatures(first))
     assert set(sets.tolist()) == {0, 1, 2, 3}
     kept = [n for n in range(100) if np.count_nonzero(sets[:n] == sets[n]) < WAYS]
     below.asked.clear()
