@@ -23,7 +23,7 @@ from engram_jax.errors import MachineError
 
 WORDS = 50_000
 DOCUMENT_WORDS = 400
-MEMBER_DOCUMENTS = 10_000  # of one gzip member, which is repeated
+MEMBER_DOCUMENTS = 1000  # of one gzip member, which is repeated
 VOCABULARY = 4096
 PERIOD_S = 0.05
 

@@ -82,7 +82,7 @@ class TextAhead:
 
     def documents(self) -> Iterator[Iterator[str]]:
         """Every document of the beginning as its blocks, one that does not end there at last."""
-        ends = itertools.accumulate(self.sizes.tolist())
+        ends = itertools.accumulate(map(int, self.sizes))
         begin = 0
         for end in itertools.chain(ends, [self._held]):
             if end > begin:
@@ -92,7 +92,7 @@ class TextAhead:
     def all_parts(self) -> Iterator[Part]:
         """The text from its beginning to its end; once, because what lies behind is not kept."""
         begin = 0
-        for size in self.sizes.tolist():
+        for size in map(int, self.sizes):  # a list would be five times as large
             yield from _marked(self.blocks(begin, begin + size))
             begin += size
         if begin < self._held:

@@ -90,7 +90,7 @@ def split_pieces(text: TextAhead, fraction: float) -> tuple[str, Iterator[Piece]
 
 def _by_split(text: TextAhead, split: Split) -> Iterator[Piece]:
     begin = 0
-    for index, size in enumerate(text.sizes.tolist()):
+    for index, size in enumerate(map(int, text.sizes)):
         end = begin + size
         if split.cut is not None and index == split.cut[0]:
             cut = text.after_line(begin, end, begin + split.cut[1])

@@ -107,7 +107,8 @@ def headline(material: Material) -> tuple[str, str]:
 def facts(material: Material) -> list[str]:
     """What the runs are, in a few words each."""
     runs = [run for arm in material.arms for run in arm.runs]
-    texts = dict.fromkeys(epath.Path(run.config.data.path).name for run in runs)
+    texts = dict.fromkeys(
+        epath.Path(path).name for run in runs for path in run.config.data.sources)
     tokens = {run.config.training.steps * run.config.data.batch_size
               * run.config.data.sequence_length for run in runs}
     active = {arm.numbers.active_params for arm in material.arms}

@@ -39,7 +39,7 @@ def outcome(
         "bits_per_byte": evaluation.bits_per_byte,
         "validation_tokens": evaluation.tokens,
         "tokens_per_s": tokens / statistics.median(seconds) if seconds else 0.0,
-        "text": epath.Path(run.data.path).name,
+        "text": " + ".join(epath.Path(path).name for path in run.data.sources),
         "seed": run.training.seed,
         "steps": run.training.steps,
         "tokens": run.training.steps * tokens,
