@@ -2,8 +2,9 @@
 
 An experiment is a folder `experiments/NAME` with `configs.py`, whose `runs(scale, seeds)` gives
 the runs and whose `SCALES` says at which scales there are any, and `report.py` with
-`table(results)`, `figure(results)` and `FIGURE`, the figure's file. Finished runs are skipped,
-interrupted ones go on.
+`table(results)`, `figure(results)` and `FIGURE`, the figure's file. One that asks more of its runs than
+their losses has `measured(results, place)`, too, whose rows take the results' place. Finished runs
+are skipped, interrupted ones go on.
 """
 
 import csv
@@ -202,10 +203,11 @@ def _check_same(sweep: Sweep, place: epath.Path) -> bool:
 def report(experiment: str, results: Sequence[Result], place: epath.Path, say: Say) -> None:
     """Write results.csv, table.txt and the figure of finished runs."""
     own = _module(experiment, "report")
-    write_text(place / "results.csv", to_csv(results))
-    text = own.table(results)
+    rows = own.measured(results, place) if hasattr(own, "measured") else results
+    write_text(place / "results.csv", to_csv(rows))
+    text = own.table(rows)
     write_text(place / "table.txt", text + "\n")
-    save(own.figure(results), place / own.FIGURE)
+    save(own.figure(rows), place / own.FIGURE)
     say(f"\n{text}\nfigure: {place / own.FIGURE}")
 
 

@@ -1,0 +1,1 @@
+"""How many facts does a parameter hold?"""
