@@ -2,9 +2,9 @@
 
 An experiment is a folder `experiments/NAME` with `configs.py`, whose `runs(scale, seeds)` gives
 the runs and whose `SCALES` says at which scales there are any, and `report.py` with
-`table(results)`, `figure(results)` and `FIGURE`, the figure's file. One that asks more of its runs than
-their losses has `measured(results, place)`, too, whose rows take the results' place. Finished runs
-are skipped, interrupted ones go on.
+`table(results)`, `figure(results)` and `FIGURE`, the figure's file. One that asks more of its runs
+than their losses has `measured(results, place)`, too, whose rows take the results' place. Finished
+runs are skipped, interrupted ones go on.
 """
 
 import csv

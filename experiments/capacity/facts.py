@@ -3,8 +3,8 @@
     python -m experiments.capacity.facts FOLDER
 
 A fact is a line of three words that are one token each: two are its key, the third its answer,
-drawn by chance. FOLDER gets text.jsonl (source code of the standard library, and documents of facts), the
-tokenizer, and facts.json, the list. The same Python gives the same bytes.
+drawn by chance. FOLDER gets text.jsonl (source code of the standard library, and documents of
+facts), the tokenizer, and facts.json, the list. The same Python gives the same bytes.
 """
 
 import dataclasses
