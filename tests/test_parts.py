@@ -1,4 +1,4 @@
-"""Every python block of docs/parts.md and of the other pages of parts runs as it stands."""
+"""Every python block of the pages in docs/ runs as it stands."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,8 @@ def blocks(page):
             yield heading, part[2]
 
 
-BLOCKS = list(blocks(PAGE))
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCKS = [(page, heading, code) for page in PAGES for heading, code in blocks(page.read_text())]
 
 
 def slug(heading):
@@ -28,13 +29,15 @@ def slug(heading):
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("code", [pytest.param(code, id=slug(heading)) for heading, code in BLOCKS])
-def test_the_block_runs(code, tmp_path, monkeypatch, request):
+@pytest.mark.parametrize(("page", "code"), [
+    pytest.param(page.name, code, id=f"{page.stem}-{slug(heading)}")
+    for page, heading, code in BLOCKS])
+def test_the_block_runs(page, code, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     if "runs/mine" in code:
         (tmp_path / "runs").mkdir()
         (tmp_path / "runs" / "mine").symlink_to(request.getfixturevalue("trained"))
-    exec(compile(code, "docs/parts.md", "exec"), {"__name__": "parts"})
+    exec(compile(code, f"docs/{page}", "exec"), {"__name__": "parts"})
 
 
 def test_every_part_of_the_table_is_there():
