@@ -82,9 +82,7 @@ class Memory:
                 "must be float32 or bfloat16")
         require(self.config.keys == "ngrams", "EngramConfig.keys", self.config.keys,
                 "is a control of this library's own training; a memory has ngrams")
-        raw = self._vocabulary.lookup.size
-        require(0 <= self.config.pad_id < raw, "EngramConfig.pad_id", self.config.pad_id,
-                f"must be a raw token id, in 0..{raw - 1}")
+        assert self._addressing.sites == self.sites  # made here, it refuses a bad pad id at once
         for site in self.sites:
             layout_of(site).check_divides(self.devices, "EngramConfig.shards")
 
@@ -239,7 +237,7 @@ class Memory:
 
     @functools.cached_property
     def _addressing(self) -> Addressing:
-        return address(self.config, self._vocabulary, self.config.pad_id)
+        return address(self.config, self._vocabulary)
 
     @functools.cached_property
     def _vocabulary(self) -> CompressedVocabulary:

@@ -1,6 +1,8 @@
 """The table: layout and combining gradients of rows."""
 
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import filled, flat, random
 
+from engram_jax.hashing.ngrams import NgramHash
 from engram_jax.tables import exchange, rounding
 from engram_jax.tables.exchange import UNUSED
 from engram_jax.tables.layout import TableLayout
@@ -100,6 +103,22 @@ def test_row_ids_are_where_locate_finds_them(shards):
     ids, padding = flat(layout, layout.row_ids())
     np.testing.assert_array_equal(ids, np.arange(100))
     assert (padding >= 100).all()
+
+
+def test_the_row_that_the_design_page_follows():
+    """docs/design.md, "Where a row lies": row id in a head, row id, key, device and local row."""
+    hashing = NgramHash(rows_per_head=(10_000, 10_000), heads=4, layers=(1,), vocab_size=9500,
+                        pad_id=0)
+    tokens = np.array([[17, 4, 9120]])
+    layout = TableLayout(rows=hashing.table_rows[1], dim=8, shards=64)
+    row_id = int(hashing.table_ids_numpy(tokens, 1)[0, 2, 1])
+    key, part = int(layout.key(row_id)), layout.part(8)
+    assert int(hashing.row_ids_numpy(tokens, 1)[0, 2, 1]) == 5824
+    assert (row_id, key, key // part.rows, key % part.rows) == (15831, 29135, 2, 9039)
+    assert int(layout.row_id(key)) == row_id
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "design.md").read_text()
+    for number in (5824, row_id, key, key % part.rows):
+        assert re.search(rf"^ *(row id|key|local row).* {number} ", page, re.MULTILINE)
 
 
 # --- Combining gradients ---

@@ -380,7 +380,7 @@ def mesh_of_eight():
     (lambda: Memory(dataclasses.replace(CONFIG, shards=12), VOCABULARY, mesh_of_eight()),
      r"^EngramConfig.shards = 12: does not divide among 8 devices; set a multiple of 8$"),
     (lambda: Memory(dataclasses.replace(CONFIG, pad_id=RAW), VOCABULARY),
-     r"^EngramConfig.pad_id = 100: must be a raw token id, in 0..99$"),
+     r"^pad_id = 100: must be a raw token id, in 0..99$"),
     (lambda: Memory(dataclasses.replace(CONFIG, keys="random"), VOCABULARY), "is a control"),
     (lambda: Memory(CONFIG, VOCABULARY, dtype="bf16"), r"^Memory.dtype = 'bf16': "),
     (lambda: Memory(CONFIG, VOCABULARY, capacity=0.0), r"^Memory.capacity = 0.0: "),
