@@ -27,7 +27,8 @@ def named_run(options: Options) -> RunConfig:
     """The run that the options of `add_recipe` name."""
     from engram_jax.recipes import chosen_run
 
-    sys.path.append(os.getcwd())  # where a MODULE of the user's own is
+    if ":" in options.recipe:
+        sys.path.append(os.getcwd())  # where a MODULE of the user's own is
     run: RunConfig = with_settings(chosen_run(options.recipe), options.settings)
     return run
 
