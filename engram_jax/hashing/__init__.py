@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engram_jax.hashing.addressing import Addressing, address
+    from engram_jax.hashing.artifact import HashArtifact, read_artifact
     from engram_jax.hashing.compression import CompressedVocabulary
     from engram_jax.hashing.host import HostHash
     from engram_jax.hashing.ngrams import NgramHash, reach_from_dead, reach_from_documents
-    from engram_jax.hashing.token_hash import BEFORE
+    from engram_jax.hashing.token_hash import BEFORE, TokenHash
 
 _MODULES = {
     "BEFORE": "token_hash",
     "Addressing": "addressing",
     "CompressedVocabulary": "compression",
+    "HashArtifact": "artifact",
     "HostHash": "host",
     "NgramHash": "ngrams",
+    "TokenHash": "token_hash",
     "address": "addressing",
+    "read_artifact": "artifact",
     "reach_from_dead": "ngrams",
     "reach_from_documents": "ngrams",
 }
@@ -28,11 +32,14 @@ __all__ = [
     "BEFORE",
     "Addressing",
     "CompressedVocabulary",
+    "HashArtifact",
     "HostHash",
     "NgramHash",
+    "TokenHash",
     "address",
     "reach_from_dead",
     "reach_from_documents",
+    "read_artifact",
 ]
 
 

@@ -95,7 +95,7 @@ class HashArtifact:
         return {"memories": [_to_values(memory, named) for memory, named in groups.items()]}
 
 
-def read(path: epath.PathLike) -> HashArtifact:
+def read_artifact(path: epath.PathLike) -> HashArtifact:
     """Read and check the file of a hash.
 
     Raises:

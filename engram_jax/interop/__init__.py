@@ -1,1 +1,24 @@
-"""Other people's weights, in and out: safetensors shards of released models, and of our runs."""
+"""Other people's weights, in and out: safetensors of released models, and of our runs.
+
+Its page is docs/released_weights.md.
+"""
+
+from engram_jax.interop.demo import from_demo, to_demo
+from engram_jax.interop.export import Exported, export_run, import_run, open_export
+from engram_jax.interop.importing import import_folder, open_checkpoint
+from engram_jax.interop.layers import QwenEngram, QwenState, V41Engram, layer_of
+from engram_jax.interop.overlay import (
+    OverlaidTable,
+    Overlay,
+    difference,
+    lay_on_device,
+    read_overlay,
+    table_digest,
+)
+from engram_jax.interop.released import Released, open_released, write_released
+
+__all__ = [
+    "Exported", "OverlaidTable", "Overlay", "QwenEngram", "QwenState", "Released", "V41Engram",
+    "difference", "export_run", "from_demo", "import_folder", "import_run", "lay_on_device",
+    "layer_of", "open_checkpoint", "open_export", "open_released", "read_overlay", "table_digest",
+    "to_demo", "write_released"]

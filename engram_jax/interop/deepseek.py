@@ -69,7 +69,8 @@ def open_deepseek(folder: str | os.PathLike[str],
             require(weight.dtype == "F8_E4M3", f"{weight.name}: dtype", weight.dtype,
                     "must be F8_E4M3")
             weight.require_shape(rows, config.head_dim)
-            tables[layer] = ShardTable([Part(weight, tensors[f"{names}embed.scale"])], rows)
+            part = Part(weight, tensors[f"{names}embed.scale"])
+            tables[layer] = ShardTable([part], rows, memory.fingerprint)
             opened.callback(tables[layer].close)
             params[layer] = _weights(tensors, names, values, config)
         opened.pop_all()
@@ -119,7 +120,7 @@ def _memory(path: Path, values: dict[str, Any], config: EngramConfig,
             hash_file: str | os.PathLike[str] | None) -> TokenHash:
     """Tokens to rows, read or derived; refused where the config says otherwise."""
     if hash_file is not None:
-        kept = artifact.read(hash_file)
+        kept = artifact.read_artifact(hash_file)
         require(set(kept.layers.values()) == set(config.layers), f"{hash_file}: layers",
                 sorted(kept.layers.values()), f"must be {list(config.layers)}")
         memory = next(iter(kept.memories.values()))

@@ -190,6 +190,12 @@ class Exported:
             [leaf(name, right) for name, right in _leaves(
                 getattr(abstract, field), field).items()]) for field in _KEPT}
 
+    def __enter__(self) -> "Exported":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the tables."""
         for table in self.tables.values():
@@ -225,7 +231,7 @@ def open_export(folder: str | os.PathLike[str]) -> Exported:
         require(sum(part.weight.shape[0] for part in parts) == site.rows,
                 f"{path}: rows of tables.{site.name}", sum(
                     part.weight.shape[0] for part in parts), f"the primes sum to {site.rows}")
-        tables[site.name] = ShardTable(parts, site.rows)
+        tables[site.name] = ShardTable(parts, site.rows, kept.memories[site.name].fingerprint)
     return Exported(folder=path, run=run, step=values["step"], artifact=kept, tensors=tensors,
                     tables=tables)
 

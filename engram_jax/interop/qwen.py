@@ -67,7 +67,8 @@ def open_qwen(folder: str | os.PathLike[str]) -> Released:
             require(columns == config.head_dim, f"columns of {parts[0].weight.name}", columns,
                     f"must be {config.head_dim}")
             tables[layer] = _table(parts, hashing.table_rows[layer],
-                                   values["make_ngram_vocab_size_divisible_by"])
+                                   values["make_ngram_vocab_size_divisible_by"],
+                                   memory.fingerprint)
             opened.callback(tables[layer].close)
         opened.pop_all()
     return Released(source="qwen3.8", config=config, width=values["hidden_size"],
@@ -132,12 +133,12 @@ def _with_numbers(hashing: NgramHash, tensors: Tensors) -> NgramHash:
         multipliers=tuple(multipliers), primes=tuple(primes)))
 
 
-def _table(parts: list[Part], rows: int, multiple: int) -> ShardTable:
+def _table(parts: list[Part], rows: int, multiple: int, fingerprint: str) -> ShardTable:
     """A layer's table, whose rows are padded to a multiple."""
     there, padded = sum(part.weight.shape[0] for part in parts), -(-rows // multiple) * multiple
     require(there == padded, f"{parts[0].weight.path}: rows of {parts[0].weight.name} and its "
             "other parts", there, f"the primes sum to {rows}, which is {padded} with padding")
-    return ShardTable(parts, rows)
+    return ShardTable(parts, rows, fingerprint)
 
 
 def _prefix(tensors: Tensors, layer: int) -> str:

@@ -187,7 +187,7 @@ def open_released(folder: str | os.PathLike[str], home: str = "disk") -> Release
     for name, digest in values["sha256"].items():
         require(_sha256(path / name) == digest, f"{path / name}: sha256", digest,
                 "is not that of the file: it is altered")
-    kept = artifact.read(path / artifact.FILE)
+    kept = artifact.read_artifact(path / artifact.FILE)
     tensors = safetensors.open_tensors(path / "fusion.safetensors")
     params: dict[int, Weights] = {layer: {} for layer in config.layers}
     for name, tensor in tensors.items():
@@ -211,13 +211,12 @@ def _table(path: Path, site: str, memory: TokenHash, home: str) -> Home:
     files = sorted((path / "tables").glob(f"{site}.*.table"))
     require(len(files) == 1, f"{path / 'tables'}: tables of {site}", [f.name for f in files],
             "must be one")
-    table: DiskTable | HostTable
-    if home == "host":
-        table = HostTable.from_file(files[0])
-    else:
-        table = DiskTable.open(files[0], check="read")
-        require(table.info.fingerprint == memory.fingerprint, f"{files[0]}: fingerprint",
-                table.info.fingerprint, f"must be {memory.fingerprint}, of hash.json")
+    table = (HostTable.from_file(files[0]) if home == "host"
+             else DiskTable.open(files[0], check="read"))
+    if table.fingerprint != memory.fingerprint:
+        table.close()
+        require(False, f"{files[0]}: fingerprint", table.fingerprint,
+                f"must be {memory.fingerprint}, of hash.json")
     return table
 
 

@@ -73,6 +73,7 @@ class ShardTable:
     Args:
       parts: of the table.
       rows: how many of their rows are ever asked for; what is behind them is padding.
+      fingerprint: of the hash and vocabulary that they are for; "" where nobody has said.
 
     Raises:
       UserError: parts that do not go together, or with fewer rows.
@@ -82,9 +83,9 @@ class ShardTable:
     group = 1
     fingerprint = ""  # the files do not say
 
-    def __init__(self, parts: Sequence[Part], rows: int):
+    def __init__(self, parts: Sequence[Part], rows: int, fingerprint: str = ""):
         require(bool(parts), "parts", 0, "must be at least 1")
-        self.format, self.rows = parts[0].format, rows
+        self.format, self.rows, self.fingerprint = parts[0].format, rows, fingerprint
         for part in parts:
             require(part.format == self.format, f"{part.weight.path}: {part.weight.name}",
                     f"{part.weight.dtype} {part.weight.shape}",

@@ -195,7 +195,7 @@ class RunDirectory:
         path = self.path / artifact.FILE
         with refusals(path, "read"):
             there = path.exists()
-        return artifact.read(path) if there else None
+        return artifact.read_artifact(path) if there else None
 
     def keep_artifact(self, kept: HashArtifact) -> None:
         """Write hash.json, unless it is there: a run never changes what it hashes with."""

@@ -35,7 +35,7 @@ def test_a_file_gives_the_same_ids_and_fingerprints_and_derives_nothing(tmp_path
     KEPT.write(tmp_path / "hash.json")
     fingerprints, row_ids = ADDRESSING.fingerprints(), ADDRESSING.ids(jnp.asarray(TOKENS_BT))
     monkeypatch.setattr("engram_jax.hashing.variants.multipliers", None)
-    kept = artifact.read(tmp_path / "hash.json")
+    kept = artifact.read_artifact(tmp_path / "hash.json")
     assert kept.digest == KEPT.digest
     again = kept.addressing(CONFIG)
     assert again.fingerprints() == fingerprints
@@ -103,7 +103,7 @@ MULTIPLIERS, PRIMES = [[3, 5, 7], [9, 11, 13]], [[[53, 59], [71, 73]], [[61, 67]
 def test_a_field_that_is_wrong_is_one_line(change, line, tmp_path):
     (tmp_path / "hash.json").write_text(changed(change))
     with pytest.raises(UserError, match=line) as caught:
-        artifact.read(tmp_path / "hash.json")
+        artifact.read_artifact(tmp_path / "hash.json")
     assert str(caught.value).startswith(f"{tmp_path / 'hash.json'}: ")
     assert "\n" not in str(caught.value)
 

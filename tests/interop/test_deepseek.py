@@ -1,5 +1,8 @@
 """DeepSeek-V4.1's memory: the bits of its tables, its arithmetic in float64, what is refused."""
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import struct
@@ -19,6 +22,7 @@ from engram_jax.interop.deepseek import open_deepseek
 from engram_jax.interop.float8 import decode_blocks, decode_e8m0
 from engram_jax.interop.layers import fuse_v41, layer_of
 from engram_jax.interop.released import open_released, stretches, write_released
+from engram_jax.offload import HostRows
 
 TOKENS_BT = np.random.default_rng(3).integers(0, 24, (2, 19)).astype(np.int32)
 TOKENS_BT[0, 5] = v41.IMAGE
@@ -342,3 +346,37 @@ def test_a_table_of_the_released_size_opens_and_gives_the_rows_of_both_ends(tmp_
     resident = int(done.stdout) * 1024
     print(f"resident: {resident / 2**20:.0f} MiB")
     assert resident < 2**30
+
+
+@pytest.mark.parametrize("home", ["shards", "disk"])
+def test_rows_are_sent_ahead_as_those_of_our_own_tables(theirs, tmp_path, home):
+    released = open_deepseek(theirs)
+    if home == "disk":
+        write_released(released, tmp_path / "ours")
+        released.close()
+        released = open_released(tmp_path / "ours")
+    homes = {f"layer_{layer}": released.tables[layer] for layer in v41.LAYERS}
+    with HostRows(released.artifact().addressing(released.config), homes) as source:
+        sent = source(TOKENS_BT[1:])  # without the image
+        for layer in v41.LAYERS:
+            ids = released.memory.table_ids_numpy(TOKENS_BT[1:], layer)
+            table = released.tables[layer]
+            rows = table.format.unpack_numpy(table.lookup(ids.reshape(-1)))
+            np.testing.assert_array_equal(sent[layer], rows.reshape(*ids.shape, -1))
+
+
+def test_an_imported_table_of_another_hash_is_refused(theirs, tmp_path):
+    with contextlib.closing(open_deepseek(theirs)) as released:
+        write_released(released, tmp_path / "ours")
+        other = dataclasses.replace(released.memory, hashing=dataclasses.replace(
+            released.memory.hashing, seed=1))
+        dataclasses.replace(released, memory=other).artifact().write(tmp_path / "ours/hash.json")
+    with pytest.raises(UserError, match=r"hash.json: sha256 = .*: is not that of the file"):
+        open_released(tmp_path / "ours")
+    config = json.loads((tmp_path / "ours/config.json").read_text())
+    config["sha256"]["hash.json"] = hashlib.sha256(
+        (tmp_path / "ours/hash.json").read_bytes()).hexdigest()
+    (tmp_path / "ours/config.json").write_text(json.dumps(config))
+    for home in ("disk", "host"):
+        with pytest.raises(UserError, match=r"fingerprint = .*: must be .*, of hash.json"):
+            open_released(tmp_path / "ours", home)

@@ -23,7 +23,8 @@ tensors = {name: files[file][name].double() for name, file in named.items()}
 memory, = json.loads((folder / "hash.json").read_text())["memories"]
 tokens = torch.tensor(np.load(tokens_path), dtype=torch.int64)
 settings, eps = config["attention"], config["norm_eps"]
-assert config["streams"] == 1 and config["moe"] is None
+assert config["streams"] == 1
+assert config["moe"] is None
 
 
 def rms(x, gain, eps):
