@@ -1,7 +1,5 @@
 """Commands that train one run on a disk: `train` and `reproduce`."""
 
-import typing
-
 from engram_jax.cli.models import add_recipe, named_run
 from engram_jax.cli.processes import add_processes, joined
 from engram_jax.cli.words import (
@@ -13,9 +11,6 @@ from engram_jax.cli.words import (
     program,
     say,
 )
-
-if typing.TYPE_CHECKING:
-    pass
 
 
 def add(commands: Commands) -> None:

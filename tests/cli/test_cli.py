@@ -14,7 +14,7 @@ from micro import STEPS, micro, plain, write_text
 
 import engram_jax
 from engram_jax import recipes
-from engram_jax.cli import main, results, runs, serving
+from engram_jax.cli import evaluation, main, results, runs, serving
 from engram_jax.cli.words import keeping_programs
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import changed, with_settings
@@ -227,7 +227,7 @@ def test_a_tokenizer_much_smaller_than_the_vocabulary_is_said(text, capsys, tmp_
     assert "is never used" not in said(300)
 
 
-@pytest.mark.parametrize("deed", [runs.train, runs.evaluate, runs.reproduce, results.analyze,
+@pytest.mark.parametrize("deed", [runs.train, evaluation.evaluate, runs.reproduce, results.analyze,
                                   results.report, serving.generate])
 def test_what_compiles_keeps_its_programs(deed):
     assert deed.__wrapped__.__name__ == deed.__name__
@@ -444,7 +444,7 @@ def test_the_machines_faults(error, capsys, monkeypatch, trained):
     def fails(*words):
         raise error
 
-    monkeypatch.setattr(runs, "_restored", fails)
+    monkeypatch.setattr(evaluation, "_restored", fails)
     line = refused(capsys, "evaluate", trained, code=1)
     assert any(word in line for word in ("No space left", "MemoryError", "out of memory"))
 
@@ -463,7 +463,7 @@ def test_a_bug_is_not_hidden(monkeypatch, trained):
     def fails(*words):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(runs, "_restored", fails)
+    monkeypatch.setattr(evaluation, "_restored", fails)
     with pytest.raises(RuntimeError, match="a bug"):
         main.main(["evaluate", str(trained)])
 
@@ -472,5 +472,5 @@ def test_stopping_by_hand(capsys, monkeypatch, trained):
     def stops(*words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "_restored", stops)
+    monkeypatch.setattr(evaluation, "_restored", stops)
     assert "goes on from the last checkpoint" in refused(capsys, "evaluate", trained, code=130)
