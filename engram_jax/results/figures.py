@@ -46,12 +46,12 @@ def title(axes: Axes, text: str) -> None:
 
 
 def points(
-    axes: Axes, xs: Sequence[float], found: Sequence[Interval], colour: str, marker: str = "o"
+    axes: Axes, xs: Sequence[float], intervals: Sequence[Interval], colour: str, marker: str = "o"
 ) -> None:
     """Means with their 95 % intervals as bars."""
-    means = np.array([each.mean for each in found])
+    means = np.array([each.mean for each in intervals])
     ends = np.array([[each.mean if end is None else end for end in (each.low, each.high)]
-                     for each in found])
+                     for each in intervals])
     axes.errorbar(xs, means, yerr=np.abs(ends.T - means), fmt=marker, color=colour, markersize=6,
                   capsize=3, linewidth=1.3, zorder=3)
 
@@ -71,10 +71,10 @@ def level(axes: Axes, height: float, text: str, colour: str = DARK) -> None:
                   xycoords=("axes fraction", "data"), textcoords="offset points")
 
 
-def arms(axes: Axes, names: Sequence[str], found: Sequence[Interval],
+def arms(axes: Axes, names: Sequence[str], intervals: Sequence[Interval],
          seeds: Sequence[Sequence[float]], colours: Sequence[str]) -> None:
     """A row for each arm: a dot for each seed, the mean and its interval."""
-    for row, (each, values, colour) in enumerate(zip(found, seeds, colours, strict=True)):
+    for row, (each, values, colour) in enumerate(zip(intervals, seeds, colours, strict=True)):
         axes.plot(values, [row] * len(values), "o", color=colour, markersize=4, alpha=0.45)
         if each.low is not None and each.high is not None:
             axes.plot([each.low, each.high], [row, row], color=colour, linewidth=1.3)
@@ -100,7 +100,7 @@ def save(figure: Figure, path: epath.PathLike) -> None:
     Raises:
       MachineError: it cannot be written.
     """
-    place = epath.Path(path)
+    file = epath.Path(path)
     image = png(figure)
-    with refusals(place, "written"):
-        place.write_bytes(image)
+    with refusals(file, "written"):
+        file.write_bytes(image)

@@ -1,6 +1,6 @@
 """Where the runs of a sweep are trained: here, one after another, or as tasks of a Ray cluster.
 
-A launcher trains every run in a folder of its own, `place/run.name`. Finished runs are skipped,
+A launcher trains every run in a folder of its own, `folder/run.name`. Finished runs are skipped,
 interrupted ones go on. It returns what their result.json hold, in the order of the runs.
 """
 
@@ -30,7 +30,7 @@ LAUNCHERS = ("local", "ray")
 
 
 def local(
-    runs: Sequence[RunConfig], place: epath.Path, say: Callable[[str], None],
+    runs: Sequence[RunConfig], folder: epath.Path, say: Callable[[str], None],
     mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
     """Train the runs in this process, one after another; errors are those of `train`.
@@ -43,10 +43,10 @@ def local(
         for number, run in enumerate(runs, start=1):
             say(f"run {number} of {len(runs)}: {run.name}")
             try:
-                results.append(train(run, place / run.name, say, mesh))
+                results.append(train(run, folder / run.name, say, mesh))
             except Diverged as error:
                 say(f"{run.name}: {error}")
-                metrics = RunDirectory(place / run.name).metrics()
+                metrics = RunDirectory(folder / run.name).metrics()
                 results.append(outcome(run, Evaluation(math.nan, math.nan, 0), metrics))
     return results
 

@@ -52,7 +52,7 @@ class RayLauncher:
     retries: int = RETRIES
 
     def __call__(
-        self, runs: Sequence[RunConfig], place: epath.Path, say: Callable[[str], None],
+        self, runs: Sequence[RunConfig], folder: epath.Path, say: Callable[[str], None],
         mesh: Mesh | None = None,
     ) -> list[dict[str, Any]]:
         """Train the runs, as many at once as the cluster has room for.
@@ -63,7 +63,7 @@ class RayLauncher:
         """
         require(mesh is None, "mesh", mesh, "a mesh of this process is not one of Ray's nodes; "
                 "give RayLauncher the shape")
-        folder = RunDirectory(place).path  # whole: a task has another working directory
+        folder = RunDirectory(folder).path  # whole: a task has another working directory
         results = {run.name: _done(run, folder / run.name, say) for run in runs}
         waiting = [run for run in runs if results[run.name] is None]
         if waiting:
@@ -158,8 +158,8 @@ def _here(ray: Any) -> Any:
 def _share_of_node(nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """What a run takes where nothing else is said, of nodes with these resources."""
     for name in ("GPU", "TPU", "CPU"):
-        if found := [node[name] for node in nodes if node.get(name)]:
-            return {"CPU": 1, name: 1 if name == "GPU" else min(found)}
+        if amounts := [node[name] for node in nodes if node.get(name)]:
+            return {"CPU": 1, name: 1 if name == "GPU" else min(amounts)}
     return {"CPU": 1}
 
 
@@ -202,7 +202,7 @@ def parsed_resources(text: str) -> dict[str, float]:
     Raises:
       UserError: an amount that is missing, not a number, not positive, or above 1 and not whole.
     """
-    found = {}
+    amounts = {}
     for part in text.split(",") if text else []:
         name, _, amount = part.strip().partition("=")
         try:
@@ -212,5 +212,5 @@ def parsed_resources(text: str) -> dict[str, float]:
         require(bool(name) and 0 < number < math.inf and (number <= 1 or number == int(number)),
                 "resources", text, "must be NAME=AMOUNT,... with whole amounts or parts of one, "
                 "for example CPU=4,GPU=1")
-        found[name] = number
-    return found
+        amounts[name] = number
+    return amounts

@@ -95,9 +95,9 @@ def train_on_slice(
     import ray
 
     run, (name, hosts) = (values, folder, mesh, version, desk), _hosts(ray)
-    with socket.socket() as found:
-        found.bind(("", 0))
-        coordinator = f"{hosts[0]['NodeManagerAddress']}:{found.getsockname()[1]}"
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        coordinator = f"{hosts[0]['NodeManagerAddress']}:{listening.getsockname()[1]}"
     members = [_member_task(ray, name, host).remote(coordinator, len(hosts), number, run)
                for number, host in enumerate(hosts)]
     try:
@@ -122,12 +122,12 @@ def _hosts(ray: Any) -> tuple[str, Sequence[Mapping[str, Any]]]:
     name, count = str(tpu.get_current_pod_name()), tpu.get_current_pod_worker_count() or 1
     here, end = ray.get_runtime_context().get_node_id(), time.monotonic() + WAIT_S
     while True:
-        found = [node for node in ray.nodes() if node["Alive"] and name in node["Resources"]]
-        if len(found) >= count:
-            return name, sorted(found, key=lambda node: (
+        alive = [node for node in ray.nodes() if node["Alive"] and name in node["Resources"]]
+        if len(alive) >= count:
+            return name, sorted(alive, key=lambda node: (
                 node["NodeID"] != here, int(node["Labels"].get(WORKER_ID, 0))))
         if time.monotonic() > end:
-            raise MachineError(f"slice {name}: {len(found)} of its {count} hosts are there")
+            raise MachineError(f"slice {name}: {len(alive)} of its {count} hosts are there")
         time.sleep(1)
 
 

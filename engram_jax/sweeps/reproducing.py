@@ -135,12 +135,12 @@ def compared(before: Rows, now: Rows) -> tuple[int, Difference | None]:
 
 def _by_step(rows: Rows) -> dict[int, dict[str, Any]]:
     """Training's and evaluation's numbers of each step together."""
-    found: dict[int, dict[str, Any]] = {}
+    grouped: dict[int, dict[str, Any]] = {}
     for row in rows:
-        found.setdefault(row["step"], {}).update(
+        grouped.setdefault(row["step"], {}).update(
             {name: value for name, value in row.items()
              if name != "step" and not name.startswith(TIMINGS)})
-    return found
+    return grouped
 
 
 def _same(before: float | None, now: float | None) -> bool:

@@ -3,7 +3,7 @@
 An experiment is a folder `experiments/NAME` with `configs.py`, whose `runs(scale, seeds)` gives
 the runs and whose `SCALES` says at which scales there are any, and `report.py` with
 `table(results)`, `figure(results)` and `FIGURE`, the figure's file. One that asks more of its runs
-than their losses has `measured(results, place)`, too, whose rows take the results' place. Finished
+than their losses has `measured(results, folder)`, too, whose rows take the results' place. Finished
 runs are skipped, interrupted ones go on.
 """
 
@@ -71,8 +71,8 @@ class Sweep:
 
     def runs(self) -> list[RunConfig]:
         """The runs, seed after seed."""
-        found = _module(self.experiment, "configs").runs(self.scale, self.seeds)
-        runs = [with_settings(run, self.settings) for run in found]
+        arms = _module(self.experiment, "configs").runs(self.scale, self.seeds)
+        runs = [with_settings(run, self.settings) for run in arms]
         names = [run.name for run in runs]
         require(len(set(names)) == len(names), "name", names, "every run of a sweep needs its own")
         return runs
@@ -123,17 +123,17 @@ def run_sweep(
     Raises:
       UserError: runs that do not fit, uncommitted changes, or a folder of another sweep.
     """
-    runs, place = sweep.runs(), epath.Path(directory)
+    runs, folder = sweep.runs(), epath.Path(directory)
     require(allow_dirty or not git_revision().endswith("+changes"), "git", "uncommitted changes",
             "nobody could run this again; commit them, or say --allow-dirty")
     runs = share(runs, *only)
     if launcher is local:  # another one has other devices
         forecast.check([forecast.forecast(run, mesh) for run in runs])
     if distributed.is_first():
-        _claim(sweep, place)
-    results = launcher(runs, place, say, mesh)
+        _claim(sweep, folder)
+    results = launcher(runs, folder, say, mesh)
     if distributed.is_first() and only == (0, 1):
-        report(sweep.experiment, results, place, say)
+        report(sweep.experiment, results, folder, say)
     return results
 
 
@@ -146,15 +146,15 @@ def report_so_far(sweep: Sweep, directory: epath.PathLike, say: Say = print) -> 
     Raises:
       UserError: none is, or the folder holds another sweep or other runs.
     """
-    place, done = epath.Path(directory), []
-    _check_same(sweep, place)
+    folder, done = epath.Path(directory), []
+    _check_same(sweep, folder)
     for run in (runs := sweep.runs()):
-        records = RunDirectory(place / run.name)
+        records = RunDirectory(folder / run.name)
         if (result := records.result()) is not None:
             records.check(run)
             done.append(result)
     require(bool(done), "out", str(directory), "holds no run of this sweep that is done")
-    report(sweep.experiment, done, place, say)
+    report(sweep.experiment, done, folder, say)
     say(f"{len(done)} of {len(runs)} runs are done")
     return len(done)
 
@@ -168,47 +168,47 @@ def dry_run(sweep: Sweep, say: Say = print, mesh: Mesh | None = None) -> None:
     configs = _module(sweep.experiment, "configs")
     if hasattr(configs, "described"):
         say(f"{configs.described(sweep.scale)}\n")
-    found = [forecast.forecast(run, mesh) for run in sweep.runs()]
-    say(forecast.table(found))
-    forecast.check(found)
+    forecasts = [forecast.forecast(run, mesh) for run in sweep.runs()]
+    say(forecast.table(forecasts))
+    forecast.check(forecasts)
 
 
-def _claim(sweep: Sweep, place: epath.Path) -> None:
+def _claim(sweep: Sweep, folder: epath.Path) -> None:
     """Write sweep.json, or refuse a folder that holds another sweep; more seeds may be added."""
-    if _check_same(sweep, place):
+    if _check_same(sweep, folder):
         return
-    with refusals(place, "written"):
-        place.mkdir(parents=True, exist_ok=True)
-    write_text(place / "sweep.json", json_text(_identity(sweep), indent=1) + "\n")
+    with refusals(folder, "written"):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "sweep.json", json_text(_identity(sweep), indent=1) + "\n")
 
 
 def _identity(sweep: Sweep) -> dict[str, Any]:
     return {"experiment": sweep.experiment, "scale": sweep.scale, "settings": [*sweep.settings]}
 
 
-def _check_same(sweep: Sweep, place: epath.Path) -> bool:
+def _check_same(sweep: Sweep, folder: epath.Path) -> bool:
     """Whether the folder holds this sweep; UserError if it holds another."""
-    path = place / "sweep.json"
+    path = folder / "sweep.json"
     with refusals(path, "read"):
         if not path.exists():
             return False
         before = json.loads(path.read_text())
     if difference := first_difference(before, _identity(sweep)):
         field, theirs, ours = difference
-        raise UserError(f"{field} = {ours!r}: {place} holds a sweep with {theirs!r}; choose "
+        raise UserError(f"{field} = {ours!r}: {folder} holds a sweep with {theirs!r}; choose "
                         "another folder or delete this one")
     return True
 
 
-def report(experiment: str, results: Sequence[Result], place: epath.Path, say: Say) -> None:
+def report(experiment: str, results: Sequence[Result], folder: epath.Path, say: Say) -> None:
     """Write results.csv, table.txt and the figure of finished runs."""
     own = _module(experiment, "report")
-    rows = own.measured(results, place) if hasattr(own, "measured") else results
-    write_text(place / "results.csv", to_csv(rows))
+    rows = own.measured(results, folder) if hasattr(own, "measured") else results
+    write_text(folder / "results.csv", to_csv(rows))
     text = own.table(rows)
-    write_text(place / "table.txt", text + "\n")
-    save(own.figure(rows), place / own.FIGURE)
-    say(f"\n{text}\nfigure: {place / own.FIGURE}")
+    write_text(folder / "table.txt", text + "\n")
+    save(own.figure(rows), folder / own.FIGURE)
+    say(f"\n{text}\nfigure: {folder / own.FIGURE}")
 
 
 def to_csv(results: Sequence[Result]) -> str:

@@ -21,7 +21,7 @@ def table(results: Sequence[Result]) -> str:
 def figure(results: Sequence[Result]) -> Figure:
     """Differences of ours, and the paper's where it has the arm."""
     losses = arms.losses(results)
-    gaps = {name: paired(found, losses[BASELINE]) for name, found in losses.items()
+    gaps = {name: paired(own, losses[BASELINE]) for name, own in losses.items()
             if name != BASELINE}
     ours = {name: gap for name, gap in sorted(
         gaps.items(), key=lambda item: item[1].mean if item[1] else 0.0) if gap is not None}

@@ -19,11 +19,11 @@ ALONE = "rho-1"  # experts alone
 def table(results: Sequence[Result]) -> str:
     """Every point against its budget's experts alone, and the parabolas."""
     lines = []
-    for budget, found in _budgets(results).items():
-        lines += [arms.table(found, f"{budget}-{ALONE}"), ""]
-        if (curve := _parabola(found)) is not None:
+    for budget, runs in _budgets(results).items():
+        lines += [arms.table(runs, f"{budget}-{ALONE}"), ""]
+        if (curve := _parabola(runs)) is not None:
             lines += [f"{budget}: {curve}", ""]
-        elif lost := arms.diverged(found):
+        elif lost := arms.diverged(runs):
             lines += [f"{budget}: no parabola, for {', '.join(lost)} diverged", ""]
     return "\n".join(lines).rstrip()
 
@@ -32,10 +32,10 @@ def figure(results: Sequence[Result]) -> Figure:
     """A panel for each budget, and below one for each of the paper's."""
     budgets = _budgets(results)
     drawn, axes = figures.panels(len(published.ALLOCATION), 3.6, rows=2)
-    for each, (budget, found), colour in zip(axes, budgets.items(), COLOURS, strict=False):
-        cost = found[0]["flops_per_token"] * found[0]["tokens"]
+    for each, (budget, runs), colour in zip(axes, budgets.items(), COLOURS, strict=False):
+        cost = runs[0]["flops_per_token"] * runs[0]["tokens"]
         figures.title(each, f"{budget.replace('-', ' ')}: {cost:.1e} FLOPs")
-        _ours(each, found, f"{budget}-{ALONE}", colour)
+        _ours(each, runs, f"{budget}-{ALONE}", colour)
     for each, (budget, points), colour in zip(
         axes[len(published.ALLOCATION):], published.ALLOCATION.items(), COLOURS, strict=True
     ):
@@ -48,10 +48,10 @@ def figure(results: Sequence[Result]) -> Figure:
 
 
 def _budgets(results: Sequence[Result]) -> dict[str, list[Result]]:
-    found: dict[str, list[Result]] = {}
+    grouped: dict[str, list[Result]] = {}
     for result in results:
-        found.setdefault(arms.arm(result).partition("-rho-")[0], []).append(result)
-    return found
+        grouped.setdefault(arms.arm(result).partition("-rho-")[0], []).append(result)
+    return grouped
 
 
 def _parabola(results: Sequence[Result]) -> fits.Parabola | None:
@@ -64,7 +64,7 @@ def _ours(axes: Axes, results: Sequence[Result], alone: str, colour: str) -> Non
     """Differences from experts alone at equal seeds, and the parabola."""
     losses = arms.losses(results)
     rhos = {arms.arm(result): result["rho"] for result in results}
-    gaps = {name: paired(found, losses.get(alone, {})) for name, found in losses.items()
+    gaps = {name: paired(own, losses.get(alone, {})) for name, own in losses.items()
             if name != alone}
     told = {rhos[name]: gap for name, gap in gaps.items() if gap is not None}
     figures.points(axes, list(told), list(told.values()), colour)

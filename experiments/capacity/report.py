@@ -26,11 +26,11 @@ COLOURS = (figures.BLUE, figures.ORANGE, figures.GREEN, figures.SKY, figures.DAR
 Row = dict[str, Any]
 
 
-def measured(results: Sequence[Result], place: epath.Path) -> list[Row]:
+def measured(results: Sequence[Result], folder: epath.Path) -> list[Row]:
     """A row for each run, kind of facts and number of times: what its last state recalls."""
     rows = []
     for result in results:
-        opened = open_run(RunDirectory(place / result["name"]))
+        opened = open_run(RunDirectory(folder / result["name"]))
         told = read(Path(opened.run.data.path).parent)
         for each in recall(opened, told):
             rows.append({"name": result["name"], "seed": result["seed"], "loss": result["loss"],

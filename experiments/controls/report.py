@@ -24,8 +24,8 @@ def figure(results: Sequence[Result]) -> Figure:
     """A panel for each text, a row for each arm."""
     texts = arms.by_text(results)
     drawn, axes = figures.panels(len(texts), 3.0)
-    for each, (text, found) in zip(axes, texts.items(), strict=True):
-        losses = arms.losses(found)
+    for each, (text, runs) in zip(axes, texts.items(), strict=True):
+        losses = arms.losses(runs)
         gaps = {keys: gap for keys in KEYS
                 if (gap := paired(losses.get(keys, {}), losses[BASELINE])) is not None}
         seeds = [[loss - losses[BASELINE][seed] for seed, loss in losses[keys].items()

@@ -16,7 +16,7 @@ BASELINE = "no-memory"
 
 def table(results: Sequence[Result]) -> str:
     """Every arm against no memory, and all with a memory against each other."""
-    losses = {name: found for name, found in arms.losses(results).items() if name != BASELINE}
+    losses = {name: own for name, own in arms.losses(results).items() if name != BASELINE}
     gaps = {f"{name} less {other}": paired(losses[name], losses[other])
             for other, name in itertools.combinations(losses, 2)}
     return "\n".join([arms.table(results, BASELINE), "", *(
@@ -26,8 +26,8 @@ def table(results: Sequence[Result]) -> str:
 def figure(results: Sequence[Result]) -> Figure:
     """Ours at equal seeds, and the paper's."""
     losses = arms.losses(results)
-    gaps = {name: gap for name, found in losses.items()
-            if (gap := paired(found, losses.get(BASELINE, {}))) is not None}
+    gaps = {name: gap for name, own in losses.items()
+            if (gap := paired(own, losses.get(BASELINE, {}))) is not None}
     layers = [gap for name, gap in gaps.items() if name.startswith("layer-")]
     drawn, axes = figures.panels(2)
     figures.points(axes[0], range(len(layers)), layers, figures.BLUE)

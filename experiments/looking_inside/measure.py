@@ -36,8 +36,8 @@ def cka_rows(sweep: epath.Path, arms: Sequence[str]) -> Iterator[Row]:
     for arm in (BASELINE, *arms):
         for seed in SEEDS:
             other = SEEDS[(seed + 1) % len(SEEDS)]
-            found = analyze("cka", [sweep / f"{BASELINE}-seed{other}", sweep / f"{arm}-seed{seed}"])
-            (alike,) = found["with"].values()
+            pair = [sweep / f"{BASELINE}-seed{other}", sweep / f"{arm}-seed{seed}"]
+            (alike,) = analyze("cka", pair)["with"].values()
             for of, values in enumerate(alike["cka"]):
                 for layer, value in enumerate(values):
                     yield _row("cka", arm, seed, layer=layer, of=of, value=value)
@@ -52,8 +52,8 @@ def _row(measure: str, arm: str, seed: int, *, layer: int, value: float, of: int
 def measured(sweeps: Sequence[epath.PathLike]) -> list[Row]:
     """All rows of both sweeps, each with the name of its text."""
     return [{"text": text, **row}
-            for text, place, arms in zip(("code", "prose"), sweeps, ARMS, strict=True)
-            for rows in (lens_rows, cka_rows) for row in rows(epath.Path(place), arms)]
+            for text, folder, arms in zip(("code", "prose"), sweeps, ARMS, strict=True)
+            for rows in (lens_rows, cka_rows) for row in rows(epath.Path(folder), arms)]
 
 
 if __name__ == "__main__":

@@ -31,29 +31,29 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _lines(curves: Curves) -> list[str]:
-    found = []
+    lines = []
     for arm, blocks in curves.items():
         for block, values in blocks.items():
             gap = paired(values, curves[BASELINE][block])
             less = "" if gap is None or arm == BASELINE else gap.signed()
-            found.append(f"  {arm:<14}block {block}{interval(values.values())!s:>28}{less:>30}")
-    return found
+            lines.append(f"  {arm:<14}block {block}{interval(values.values())!s:>28}{less:>30}")
+    return lines
 
 
 def figure(rows: Sequence[Row]) -> Figure:
     """A row of panels for each measure: our texts, and the paper."""
     texts = list(dict.fromkeys(row["text"] for row in rows))
     drawn, axes = figures.panels(len(texts) + 1, 3.7, len(MEASURES))
-    places = iter(axes)
+    panels = iter(axes)
     for measure, (name, paper) in zip(
         MEASURES, (("LogitLens", _paper_lens), ("soft alignment", _paper_alignment)), strict=True
     ):
         for text in texts:
-            each = next(places)
+            each = next(panels)
             figures.title(each, f"{name}: {text}")
             _ours(each, _curves(rows, text, measure))
             each.set_ylabel(MEASURES[measure])
-        each = next(places)
+        each = next(panels)
         figures.title(each, f"{name}: the paper")
         paper(each)
     for each in axes:
@@ -63,29 +63,29 @@ def figure(rows: Sequence[Row]) -> Figure:
 
 
 def _curves(rows: Sequence[Row], text: str, measure: str) -> Curves:
-    found: dict[str, dict[int, dict[int, float]]] = {}
+    curves: dict[str, dict[int, dict[int, float]]] = {}
     for row in rows:
         if (row["text"], row["measure"]) == (text, measure):
-            values = found.setdefault(row["arm"], {}).setdefault(row["layer"], {})
+            values = curves.setdefault(row["arm"], {}).setdefault(row["layer"], {})
             values[row["seed"]] = row["value"]
-    return found
+    return curves
 
 
 def _ours(axes: Axes, curves: Curves) -> None:
     """Means over seeds, their 95 % as a band."""
     for (arm, blocks), colour in zip(curves.items(), COLOURS, strict=False):
-        found = [interval(values.values()) for values in blocks.values()]
-        axes.plot(list(blocks), [each.mean for each in found], "o-", color=colour, markersize=4,
+        intervals = [interval(values.values()) for values in blocks.values()]
+        axes.plot(list(blocks), [each.mean for each in intervals], "o-", color=colour, markersize=4,
                   label="experts alone" if arm == BASELINE else arm)
-        lows, highs = zip(*map(_ends, found), strict=True)
+        lows, highs = zip(*map(_ends, intervals), strict=True)
         axes.fill_between(list(blocks), lows, highs, color=colour, alpha=0.15, linewidth=0)
     axes.set_xticks(list(curves[BASELINE]))
 
 
-def _ends(found: Interval) -> tuple[float, float]:
-    assert found.low is not None
-    assert found.high is not None
-    return found.low, found.high
+def _ends(value: Interval) -> tuple[float, float]:
+    assert value.low is not None
+    assert value.high is not None
+    return value.low, value.high
 
 
 def _paper_lens(axes: Axes) -> None:

@@ -46,12 +46,12 @@ def figure(results: Sequence[Result]) -> Figure:
     """A panel for each text, with the paper's figure 3 in outline."""
     texts = arms.by_text(results)
     drawn, axes = figures.panels(len(texts), 4.6)
-    for each, (text, found) in zip(axes, texts.items(), strict=True):
-        first = found[0]
+    for each, (text, runs) in zip(axes, texts.items(), strict=True):
+        first = runs[0]
         figures.title(each, f"{text}: {short(first['active_params'])} active, "
                       f"{short(first['tokens'])} tokens")
         for memory in LOOKS:
-            _ours(each, memory, gaps(found, memory))
+            _ours(each, memory, gaps(runs, memory))
             _paper(each, memory)
         figures.level(each, 0, "no memory, same FLOPs")
         each.set_xscale("log")
@@ -75,8 +75,8 @@ def _ours(axes: Axes, memory: str, points: Points) -> None:
     sizes = sorted({slots for slots, _, _ in points})
     if not sizes:
         return
-    found = [interval(gap for slots, gap, _ in points if slots == size) for size in sizes]
-    figures.points(axes, sizes, found, colour, marker)
+    intervals = [interval(gap for slots, gap, _ in points if slots == size) for size in sizes]
+    figures.points(axes, sizes, intervals, colour, marker)
     slope = ""
     if (line := _line(points)) is not None:
         axes.plot(sizes, [float(line(size)) for size in sizes], color=colour, linewidth=1.2)

@@ -24,9 +24,9 @@ def runs(scale: str, seeds: Sequence[int]) -> list[RunConfig]:
 
 def arms(steps: int, multipliers: Sequence[float]) -> list[RunConfig]:
     """Every optimizer at these rates, and row Adam's bfloat16 table at the paper's."""
-    found = [_arm(steps, optimizer, multiplier, "float32")
+    made = [_arm(steps, optimizer, multiplier, "float32")
              for optimizer in TABLE_OPTIMIZERS for multiplier in multipliers]
-    return [*found, _arm(steps, "row_adam", PAPER, "bfloat16")]
+    return [*made, _arm(steps, "row_adam", PAPER, "bfloat16")]
 
 
 def _arm(steps: int, optimizer: str, multiplier: float, dtype: str) -> RunConfig:

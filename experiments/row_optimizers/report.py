@@ -35,9 +35,9 @@ def table(results: Sequence[Result]) -> str:
 def _arms(results: Sequence[Result]) -> dict[tuple[str, float], dict[int, float]]:
     """(optimizer, multiplier) -> seed -> loss; dense Adam first."""
     by_name = {run.name: run for run in _runs()}
-    found = {(label(by_name[name]), by_name[name].optimizer.table_multiplier): losses
+    grouped = {(label(by_name[name]), by_name[name].optimizer.table_multiplier): losses
              for name, losses in grouping.losses(results).items()}
-    return dict(sorted(found.items(), key=lambda item: (item[0][0] != ORACLE, item[0])))
+    return dict(sorted(grouped.items(), key=lambda item: (item[0][0] != ORACLE, item[0])))
 
 
 def _runs() -> list[RunConfig]:
@@ -52,10 +52,10 @@ def label(run: RunConfig) -> str:
 
 
 def _gap(losses: Mapping[int, float], oracle: Mapping[int, float]) -> str:
-    found = paired(losses, oracle)
-    if found is None or found.low is None or losses == oracle:
+    gap = paired(losses, oracle)
+    if gap is None or gap.low is None or losses == oracle:
         return "-"
-    return found.signed()
+    return gap.signed()
 
 
 def _bytes(optimizer: str) -> int:
