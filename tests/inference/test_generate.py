@@ -13,7 +13,7 @@ import pytest
 from engram_jax.cli import main
 from engram_jax.config import ROW_DTYPES
 from engram_jax.errors import MachineError, UserError
-from engram_jax.inference import Request, generate, serving, stages
+from engram_jax.inference import Request, generate, serving
 from engram_jax.offload.disk import DiskTable
 from engram_jax.offload.file import TableWriter, verify
 from engram_jax.runs.directory import RunDirectory
@@ -200,20 +200,24 @@ def test_the_cache_may_be_just_large_enough(trained, said, text):
 
 
 def test_prompts_of_nearly_the_same_length_share_their_programs(trained, monkeypatch):
-    """And have the text of an engine that is as long as they need."""
+    """The sizes that programs are compiled for; and the text is that of an engine of just one."""
     monkeypatch.setattr(generate, "CHUNK", 256)
     model = serving.served(RunDirectory(trained))
-    tokenizer, texts, compiled = model.reader.tokenizer, {}, []
+    tokenizer, engine, texts, sizes = model.reader.tokenizer, serving.Served.engine, {}, set()
+
+    def noted(served, **settings):
+        sizes.add(tuple(settings.items()))
+        return engine(served, **settings)
+
+    monkeypatch.setattr(serving.Served, "engine", noted)
     for words in ("kalo misu", PROMPT, PROMPT + " kalo"):
         ids = tuple(tokenizer.encode(words, add_special_tokens=False).ids)
-        assert 1 < len(ids) <= 16 < len(ids) + 15 <= 32
         texts[words, ids] = "".join(generate.generate(model, words, tokens=15))
-        compiled.append((stages.begin._cache_size(), stages.finish._cache_size()))
+    assert sizes == {(("slots", 1), ("length", 32), ("chunk", 16))}
     assert len({len(ids) for _, ids in texts}) == 3
-    assert len(set(compiled)) == 1, compiled
     for (words, ids), text in texts.items():
-        engine = model.engine(slots=1, length=len(ids) + 15, chunk=len(ids))
-        (tokens,) = engine.generate([Request(prompt=ids, tokens=15)])
+        (tokens,) = engine(model, slots=1, length=len(ids) + 15, chunk=len(ids)).generate(
+            [Request(prompt=ids, tokens=15)])
         tokens = tokens[:-1] if tokens[-1] == model.reader.end_id else tokens
         assert text == tokenizer.decode([*ids, *tokens])[len(words):]
 
