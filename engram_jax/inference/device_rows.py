@@ -44,6 +44,7 @@ class DeviceRows(RowSource):
         """As `RowSource.request`; tokens that are on the device must be known to be right."""
         if not self._tables:
             return {}
+        self.check_shapes(tokens, history, positions)
         if isinstance(tokens, np.ndarray):
             self.addressing.check_known(tokens, history)
         rows: dict[str, jax.Array] = self._gather(self._tables, tokens, history, positions)

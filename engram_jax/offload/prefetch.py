@@ -175,6 +175,7 @@ class HostRows(RowSource):
         try:
             tokens_BT = np.asarray(chunk.tokens_BT)  # waits for the device, if they are there
             start = rows.known_at = time.perf_counter()
+            self.check_shapes(tokens_BT, chunk.history_BP, chunk.positions_BT)
             ids = self._ids(tokens_BT, chunk.history_BP, chunk.positions_BT)
             real_BT = np.ones(tokens_BT.shape, bool)
             if chunk.count_B is not None:

@@ -151,6 +151,24 @@ class RowSource(abc.ABC):
         while coming:
             yield self._arrived(coming)
 
+    def check_shapes(self, tokens: Any, history: Any, positions: Any) -> None:
+        """Refuse what `request` does not take.
+
+        Raises:
+          UserError: an array of another shape or dtype.
+        """
+        for name, array in (("tokens", tokens), ("history", history), ("positions", positions)):
+            require(array is None or hasattr(array, "dtype"), name, type(array).__name__,
+                    "must be a NumPy or jax array")
+        batch = tokens.shape[:1]
+        for name, array, right in (
+                ("tokens", tokens, tokens.shape if tokens.ndim == 2 else "[B, T]"),
+                ("history", history, (*batch, self.history_length)),
+                ("positions", positions, tokens.shape)):
+            if array is not None and (array.shape != right or array.dtype.kind not in "iu"):
+                require(False, name, f"{array.dtype} {array.shape}",
+                        f"must be whole numbers {right}")
+
     def _arrived(self, coming: collections.deque) -> tuple[Any, dict[int, jax.Array]]:
         tokens, rows = coming.popleft()
         return tokens, self._by_layer(rows)

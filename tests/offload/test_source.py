@@ -177,24 +177,32 @@ def test_an_error_is_raised_at_its_batch_and_the_rest_come(source):
     assert_same(rows(TEXT[:, 4:]), expected(TEXT[:, 4:]))
 
 
-def test_errors_of_the_tokens_are_raised_where_rows_are_waited_for(source):
-    rows = source()
+@pytest.mark.parametrize("end_id", [None, END])
+def test_errors_of_the_tokens_are_raised_where_rows_are_waited_for(end_id, source):
+    rows = source(end_id=end_id)
     for tokens, history, line in [
         (np.array([[1, VOCAB]]), None, "token id = 300: must be in 0..299"),
         (np.array([[-1]]), None, "token id = -1: must be in 0..299"),
         (np.array([[1]]), np.array([[1, VOCAB]]), "history = 300: must be in -1..299"),
         (np.array([[1]]), np.array([[1]]), r"history = 'int64 \(1, 1\)'"),
-        (np.array([1]), None, r"tokens = 'int64 \(1,\)'"),
+        (np.array([1]), None, r"tokens = 'int64 \(1,\)': must be whole numbers \[B, T\]"),
+        (np.array([[0.5]]), None, r"tokens = 'float64 \(1, 1\)'"),
+        (np.array([[1]]), [[1, 2]], "history = 'list': must be a NumPy or jax array"),
     ]:
         with pytest.raises(UserError, match=line):
             rows(tokens, history)
         with pytest.raises(UserError, match=line):
             rows.request(tokens, history)["layer_5"]
+    for kind in ("host", "device"):
+        with pytest.raises(UserError, match=r"positions = 'int32 \(3, 11\)': must be .* \(3, 12\)"):
+            source(kind)(TEXT, positions=TEXT[:, 1:])
+        with pytest.raises(UserError, match=r"history = 'int32 \(2, 2\)': must be .* \(3, 2\)"):
+            source(kind, END)(TEXT, history=TEXT[:2, :2])
     with pytest.raises(UserError, match="ahead = 0: must be at least 1"):
         next(rows.prefetched([TEXT], ahead=0))
     with pytest.raises(UserError, match=r"tokens.shape = \(2, 12\): must be \[3, T\]"):
         list(rows.prefetched([TEXT, TEXT[:2]], continued=True))
-    assert_same(rows(TEXT), expected(TEXT))
+    assert_same(rows(TEXT), expected(TEXT, None if end_id is None else positions_of(TEXT)))
 
 
 # --- The addressing of a network that is not ours ---
