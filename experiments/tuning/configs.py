@@ -1,7 +1,8 @@
 """As many trials for no memory, for Engram and for OverEncoding, each of its own settings.
 
 A trial that is not spelled out keeps the first trial's other settings, which are those of the
-committed experiments.
+committed experiments. The last two of each kind were added when the first five without memory had
+shown that the best rate lay at the edge of the search.
 """
 
 import dataclasses
@@ -50,9 +51,12 @@ _RMSPROP = Trial(table_optimizer="row_rmsprop", multiplier=20.0)
 _OVER = dataclasses.replace(_RMSPROP, embedding_std=9.0)  # 9 memories and embedding share the input
 
 TRIALS: dict[str, tuple[Trial, ...]] = {
-    "no-memory": tuple(
-        Trial(rate=rate, embedding_std=std)
-        for std in (1.0, 0.3) for rate in (4e-3, 2e-3, 8e-3, 16e-3, 32e-3)),
+    "no-memory": (
+        *(Trial(rate=rate, embedding_std=std)
+          for std in (1.0, 0.3) for rate in (4e-3, 2e-3, 8e-3, 16e-3, 32e-3)),
+        Trial(rate=64e-3),
+        Trial(rate=48e-3),
+    ),
     "engram": (
         Trial(),
         Trial(rate=8e-3, multiplier=20.0),
@@ -64,6 +68,8 @@ TRIALS: dict[str, tuple[Trial, ...]] = {
         dataclasses.replace(_RMSPROP, rate=8e-3, table_std=0.02),
         dataclasses.replace(_RMSPROP, table_optimizer="dense_adam"),
         dataclasses.replace(_RMSPROP, table_optimizer="dense_adam", rate=8e-3),
+        dataclasses.replace(_RMSPROP, rate=32e-3),
+        dataclasses.replace(_RMSPROP, rate=32e-3, multiplier=5.0),
     ),
     "over-encoding": (
         Trial(embedding_std=9.0),
@@ -76,6 +82,8 @@ TRIALS: dict[str, tuple[Trial, ...]] = {
         dataclasses.replace(_OVER, rate=8e-3, embedding_std=3.0),
         dataclasses.replace(_OVER, rate=8e-3, embedding_std=1.0),
         dataclasses.replace(_OVER, table_optimizer="dense_adam", rate=8e-3),
+        dataclasses.replace(_OVER, rate=32e-3),
+        dataclasses.replace(_OVER, rate=32e-3, multiplier=5.0),
     ),
 }
 

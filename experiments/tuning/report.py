@@ -46,7 +46,8 @@ def figure(results: Sequence[Result]) -> Figure:
         axes.plot(trial.rate, loss, "o", color=COLOURS[kind], markersize=6,
                   label=f"{kind.replace('-', ' ')}: {loss:.3f}")
     axes.set_xscale("log")
-    axes.set_xticks([2e-3, 4e-3, 8e-3, 16e-3, 32e-3], ["0.002", "0.004", "0.008", "0.016", "0.032"])
+    rates = [2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3]
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     axes.set_xlabel("the backbone's learning rate")
     axes.set_ylabel("validation loss (nats a token)")
