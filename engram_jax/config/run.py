@@ -172,6 +172,8 @@ class TrainingConfig:
         and activations take so much less memory.
       row_capacity: rows that a device may ask of each peer in one round of the exchange, as a share
         of (ids it looks up / devices); more rounds follow where it is short. 0 measures the data.
+      check_exchange: in every step the devices check that rows reach their owners and that tables
+        have gradients; a step that fails changes nothing, and the run stops.
     """
 
     steps: int
@@ -189,6 +191,7 @@ class TrainingConfig:
     start_from: str = ""
     start_optimizer: bool = False
     freeze: str = ""
+    check_exchange: bool = False
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "training", "steps", "keep_checkpoints", "accumulate")

@@ -52,7 +52,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 # What may be different when a run goes on: it changes no bit of what is trained.
 NEUTRAL = ("training.log_every", "training.checkpoint_every", "training.evaluate_every",
            "training.keep_checkpoints", "training.tensorboard", "training.skips_in_a_row",
-           "training.grace_seconds", "data.cache_dir")
+           "training.grace_seconds", "training.check_exchange", "data.cache_dir")
 
 
 class RunDirectory:

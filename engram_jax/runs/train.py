@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from engram_jax import __version__, distributed
 from engram_jax.config import RunConfig
 from engram_jax.data.batches import train_batches
-from engram_jax.errors import Stopped
+from engram_jax.errors import MachineError, Stopped
 from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.runs.beginning import begin_from
 from engram_jax.runs.checkpoints import Checkpoints
@@ -224,6 +224,12 @@ class _Loop:
             self.batch_tokens / seconds / self.mesh.size if seconds else 0.0)
         self.progress.step(number, values)
         self._keep(number, values)
+        if wrong := values.get("exchange/disagreements"):
+            raise MachineError(f"step {number}: rows of {wrong:.0f} tables did not reach the "
+                               "devices that own them; the last checkpoint is good")
+        if empty := values.get("exchange/empty_gradients"):
+            self.say(f"{self.run.name}: step {number}: the gradient of {empty:.0f} tables is 0 "
+                     "everywhere")
         self.divergence.watch(number, values)
         if lost := values.get("engram/ids_out_of_range"):
             self.say(f"{self.run.name}: step {number}: {lost:,.0f} row ids are of no row; "

@@ -246,6 +246,28 @@ class Exchange:
             sums = jax.lax.while_loop(lambda carry: carry[0].more, again, sums)
         return RowGradients(route, grads_UD, first, sums[1], sums[2])
 
+    def agrees(self, route: Route) -> jax.Array:
+        """Whether every row reaches the device that owns it, bool, the same on all devices.
+
+        Over all rounds the owners add up what they are asked for: how many keys, their sum and the
+        sum of their squares, which must be those of the askers; and no key may be another's.
+        """
+        if self.devices == 1:
+            return jnp.bool_(True)
+
+        def heard(asked_PC: jax.Array) -> jax.Array:
+            used_PC, mine = asked_PC != UNUSED, asked_PC // self.part.rows == self._me()
+            return jnp.append(_sums(asked_PC), jnp.sum(used_PC & ~mine, dtype=jnp.uint32))
+
+        def again(carry: tuple[Window, jax.Array]) -> tuple[Window, jax.Array]:
+            window = self._window(route.keys_U, carry[0].end_P)
+            return window, carry[1] + heard(self._swap(window.keys_PC))
+
+        _, owners = jax.lax.while_loop(
+            lambda carry: carry[0].more, again, (route.first, heard(route.asked_PC)))
+        askers = jnp.append(_sums(route.keys_U), jnp.uint32(0))
+        return jnp.all(jax.lax.psum(owners - askers, self.axes) == 0)
+
     def update(
         self, gradients: RowGradients, carry: Carry, move: Callable[[Carry, UniqueRows], Carry]
     ) -> Carry:
@@ -347,6 +369,13 @@ class Exchange:
         if self.devices == 1:
             return send
         return collectives.all_to_all(send, self.axes, self.near)
+
+
+def _sums(keys: jax.Array) -> jax.Array:
+    """How many keys are used, their sum and the sum of their squares, uint32 modulo 2**32."""
+    used = keys != UNUSED
+    number = jnp.where(used, keys, 0).astype(jnp.uint32)
+    return jnp.stack([jnp.sum(each, dtype=jnp.uint32) for each in (used, number, number * number)])
 
 
 def distinct(sorted_N: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -106,6 +106,11 @@ class LocalMemory:
                 route, row_grads[name].reshape(-1, row_grads[name].shape[-1]))
                 for name, route in routes.items()}
 
+    def agrees(self, routes: Mapping[str, Route]) -> dict[str, jax.Array]:
+        """For each table whether every row that is asked for reaches its owner, bool."""
+        with jax.named_scope("check_exchange"):
+            return {name: self.exchanges[name].agrees(route) for name, route in routes.items()}
+
     def update(
         self,
         tables: ByTable,

@@ -66,6 +66,10 @@ def train_step(
             square += _everywhere(sum(r.square for r in combined.values()))
         norm = jnp.sqrt(square)
         finite, scale = jnp.isfinite(norm), jnp.minimum(1.0, run.optimizer.clip_norm / norm)
+        checks = {}
+        if run.training.check_exchange and lookup.routes:
+            checks = _exchange_checks(memory.agrees(lookup.routes), combined)
+            finite &= checks["exchange/disagreements"] == 0
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
 
@@ -94,6 +98,7 @@ def train_step(
             "learning/skipped": 1.0 - finite.astype(jnp.float32),
             **_seen_metrics(seen),
             **_exchange_metrics(lookup, combined),
+            **checks,
         }
         return new, metrics
 
@@ -239,6 +244,18 @@ def _seen_metrics(seen: Seen) -> Metrics:
     if seen.gate is not None:
         metrics["engram/gate_mean"] = seen.gate
     return metrics
+
+
+def _exchange_checks(
+    agree: dict[str, jax.Array], combined: dict[str, RowGradients]
+) -> Metrics:
+    """How many tables have rows that did not reach their owners, or a gradient that is all 0."""
+    agreed = jnp.stack(list(agree.values()))
+    squares = _everywhere(jnp.stack([each.square for each in combined.values()]))
+    return {
+        "exchange/disagreements": jnp.sum(~agreed, dtype=jnp.float32),
+        "exchange/empty_gradients": jnp.sum(squares == 0, dtype=jnp.float32),
+    }
 
 
 def _exchange_metrics(lookup: LocalLookup, combined: dict[str, RowGradients]) -> Metrics:

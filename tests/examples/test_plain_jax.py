@@ -4,6 +4,10 @@ import jax
 import numpy as np
 import plain_jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from engram_jax.costs.collectives import collectives
+from engram_jax.tables import Memory, row_rmsprop
 
 pytestmark = pytest.mark.usefixtures("compilations")
 STEPS = 50
@@ -46,3 +50,17 @@ def test_the_checkpoint_comes_back(run, request):
         assert left.dtype == right.dtype
         assert left.sharding == right.sharding
         np.testing.assert_array_equal(left, right)
+
+
+def test_no_collective_is_of_the_tables_size(eight):
+    """Gradients of parameters are summed over the devices, and rows of the batch travel."""
+    _, state, _ = eight
+    mesh = state[2].values["layer_1"].sharding.mesh
+    memory = Memory(plain_jax.ENGRAM, mesh=mesh, axes=("data",), optimizer=row_rmsprop())
+    text = jax.ShapeDtypeStruct((16, plain_jax.T + 1), np.int32, sharding=NamedSharding(
+        mesh, PartitionSpec("data")))
+    compiled = plain_jax.make_step(memory).lower(*state, text).compile()
+    table = state[2].values["layer_1"].nbytes
+    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(state[0]))
+    largest = max(one.bytes for one in collectives(compiled.as_text()))
+    assert 0 < largest <= parameters < table / 4

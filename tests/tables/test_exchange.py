@@ -4,6 +4,7 @@ One program for each mesh and capacity does all that an exchange can do (`Outcom
 it ids of many kinds. Shapes as in `tables.exchange`; K parts of ids.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -398,6 +399,38 @@ def test_without_a_capacity_there_is_room_for_the_even_share():
     got = program((2, 4), 0)(*tables(), ids, gradients(ids))
     assert got.rounds.tolist() == [1] * 8
     check(jax.tree.map(np.asarray, got), ids, 8, IDS)
+
+
+# --- Checking itself ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken(Exchange):
+    """An exchange whose devices are asked for what is not asked of them."""
+
+    fault: str
+
+    def _swap(self, send):
+        asked = super()._swap(send)
+        if self.fault == "to the neighbour":
+            asked = jax.lax.ppermute(asked, self.axes, [(i, (i + 1) % 8) for i in range(8)])
+        if self.fault == "one key changed":
+            asked = jnp.where(asked == jnp.min(asked), asked + 1, asked)
+        if self.fault == "one peer silent":
+            asked = asked.at[3].set(UNUSED)
+        if self.fault == "one key in two places":
+            asked = asked.at[:, 1].set(asked[:, 0])
+        return asked
+
+
+@pytest.mark.parametrize(("fault", "agrees"), [
+    ("none", True), ("to the neighbour", False), ("one key changed", False),
+    ("one peer silent", False), ("one key in two places", False)])
+@pytest.mark.parametrize("capacity", [2, 0])
+def test_devices_notice_when_rows_do_not_reach_their_owners(fault, agrees, capacity):
+    here = Broken(layout=LAYOUT, axes=AXES, devices=8, capacity=capacity, fault=fault)
+    check = on_devices((2, 4), lambda ids: here.agrees(here.route(ids))[None])
+    assert np.asarray(check(cases(8)["any"])).tolist() == [agrees] * 8
 
 
 # --- What is refused ---

@@ -47,9 +47,9 @@ def run(tmp_path_factory):
     """Batches and shards divide among 1, 3, 4 and 8 devices; the table is by far the largest array,
     and the exchange takes several rounds."""
     text = write_text(tmp_path_factory.mktemp("mesh") / "text.txt")
-    return with_memory(picking_all(with_data(
-        micro(text, row_capacity=0.4), batch_size=48)), shards=24, head_dim=COLUMNS,
-        rows_per_head=(20_000, 20_000), signed_root=False)
+    tiny = micro(text, row_capacity=0.4, check_exchange=True)
+    return with_memory(picking_all(with_data(tiny, batch_size=48)), shards=24, head_dim=COLUMNS,
+                       rows_per_head=(20_000, 20_000), signed_root=False)
 
 
 def with_memory(run, **fields):
@@ -145,6 +145,7 @@ def check_equals_one_device(run, shape, one):
         assert our_row["engram/gate_mean"] == pytest.approx(row["engram/gate_mean"], rel=1e-4)
         assert our_row["engram/rows_touched"] == row["engram/rows_touched"]
         assert our_row["engram/ids_out_of_range"] == row["learning/skipped"] == 0
+        assert our_row["exchange/disagreements"] == our_row["exchange/empty_gradients"] == 0
     assert_same_bits(our_last.router_bias, last.router_bias)
     pairs = zip(jax.tree_util.tree_leaves_with_path(our_first.params),
                 jax.tree_util.tree_leaves_with_path(first.params), strict=True)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from micro import STEPS, micro, with_data, with_model, with_training, write_text
+from micro import STEPS, micro, plain, with_data, with_model, with_training, write_text
 
 from engram_jax.config import OptimizerConfig, OverEncodingConfig
 from engram_jax.data.batches import train_batches, validation_batches
@@ -37,6 +37,7 @@ from engram_jax.runs.evaluate import evaluator
 from engram_jax.runs.reader import open_inputs
 from engram_jax.settings import changed, first_difference, to_dict
 from engram_jax.tables.layout import gather_rows
+from engram_jax.tables.local import LocalMemory
 from engram_jax.training import step
 from engram_jax.training.optimizers import optimizer, schedule
 from engram_jax.training.placement import placed_state, single_mesh
@@ -223,6 +224,15 @@ def test_skipped_steps_are_not_in_the_bias_correction_of_tables(run, first, take
     for of_first, after_skips in moves.values():
         np.testing.assert_allclose(of_first, after_skips, rtol=1e-3, atol=1e-5)
         assert np.abs(after_skips).max() == pytest.approx(1, rel=1e-3), "Adam's first is the sign"
+
+
+def test_a_run_stops_where_rows_do_not_reach_their_owners(tmp_path, monkeypatch):
+    monkeypatch.setattr(LocalMemory, "agrees", lambda self, routes: {
+        name: jnp.bool_(False) for name in routes})
+    checked = plain(micro(write_text(tmp_path / "text.txt"), check_exchange=True))
+    with pytest.raises(MachineError, match=r"^step 1: rows of 1 tables did not reach the devices"):
+        train.train(checked, tmp_path / "run", silent)
+    assert not (tmp_path / "run" / "result.json").exists()
 
 
 def test_good_steps_change_every_parameter(first, take, batch):
