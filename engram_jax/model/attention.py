@@ -37,6 +37,7 @@ def attention_parameters(key: jax.Array, width: int, config: AttentionConfig) ->
     }
 
 
+@jax.named_scope("attention")
 def attention(
     params: Params,
     x_BTD: jax.Array,
@@ -89,6 +90,7 @@ def latents(
     return latent_BTC, shared_BT1R[:, :, 0]
 
 
+@jax.named_scope("attention")
 def cached_attention(
     params: Params,
     x_BTD: jax.Array,

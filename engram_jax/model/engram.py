@@ -67,6 +67,7 @@ class Fused(NamedTuple):
         return joined_BSMD[:, joined_BSMD.shape[1] - before_BPMD.shape[1]:]
 
 
+@jax.named_scope("fusion")
 def fuse(
     params: Params,
     hidden_BTMD: jax.Array,
@@ -134,6 +135,7 @@ def _check(
             getattr(before, "shape", None), f"must be {right}: B, conv_reach, gates, D")
 
 
+@jax.named_scope("gate")
 def gate(
     params: Params, hidden_BTMD: jax.Array, key_BTMD: jax.Array, config: EngramConfig
 ) -> jax.Array:
@@ -149,6 +151,7 @@ def gate(
     return jax.nn.sigmoid(score_BTM)
 
 
+@jax.named_scope("convolution")
 def causal_conv(
     x_BTMD: jax.Array,
     taps_LMD: jax.Array,

@@ -42,6 +42,7 @@ class Mixing(NamedTuple):
     residual_BTMM: jax.Array
 
 
+@jax.named_scope("mixing")
 def mixing(params: Params, x_BTMD: jax.Array, rounds: int, eps: float) -> Mixing:
     """The mixing matrices of each token; `rounds` of Sinkhorn normalisation."""
     streams = x_BTMD.shape[2]
@@ -55,6 +56,7 @@ def mixing(params: Params, x_BTMD: jax.Array, rounds: int, eps: float) -> Mixing
     return Mixing(jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), residual)
 
 
+@jax.named_scope("sinkhorn")
 def sinkhorn(positive: jax.Array, rounds: int) -> jax.Array:
     """Rounds of column, then row normalisation of positive matrices [..., M, M].
 
@@ -79,11 +81,16 @@ def connect(
     if not params:
         out_BTD, extra = sub_layer(x_BTMD[:, :, 0])
         return x_BTMD + out_BTD[:, :, None], extra
-    mix = jax.checkpoint(mixing, static_argnums=(2, 3))(params, x_BTMD, rounds, eps)
-    pre_BTM, post_BTM, residual_BTMM = (part.astype(x_BTMD.dtype) for part in mix)
-    out_BTD, extra = sub_layer(jnp.einsum("btm,btmd->btd", pre_BTM, x_BTMD))
-    kept_BTMD = jnp.einsum("btij,btjd->btid", residual_BTMM, x_BTMD)
-    return kept_BTMD + post_BTM[..., None] * out_BTD[:, :, None], extra
+    with jax.named_scope("hyper_connection"):
+        mix = jax.checkpoint(mixing, static_argnums=(2, 3))(params, x_BTMD, rounds, eps)
+        pre_BTM, post_BTM = (part.astype(x_BTMD.dtype) for part in mix[:2])
+        read_BTD = jnp.einsum("btm,btmd->btd", pre_BTM, x_BTMD)
+    out_BTD, extra = sub_layer(read_BTD)
+    with jax.named_scope("hyper_connection"):
+        # Rounded to bfloat16, H_res would not be doubly stochastic, and the streams would grow.
+        kept_BTMD = jnp.einsum("btij,btjd->btid", mix.residual_BTMM, x_BTMD.astype(jnp.float32),
+                               precision=jax.lax.Precision.HIGHEST).astype(x_BTMD.dtype)
+        return kept_BTMD + post_BTM[..., None] * out_BTD[:, :, None], extra
 
 
 def split(x_BTD: jax.Array, streams: int) -> jax.Array:

@@ -3,6 +3,7 @@
 Weights are float32 and [in, out]; they are cast to the dtype of the activations where they meet.
 """
 
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -31,6 +32,52 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     return x @ weight.astype(x.dtype)
 
 
+@jax.custom_vjp
+def wide_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] times weight [in, out], kept in float32 as it was summed; gradients are those of
+    `linear`, in x's dtype."""
+    return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _wide_linear_backward(
+    saved: tuple[jax.Array, jax.Array], grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(linear, *saved)[1](grad.astype(saved[0].dtype))
+
+
+wide_linear.defvjp(lambda x, weight: (wide_linear(x, weight), (x, weight)), _wide_linear_backward)
+
+
+def rows_of(table_VD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of an embedding, in its dtype; the gradients of a row add up in float32.
+
+    A token may stand thousands of times in a batch, and in bfloat16 a sum of ones ends at 256.
+    """
+    return _rows_of(table_VD.shape, str(table_VD.dtype), table_VD, ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rows_of(
+    shape: tuple[int, int], dtype: str, table_VD: jax.Array, ids: jax.Array
+) -> jax.Array:
+    del shape, dtype
+    return table_VD.at[ids].get(mode="promise_in_bounds")
+
+
+def _rows_of_backward(
+    shape: tuple[int, int], dtype: str, ids: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, None]:
+    total_VD = jnp.zeros(shape, jnp.float32)
+    total_VD = total_VD.at[ids].add(grad.astype(jnp.float32), mode="promise_in_bounds")
+    return total_VD.astype(dtype), None
+
+
+# The table is not kept for the backward pass: on a mesh it has been made whole for this alone.
+_rows_of.defvjp(lambda shape, dtype, table, ids: (_rows_of(shape, dtype, table, ids), ids),
+                _rows_of_backward)
+
+
+@jax.named_scope("rms_norm")
 def rms_norm(x: jax.Array, gain: jax.Array | None, eps: float) -> jax.Array:
     """x / rms(x) over the last axis, times `gain` (broadcast from the right), in float32.
 
@@ -53,6 +100,7 @@ def ffn_parameters(key: jax.Array, width: int, hidden: int) -> Declared:
     }
 
 
+@jax.named_scope("ffn")
 def ffn(params: Params, x: jax.Array) -> jax.Array:
     """down(silu(gate x) * up x)."""
     hidden = jax.nn.silu(linear(x, params["gate"])) * linear(x, params["up"])

@@ -17,6 +17,7 @@ from engram_jax.model import transformer
 MAX_LOGITS = 2**26
 
 
+@jax.named_scope("loss")
 def token_losses(
     params: dict[str, Any], x_BTMD: jax.Array, targets_BT: jax.Array, config: ModelConfig
 ) -> jax.Array:

@@ -38,6 +38,7 @@ def moe_parameters(key: jax.Array, width: int, config: MoEConfig) -> Declared:
     return declared
 
 
+@jax.named_scope("experts")
 def moe(
     params: dict, x_BTD: jax.Array, bias_E: jax.Array, config: MoEConfig
 ) -> tuple[jax.Array, jax.Array]:
@@ -64,11 +65,13 @@ def moe(
     return out_ND.reshape(x_BTD.shape), groups.count_E
 
 
+@jax.named_scope("router")
 def route(
     router_DE: jax.Array, x_ND: jax.Array, bias_E: jax.Array, config: MoEConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Experts int32 [N, K] and their weights float32 [N, K], normalised to 1, times the scale."""
-    scores_NE = jax.nn.sigmoid(x_ND.astype(jnp.float32) @ router_DE)
+    scores_NE = jax.nn.sigmoid(jnp.matmul(
+        x_ND.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST))
     picking_NE = jax.lax.stop_gradient(scores_NE) + bias_E[None]
     _, choice_NK = jax.lax.top_k(picking_NE, config.top_k)
     picked_NK = jnp.take_along_axis(scores_NE, choice_NK, axis=1)

@@ -20,6 +20,7 @@ def over_encoding_parameters(
     return {"project": matrix(key, heads, width // heads, width)}
 
 
+@jax.named_scope("over_encoding")
 def encode(params: Params, embedded_BTD: jax.Array, rows_BTHC: jax.Array) -> jax.Array:
     """The averaged embedding, [B, T, D], in embedded's dtype."""
     heads = rows_BTHC.shape[2]

@@ -33,8 +33,9 @@ from engram_jax.model.layers import (
     as_they_are,
     ffn,
     ffn_parameters,
-    linear,
     rms_norm,
+    rows_of,
+    wide_linear,
 )
 from engram_jax.model.moe import moe, moe_parameters
 from engram_jax.model.parameters import Declared, counted_as, embedding, values, vector
@@ -150,6 +151,7 @@ class Observed(NamedTuple):
     gates: dict[int, jax.Array]
 
 
+@jax.named_scope("embed")
 def embed(
     params: dict[str, Any],
     tokens_BT: jax.Array,
@@ -158,8 +160,8 @@ def embed(
     whole: Whole = as_they_are,
 ) -> jax.Array:
     """The residual streams before the first block, [B, T, M, D] in the compute dtype."""
-    table = whole(params["embedding"], "embedding").astype(config.compute_dtype)
-    embedded_BTD = table.at[tokens_BT].get(mode="promise_in_bounds")
+    embedded_BTD = rows_of(whole(params["embedding"], "embedding"), tokens_BT).astype(
+        config.compute_dtype)
     if config.over_encoding is not None:
         projections = whole(params["over_encoding"], "over_encoding")
         embedded_BTD = over_encoding.encode(projections, embedded_BTD, rows[INPUT_SITE])
@@ -238,12 +240,13 @@ def block(
     return x_BTMD, beside, load_E
 
 
+@jax.named_scope("head")
 def head(params: dict[str, Any], x_BTMD: jax.Array, config: ModelConfig) -> jax.Array:
     """Logits, float32 [B, T, V]."""
     merged_BTD = hyper_connections.merge(x_BTMD)
     normed_BTD = rms_norm(merged_BTD, params["final_gain"], config.norm_eps)
     weight_DV = params["embedding"].T if config.tied_head else params["head"]
-    return linear(normed_BTD, weight_DV).astype(jnp.float32)
+    return wide_linear(normed_BTD, weight_DV)
 
 
 def head_params(params: dict[str, Any], config: ModelConfig, whole: Whole) -> dict[str, Any]:
