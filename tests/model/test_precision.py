@@ -61,20 +61,22 @@ def test_the_gradient_of_an_embedding_adds_up_in_float32(text, devices):
     assert np.linalg.norm(error) <= 0.01 * np.linalg.norm(exact)
 
 
-def test_streams_that_are_alike_stay_so():
-    """H_res is doubly stochastic, so ones stay ones; with its entries rounded they grew by 6 % over
-    sixty sub-layers."""
+def test_residual_streams_do_not_grow():
+    """H_res is doubly stochastic; rounded to bfloat16, its rows add up to 1.001 and the like, which
+    made a gain of 6 % over sixty sub-layers. The rounding of the result has no mean."""
     start = values(mixing_parameters(jax.random.key(0), WIDTH, 4))
-    x = jnp.ones((1, 8, 4, WIDTH), jnp.bfloat16)
+    x = jnp.asarray(np.abs(random(1, 2048, 4, WIDTH)) + 1, jnp.bfloat16)
 
     @jax.jit
     def silent(params, x):
         return connect(params, x, lambda x: (jnp.zeros_like(x), None), 20, 1e-6)[0]
 
-    for number in range(20):
+    for number in range(4):
         params = {**start, "bias": jnp.asarray(random(start["bias"].size, seed=number))}
-        x = silent(params, x)
-        np.testing.assert_array_equal(x, 1)
+        kept, exact = (np.asarray(silent(params, x.astype(dtype)), np.float64)
+                       for dtype in (jnp.bfloat16, jnp.float32))
+        gain_M = (kept * exact).sum(axis=(0, 1, 3)) / (exact * exact).sum(axis=(0, 1, 3))
+        assert (abs(gain_M - 1) < 5e-5).all(), number
 
 
 def test_logits_are_not_rounded():
