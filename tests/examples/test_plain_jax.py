@@ -61,6 +61,5 @@ def test_no_collective_is_of_the_tables_size(eight):
         mesh, PartitionSpec("data")))
     compiled = plain_jax.make_step(memory).lower(*state, text).compile()
     table = state[2].values["layer_1"].nbytes
-    parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(state[0]))
     largest = max(one.bytes for one in collectives(compiled.as_text()))
-    assert 0 < largest <= parameters < table / 4
+    assert 0 < largest < table / 4
