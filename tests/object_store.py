@@ -288,7 +288,7 @@ def _object(bucket, key):
 
 def _info(about):
     return {"name": f"{about['bucket']}/{about['name']}", "size": int(about["size"]),
-            "type": "file"}
+            "type": "file", "generation": about["generation"]}
 
 
 def use(patch=None):

@@ -123,8 +123,8 @@ def _split_windows(stream: TokenStream, windows_B: np.ndarray, window_BT: np.nda
     return {"tokens_BT": tokens_BT, "targets_BT": targets_BT, "starts_BT": starts_BT}
 
 
-def _starts_at(stream: TokenStream, place: int, end_id: int) -> bool:
-    return place == 0 or bool(stream.read(place - 1, place) == end_id)
+def _starts_at(stream: TokenStream, token: int, end_id: int) -> bool:
+    return token == 0 or bool(stream.read(token - 1, token) == end_id)
 
 
 def _validation_batch(data: TokenData, windows_B: np.ndarray, length: int) -> Batch:

@@ -56,11 +56,12 @@ def opened(file: epath.Path) -> Iterator[BinaryIO]:
         raw = stack.enter_context(file.open("rb"))
         start = raw.read(len(ZSTANDARD))
         raw.seek(0)
-        stream = raw
+        # Files of object storage read no line of a limited length.
+        stream = raw if is_local(file) else io.BufferedReader(raw, BLOCK)
         if start.startswith(GZIP):
-            stream = stack.enter_context(gzip.GzipFile(fileobj=raw))
+            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
         elif start == ZSTANDARD:
-            stream = io.BufferedReader(_Unzstd(raw), BLOCK)
+            stream = io.BufferedReader(_Unzstd(stream), BLOCK)
         try:
             yield cast(BinaryIO, stream)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -25,9 +25,10 @@ class Known(NamedTuple):
 
 def stamp(source: Source) -> Any:
     """The stamp of a source as it is; None where only reading it tells."""
-    with contextlib.suppress(OSError):
+    try:
         return source.stamp()
-    return None
+    except Exception:  # a file that is gone, a store that fails: the reading has the words for it
+        return None
 
 
 def recall(config: DataConfig, stamp: Any) -> Known | None:

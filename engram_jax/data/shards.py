@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,10 @@ from engram_jax.storage import download, is_local, refusals
 
 SHARD_TOKENS = 64 * 2**20
 READ_AT_ONCE = 2**22  # bytes
+LONGEST_HEAD = 256  # bytes
+HEAD = re.compile(rb"\x93NUMPY\x01\x00(?P<length>..)(?P<fields>\{'descr': '(?P<dtype>[<>|]\w+)', "
+                  rb"'fortran_order': False, 'shape': \((?P<shape>[\d, ]*)\), \} *\n)", re.DOTALL)
+NO_ARRAY = "is missing, truncated or no NumPy array of token ids"
 MOST_MAPPED = 256  # shards of a stream; each holds a file open
 SETTLED_NS = 2 * 10**9  # a file that has just been written may change within one tick of its clock
 
@@ -28,6 +33,24 @@ SETTLED_NS = 2 * 10**9  # a file that has just been written may change within on
 def shard_name(split: str, number: int) -> str:
     """File name of a split's shard."""
     return f"{split}-{number:05d}.npy"
+
+
+def _head(data: bytes) -> tuple[np.dtype, str, int]:
+    """dtype, shape and the first byte behind the head of a .npy file.
+
+    NumPy's own reader evaluates the head as Python, which two threads of Python 3.11 cannot do at
+    once (ast, "recursion depth mismatch").
+
+    Raises:
+      ValueError: it is no such file.
+    """
+    match = HEAD.match(data)
+    if not match or int.from_bytes(match["length"], "little") != len(match["fields"]):
+        raise ValueError("no head of a .npy file")
+    try:
+        return np.dtype(match["dtype"].decode()), match["shape"].decode(), match.end()
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 class ShardInfo(NamedTuple):
@@ -139,18 +162,19 @@ class Shard:
     def mapped(self, file: epath.PathLike) -> np.memmap:
         """The ids of `file`, mapped, of the right dtype and length."""
         try:
-            ids: np.memmap = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{file}: is missing, truncated or no NumPy array of token ids "
-                            f"({error})") from error
-        if ids.dtype != self.dtype or ids.shape != (len(self),):
-            raise UserError(f"{file}: holds {ids.dtype} {ids.shape}, but meta.json says "
+            with open(file, "rb") as raw:
+                dtype, shape, offset = _head(raw.read(LONGEST_HEAD))
+                size = os.fstat(raw.fileno()).st_size
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: {NO_ARRAY} ({error})") from error
+        if dtype != self.dtype or shape != f"{len(self)},":
+            raise UserError(f"{file}: holds {dtype} ({shape}), but meta.json says "
                             f"{self.dtype} ({len(self)},)")
-        size = os.stat(file).st_size
-        if size != ids.offset + ids.nbytes:
-            raise UserError(f"{file}: is {size} bytes long, but its ids end at byte "
-                            f"{ids.offset + ids.nbytes}")
-        return ids
+        end = offset + len(self) * dtype.itemsize
+        if size != end:
+            raise UserError(f"{file}: {NO_ARRAY} (is {size} bytes long, but its ids end at byte "
+                            f"{end})")
+        return np.memmap(file, dtype, "r", offset, (len(self),))
 
     def _check(self, file: epath.PathLike) -> None:
         offset = self.mapped(file).offset

@@ -19,10 +19,11 @@ of ready token shards is `tokens.py`'s.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import os
 import stat
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from etils import epath
@@ -32,11 +33,13 @@ from engram_jax.data import hugging_face, mixtures
 from engram_jax.data.reading import Part, Unreadable, decoded
 from engram_jax.data.records import Wanted, file_parts
 from engram_jax.errors import UserError
-from engram_jax.storage import check_readable, is_local, refusals
+from engram_jax.storage import check_readable, is_local, refusals, scheme
 
 # Folders of the standard library that are not its source.
 SKIPPED_FOLDERS = frozenset(
     ("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"))
+# What stores say of an object that changes whenever it is written.
+VERSIONS = ("generation", "etag", "ETag", "md5Hash", "crc32c")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,21 +132,33 @@ def _open(config: DataConfig, path: str, setting: str) -> Source:
     wanted = Wanted(setting, config.text_field)
     if path == "stdlib":
         return Source(path, setting, _standard_library,
-                      lambda: _stamp(map(epath.Path, _own_source())))
+                      lambda: _stamp("", map(epath.Path, _own_source())))
     if path.startswith(hugging_face.PREFIX):
         rows = hugging_face.Rows.named(path, config.revision, wanted)
         return Source(path, setting, rows.parts, rows.stamp, rows.commit)
     check_readable(path, setting.split(" = ")[0])
-    place = epath.Path(path).expanduser()
+    file = epath.Path(path).expanduser()
     with refusals(path, "read", setting):
-        if place.is_dir():
-            return Source(path, setting, functools.partial(_folder, place, wanted),
-                          lambda: [config.text_field, _stamp(files_below(place))])
-        if not place.exists():
+        if file.is_dir():
+            return Source(path, setting, functools.partial(_folder, file, wanted),
+                          lambda: _stamp(config.text_field, files_below(file)))
+        if not _exists(file):
             raise UserError(f"{setting}: does not exist; name a text file, a folder, a "
                             '.jsonl file, a folder of token shards, "stdlib" or "hf:NAME"')
-    return Source(path, setting, functools.partial(file_parts, place, wanted),
-                  lambda: [config.text_field, _stamp([place])])
+    return Source(path, setting, functools.partial(file_parts, file, wanted),
+                  lambda: _stamp(config.text_field, [file]))
+
+
+def _exists(file: epath.Path) -> bool:
+    """Whether a file is there; other than of `file.exists`, the answer of a store that refuses to
+    tell is an error."""
+    if is_local(file):
+        return file.exists()
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _encodable(text: str) -> str:
@@ -155,21 +170,25 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _stamp(files: Any) -> Any:
-    """Where files are, their sizes and times; None for those of object storage without times."""
-    stamps: list[Any] = []
+def _stamp(field: str, files: Iterable[epath.Path]) -> Any:
+    """Where files are, their sizes and times or versions, and the field that is read of them; None
+    where a store tells neither."""
+    stamps: list[Any] = [field]
     for file in files:
-        if is_local(file):
-            status = os.stat(file)
-            # The second time is that of the inode: a copy that keeps the first one changes it.
-            stamps.append([os.path.abspath(file), status.st_size, status.st_mtime_ns,
-                           status.st_ctime_ns])
-            continue
-        there = file.stat()
-        if not there.mtime:
+        if (version := _version(file)) is None:
             return None
-        stamps.append([os.fspath(file), there.length, int(there.mtime * 1e9)])
+        stamps.append(version)
     return stamps
+
+
+def _version(file: epath.Path) -> Any:
+    if is_local(file):
+        status = os.stat(file)
+        # The second time is that of the inode: a copy that keeps the first one changes it.
+        return [os.path.abspath(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    about = importlib.import_module("fsspec").filesystem(scheme(file)).info(os.fspath(file))
+    known = {name: str(about[name]) for name in VERSIONS if about.get(name)}
+    return [os.fspath(file), about["size"], known] if known else None
 
 
 # --- The standard library ---

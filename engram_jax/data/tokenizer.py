@@ -147,17 +147,17 @@ def find_end_id(tokenizer: Tokenizer) -> int:
     Raises:
       UserError: the tokenizer has none of them.
     """
-    found = _first_token(tokenizer, END_TOKENS)
-    if found is None:
+    end_id = _first_token(tokenizer, END_TOKENS)
+    if end_id is None:
         raise UserError("data.tokenizer: has no token to end a document with; it needs one of "
                         f"{' '.join(END_TOKENS)}")
-    return found
+    return end_id
 
 
 def find_pad_id(tokenizer: Tokenizer) -> int:
     """Id of the padding token; the end token's where there is none."""
-    found = _first_token(tokenizer, PAD_TOKENS)
-    return find_end_id(tokenizer) if found is None else found
+    pad_id = _first_token(tokenizer, PAD_TOKENS)
+    return find_end_id(tokenizer) if pad_id is None else pad_id
 
 
 def _first_token(tokenizer: Tokenizer, names: Sequence[str]) -> int | None:

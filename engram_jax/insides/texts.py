@@ -61,10 +61,10 @@ class Text:
         ends_N = np.zeros(self.tokens_N.size, bool)
         ends_N[tokens_S2[same_S, 1]] = True
         for number in range(self._whole):
-            places_P = np.flatnonzero(self._batch(ends_N, number)[:, :-1])[:most]
-            most -= places_P.size
-            if places_P.size:
-                yield self._batch(self.tokens_N, number)[:, :-1], places_P
+            positions_P = np.flatnonzero(self._batch(ends_N, number)[:, :-1])[:most]
+            most -= positions_P.size
+            if positions_P.size:
+                yield self._batch(self.tokens_N, number)[:, :-1], positions_P
 
     def _batch(self, each_N: np.ndarray, number: int) -> np.ndarray:
         tokens = self._length * self._size

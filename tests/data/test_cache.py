@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 from texts import changed, decoded, read_all
 
-from engram_jax.data import cache, packing, tokenizer, tokens
+from engram_jax.data import cache, packing, shards, tokenizer, tokens
 from engram_jax.errors import MachineError, UserError
 
 
@@ -109,3 +109,42 @@ def test_a_cache_that_cannot_be_written(settings, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match=r"data\.cache_dir = .*file.*could not be written"):
         tokens.open_tokens(changed(settings, cache_dir=str(tmp_path / "file" / "cache")))
+
+
+def test_a_killed_packing_s_folder_is_removed_by_the_next(settings, tmp_path):
+    """Not those of packings that go on, nor one that has just begun."""
+    code = ("import json, signal, sys; from engram_jax.settings import from_dict; "
+            "from engram_jax.config import DataConfig; from engram_jax.data import packing, tokens;"
+            "packing.encoded = lambda *args: print('now', flush=True) or signal.pause(); "
+            "tokens.open_tokens(from_dict(json.loads(sys.argv[1]), DataConfig))")
+    command = [sys.executable, "-c", code, json.dumps(dataclasses.asdict(settings))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+               for _ in range(2)]
+    for process in running:
+        assert process.stdout.readline() == b"now\n"
+    folders = list((tmp_path / "cache").glob(".making-*"))
+    assert len(folders) == 2
+    running[0].kill()
+    running[0].communicate()
+    for folder in folders:
+        os.utime(folder, (0, 0))
+    with cache.working_folder(settings):
+        left = [folder for folder in folders if folder.exists()]
+    assert len(left) == 1
+    running[1].kill()
+    running[1].communicate()
+    with cache.working_folder(settings):
+        assert not left[0].exists()
+
+
+def test_a_disk_that_gets_full_while_packing(settings, monkeypatch, tmp_path):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.ShardWriter, "add", full)
+    with pytest.raises(MachineError, match=r"data\.cache_dir = .* written: .*No space"):
+        tokens.open_tokens(settings)
+    monkeypatch.undo()
+    assert not list((tmp_path / "cache").glob(".making-*"))
+    assert tokens.open_tokens(settings).documents == 60
