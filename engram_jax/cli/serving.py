@@ -71,24 +71,27 @@ def _add_export(commands: Commands) -> None:
         commands, export, "write a trained run's tables, or all of it as safetensors",
         "export runs/mine --format table --dtype fp8")
     add_directory(command)
-    command.add_argument("--format", required=True, choices=["table", "safetensors"],
+    command.add_argument("--format", required=True, choices=["table", "safetensors", "orbax"],
                          help="table: one file for each table, rows packed with their scales; "
-                         "safetensors: model and tables for other libraries, with checksums")
+                         "safetensors: model and tables for other libraries, with checksums; "
+                         "orbax: a run's folder without the optimizer")
     command.add_argument("--dtype", default="fp8", choices=ROW_DTYPES,
                          help="of the rows of a table file (default fp8: e4m3, a scale for each 32 "
                          "columns); safetensors have that of training")
     command.add_argument("--out", metavar="FOLDER",
                          help="on a disk; gets SITE.DTYPE.table (default DIR/tables), or is made "
-                         "for the safetensors")
+                         "for the other formats")
 
 
 def export(options: Options) -> None:
-    from engram_jax.interop.export import export_run
+    from engram_jax.interop import export_run, strip_run
     from engram_jax.runs.export import export_tables
 
-    if options.format == "safetensors":
-        require(bool(options.out), "out", options.out, "safetensors need --out, a folder to make")
-        say(f"the export: {export_run(options.directory, options.out, say)}")
+    if options.format != "table":
+        require(bool(options.out), "out", options.out,
+                f"{options.format} needs --out, a folder to make")
+        made = export_run if options.format == "safetensors" else strip_run
+        say(f"the export: {made(options.directory, options.out, say)}")
         return
     export_tables(options.directory, options.dtype, options.out, say)
 

@@ -15,10 +15,12 @@ from engram_jax.interop.overlay import (
     read_overlay,
     table_digest,
 )
+from engram_jax.interop.gguf import write_gguf_metadata
 from engram_jax.interop.released import Released, open_released, write_released
+from engram_jax.interop.strip import strip_run
 
 __all__ = [
     "Exported", "OverlaidTable", "Overlay", "QwenEngram", "QwenState", "Released", "V41Engram",
     "difference", "export_run", "from_demo", "import_folder", "import_run", "lay_on_device",
-    "layer_of", "open_checkpoint", "open_export", "open_released", "read_overlay", "table_digest",
-    "to_demo", "write_released"]
+    "layer_of", "open_checkpoint", "open_export", "open_released", "read_overlay", "strip_run",
+    "table_digest", "to_demo", "write_gguf_metadata", "write_released"]

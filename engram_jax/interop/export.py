@@ -33,7 +33,7 @@ from engram_jax.interop.shards import Part, ShardTable
 from engram_jax.runs.checkpoints import Checkpoints, last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.export import SavedTables
-from engram_jax.runs.reader import open_reader, reader_of
+from engram_jax.runs.reader import Reader, open_reader, reader_of
 from engram_jax.settings import from_dict, to_dict
 from engram_jax.storage import refusals
 from engram_jax.tables.layout import layout_of
@@ -280,18 +280,26 @@ def import_run(folder: str | os.PathLike[str], out: str | os.PathLike[str],
                                 tables=tables, step=jax.numpy.int32(exported.step))
     exported.close()
     with whole_folder(out) as path:
-        _write(path / "config.json", json.dumps(to_dict(run), indent=1, sort_keys=True) + "\n")
-        _write(path / "tokenizer.json", reader.tokenizer.to_str())
-        exported.artifact.write(path / HASH_FILE)
-        if (result := records.result()) is not None:
-            _write(path / "result.json", json.dumps(result, indent=1, sort_keys=True) + "\n")
+        write_records(path, run, reader, records.result())
         with Checkpoints(RunDirectory(path).checkpoints, 1, reader.fingerprints()) as checkpoints:
-            checkpoints.save(exported.step, state, _NoPlace())
+            checkpoints.save(exported.step, state, NoPlace())
             checkpoints.wait()
     return Path(out)
 
 
-class _NoPlace:
+def write_records(path: Path, run: RunConfig, reader: Reader, result: dict[str, Any] | None
+                  ) -> None:
+    """Write what stands beside the checkpoints of a run: config, tokenizer, hash, result."""
+    _write(path / "config.json", json.dumps(to_dict(run), indent=1, sort_keys=True) + "\n")
+    _write(path / "tokenizer.json", reader.tokenizer.to_str())
+    kept = HashArtifact.of(reader.addressing)
+    if kept.memories:
+        kept.write(path / HASH_FILE)
+    if result is not None:
+        _write(path / "result.json", json.dumps(result, indent=1, sort_keys=True) + "\n")
+
+
+class NoPlace:
     """Stands for an iterator over text, of which an export has no place."""
 
     def get_state(self) -> dict[str, int]:

@@ -158,11 +158,12 @@ class Checkpoints:
           MachineError: the checkpoint cannot be read.
         """
         step = self._latest() if step is None else step
-        self._check(step, abstract, only)
+        saved = self._check(step, abstract, only)
         left_out = [name for name in vars(abstract) if only and name not in only]
         wanted: dict[str, Any] = {"state": dataclasses.replace(abstract, **{
+            # What a checkpoint for serving does not have at all is nothing.
             name: jax.tree.map(lambda _: ocp.PLACEHOLDER, getattr(abstract, name))
-            for name in left_out})}
+            if name in saved else {} for name in left_out})}
         if batches is not None:
             wanted["batches"] = batches.get_state()
         try:
@@ -287,8 +288,8 @@ class Checkpoints:
             f"{_ends(self._fingerprints.get(name))}); use the data and hash settings that it was "
             "trained with")
 
-    def _check(self, step: int, abstract: TrainState, only: Sequence[str]) -> None:
-        """Refuse a checkpoint whose rows or shapes mean something else."""
+    def _check(self, step: int, abstract: TrainState, only: Sequence[str]) -> set[str]:
+        """Refuse a checkpoint whose rows or shapes mean something else; the fields that it has."""
         place, metadata = self._directory / str(step), self._metadata(step)
         self._check_fingerprints(step, metadata)
         saved = metadata.metadata["state"]
@@ -299,6 +300,7 @@ class Checkpoints:
             if expected.get(path) != found.get(path):
                 raise UserError(f"{place}: {path} has shape {found.get(path, 'none')}, "
                                 f"the model wants {expected.get(path, 'none')}")
+        return {path.partition(".")[0] for path in found}
 
     def _failed(self, step: int, error: Exception) -> MachineError:
         kept = self.latest

@@ -34,7 +34,7 @@ def test_a_run_goes_out_and_comes_in_and_is_evaluated_alike(
         trained, tmp_path, capsys, compilations):
     out = ["--format", "safetensors", "--out", str(tmp_path / "out")]
     assert main(["export", str(trained), *out[:2]]) == 2
-    assert "safetensors need --out" in capsys.readouterr().err
+    assert "safetensors needs --out" in capsys.readouterr().err
     assert main(["export", str(trained), *out]) == 0
     assert main(["import", str(tmp_path / "out"), "--out", str(tmp_path / "back")]) == 0
     capsys.readouterr()

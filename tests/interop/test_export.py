@@ -16,9 +16,12 @@ from engram_jax.errors import MachineError, UserError
 from engram_jax.insides.observing import open_run
 from engram_jax.interop import safetensors
 from engram_jax.interop.export import export_run, import_run, open_export
+from engram_jax.interop.strip import strip_run
 from engram_jax.model import transformer
+from engram_jax.runs.checkpoints import last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.tables.layout import gather_rows, layout_of
+from engram_jax.training.placement import placed_state, single_mesh
 
 PYTHON = os.environ.get("ENGRAM_TORCH_PYTHON", sys.executable)
 
@@ -152,3 +155,20 @@ def test_a_twin_in_pytorch_reads_the_export_and_gives_its_logits(trained, export
     worst = np.abs(ours - theirs).max() / np.abs(theirs).max()
     print(f"largest difference {worst:.1e} of the largest logit")
     assert worst < 1e-6
+
+
+def test_a_run_without_its_optimizer_is_served_as_before_and_never_gone_on_with(
+        trained, tmp_path, compilations):
+    strip_run(trained, tmp_path / "thin")
+    before, after = open_run(RunDirectory(trained)), open_run(RunDirectory(tmp_path / "thin"))
+    for field in ("params", "router_bias", "tables"):
+        for one, other in zip(*(jax.tree.leaves(getattr(opened.state, field))
+                                for opened in (after, before)), strict=True):
+            np.testing.assert_array_equal(one, other)
+    (size, thin) = (sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                    for folder in (trained / "checkpoints" / "7", tmp_path / "thin/checkpoints/7"))
+    assert thin < 0.6 * size
+    records = RunDirectory(tmp_path / "thin")
+    with (last_checkpoint(records, after.reader) as checkpoints,
+          pytest.raises(UserError, match=r"opt_state.* has shape none, the model wants")):
+        checkpoints.restore(placed_state(after.run, single_mesh()))
