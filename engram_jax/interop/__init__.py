@@ -5,6 +5,7 @@ Its page is docs/released_weights.md.
 
 from engram_jax.interop.demo import from_demo, to_demo
 from engram_jax.interop.export import Exported, export_run, import_run, open_export
+from engram_jax.interop.gguf import write_gguf_metadata
 from engram_jax.interop.importing import import_folder, open_checkpoint
 from engram_jax.interop.layers import QwenEngram, QwenState, V41Engram, layer_of
 from engram_jax.interop.overlay import (
@@ -15,7 +16,6 @@ from engram_jax.interop.overlay import (
     read_overlay,
     table_digest,
 )
-from engram_jax.interop.gguf import write_gguf_metadata
 from engram_jax.interop.released import Released, open_released, write_released
 from engram_jax.interop.strip import strip_run
 
