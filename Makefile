@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv demo test test-slow check clean
+.PHONY: venv demo test test-slow test-faults check clean
 
 venv: .venv/ready
 
@@ -25,6 +25,9 @@ test: venv
 
 test-slow: venv
 	@$(BIN)/python -m pytest -m slow
+
+test-faults: venv
+	@$(BIN)/python tests/faults/campaign.py
 
 check: venv
 	@$(BIN)/ruff check .

@@ -204,7 +204,7 @@ def _parsed(text: str, hint: Any) -> Any:
         return text.lower() == "true"
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
