@@ -79,7 +79,7 @@ def _hash(config: HashConfig, layers: tuple[int, ...], vocab_size: int, pad_id: 
 
 @dataclasses.dataclass(frozen=True)
 class Addressing:
-    """Tokens to the row ids of every site, under `jax.jit` or not; `hashing.host` has its twin.
+    """Hashes tokens to the row ids of every site, under jit or not; `hashing.host` is its twin.
 
     Made by `address`. `hashes` and `vocabularies` are keyed by the site's name.
     """
@@ -108,7 +108,7 @@ class Addressing:
         self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
         history_BP: jax.Array | None = None,
     ) -> dict[str, jax.Array]:
-        """The row ids in each site's table that tokens ask for, int32 [B, T, H].
+        """Hash tokens to the row ids of each site's table, int32 [B, T, H].
 
         Args:
           tokens_BT: raw token ids, int32.
@@ -165,7 +165,7 @@ def address(
     config: ModelConfig | EngramConfig, vocabulary: CompressedVocabulary | None = None,
     pad_id: int | None = None,
 ) -> Addressing:
-    """The addressing of a model, or of an Engram alone, for a vocabulary.
+    """Make the addressing of a model, or of an Engram alone, for a vocabulary.
 
     Args:
       config: of the model; or of the memories of a network that is not ours.

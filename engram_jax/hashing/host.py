@@ -19,7 +19,7 @@ from engram_jax.hashing.token_hash import BEFORE
 
 
 class HostHash:
-    """Raw tokens to the row ids of every site, on the host.
+    """Hashes raw tokens to the row ids of every site, on the host.
 
     Args:
       addressing: what to hash with.
@@ -44,7 +44,7 @@ class HostHash:
         self, tokens_BT: np.ndarray, history: np.ndarray | None = None,
         reach_BT: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
-        """For each site, the rows of its table that the tokens ask for: int64 [B, T, H].
+        """Hash tokens to the row ids of each site's table, int64 [B, T, H].
 
         Args:
           tokens_BT: raw token ids, int32.
@@ -72,7 +72,7 @@ class HostHash:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Group:
-    """Sites that share vocabulary and hash settings, and their constants.
+    """Holds the constants of sites that share vocabulary and hash settings.
 
     Attributes:
       names: of the sites.

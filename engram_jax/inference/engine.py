@@ -24,7 +24,7 @@ from engram_jax.offload.source import RowSource
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt, and how much is to follow it.
+    """Asks for the tokens that follow a prompt.
 
     Attributes:
       prompt: raw token ids, at least one.
@@ -51,7 +51,7 @@ class Request:
 
 
 class Event(NamedTuple):
-    """A token of request `number`, counted from 0 as they were submitted; `done` if its last."""
+    """Tells a token of request `number`, counted from 0 as submitted; `done` if it is the last."""
 
     number: int
     token: int
@@ -72,7 +72,7 @@ class _Sequence:
 
 
 class _Chunk(NamedTuple):
-    """Tokens of a prompt, as `RowSource.request` takes them; all int32."""
+    """Holds tokens of a prompt as `RowSource.request` takes them; all int32."""
 
     tokens_BT: np.ndarray
     history_BP: np.ndarray
@@ -159,7 +159,7 @@ class Engine:
                     f"is no token: ids are in 0..{self._known - 1}")
 
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
-        """The tokens of each request, the end token included.
+        """Generate the tokens of each request, the end token included.
 
         Raises:
           UserError: as `submit`, before any is begun; or others are on their way, whose tokens
@@ -182,7 +182,7 @@ class Engine:
         return bool(self._waiting) or any(self._slots)
 
     def step(self) -> list[Event]:
-        """One step; the tokens that reached the host in it.
+        """Take one step, and tell the tokens that reached the host in it.
 
         Raises:
           Whatever went wrong while rows were fetched. All requests that were on their way are given
@@ -205,7 +205,7 @@ class Engine:
         self._network.reset()
 
     def _join(self) -> None:
-        """Waiting requests into free slots."""
+        """Put waiting requests into free slots."""
         for slot, sequence in enumerate(self._slots):
             if sequence is None and self._waiting:
                 joined = self._slots[slot] = self._waiting.popleft()
@@ -215,13 +215,13 @@ class Engine:
                 self._history_BP[slot] = self._pad_id
 
     def _reading(self) -> tuple[int, _Sequence] | None:
-        """The slot whose prompt is read next: the oldest request's."""
+        """Find the slot whose prompt is read next, the oldest request's."""
         reading = [(sequence.number, slot, sequence) for slot, sequence in enumerate(self._slots)
                    if sequence and sequence.read < len(sequence.request.prompt)]
         return min(reading)[1:] if reading else None
 
     def _read_prompt(self) -> None:
-        """A chunk of one prompt."""
+        """Read a chunk of one prompt."""
         if (reading := self._reading()) is None:
             return
         slot, sequence = reading
@@ -249,7 +249,7 @@ class Engine:
                            self._request(*self._chunk_of(sequence)))
 
     def _chunk_of(self, sequence: _Sequence) -> _Chunk:
-        """The chunk of a prompt that is read next, with pad tokens behind its end."""
+        """Cut the chunk of a prompt that is read next, with pad tokens behind its end."""
         prompt, before = np.asarray(sequence.request.prompt, np.int32), self._history_BP.shape[1]
         padded_S = np.full(before + len(prompt) + self._chunk, self._pad_id, np.int32)
         padded_S[before:before + len(prompt)] = prompt
@@ -269,7 +269,7 @@ class Engine:
                 and 0 < sequence.drawn < sequence.request.tokens for sequence in self._slots]
 
     def _decode(self) -> list[Event]:
-        """A token of every sequence that is being decoded."""
+        """Draw a token of every sequence that is being decoded."""
         active_B = np.array(self._decoding(), np.int32)
         before_B, fresh, self._fresh = self._network.tokens_B, self._fresh, set()
         tokens_B1 = before_B[:, None]
@@ -291,7 +291,7 @@ class Engine:
         self._network.read(tokens_BT, count_B, rows, slot, draw)
 
     def _told(self) -> list[Event]:
-        """The tokens of the last step."""
+        """Tell the tokens of the last step."""
         fresh, self._fresh = self._fresh, set()
         return self._tell(self._network.tokens_B, fresh)
 

@@ -22,7 +22,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Text that follows `prompt`, piece by piece; ends early at the end token.
+    """Generate the text that follows `prompt`, piece by piece; it ends early at the end token.
 
     Args:
       model: a trained run.

@@ -20,7 +20,7 @@ from engram_jax.inference.stages import Context, Stage
 
 
 class CachedNetwork:
-    """A model's parameters, and what its slots hold.
+    """Runs a model over chunks of tokens, and keeps what its slots hold.
 
     Args:
       model: the model.

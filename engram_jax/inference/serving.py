@@ -27,7 +27,7 @@ HOMES = ("device", "host", "disk")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Served:
-    """What an engine needs of a run.
+    """Holds what an engine needs of a run.
 
     Attributes:
       run, reader: its config, and how it reads text.
@@ -50,7 +50,7 @@ class Served:
         return max(self.run.data.sequence_length, extended)
 
     def engine(self, **settings: Any) -> Engine:
-        """An engine of the run; `slots`, `length`, `chunk` and `overlap` as `Engine` takes them."""
+        """Make an engine of the run; `slots`, `length` and so on are as `Engine` takes them."""
         reader = self.reader
         return Engine(
             self.run.model, self.params, self.router_bias, self.rows, pad_id=reader.pad_id,
@@ -60,7 +60,7 @@ class Served:
 def engine(
     directory: epath.PathLike, memory: str = "device", dtype: str = "", **settings: Any
 ) -> Engine:
-    """An engine of a run's last checkpoint; a context manager that closes its tables.
+    """Make an engine of a run's last checkpoint; leaving it as a context closes its tables.
 
     Args:
       directory: of the run.
@@ -79,7 +79,7 @@ def engine(
 
 
 def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Served:
-    """The last checkpoint of a run.
+    """Load the last checkpoint of a run to be served.
 
     Args:
       records: of the run.

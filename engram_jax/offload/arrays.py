@@ -30,7 +30,7 @@ def write_table(
     path: str | os.PathLike[str], table: jax.Array | np.ndarray, dtype: str = "float32", *,
     addressing: Addressing | None = None, site: str = "", rows: int = 0,
 ) -> TableInfo:
-    """Write an array to a table file, which appears whole or not at all; what the file is.
+    """Write an array to a table file, which appears whole or not at all, and say what it is.
 
     Args:
       path: on a disk.
@@ -60,7 +60,7 @@ def write_table(
 def host_table(
     table: jax.Array | np.ndarray, dtype: str = "float32", *, rows: int = 0
 ) -> HostTable:
-    """A copy of an array as a home in host memory.
+    """Copy an array into host memory, to serve rows from there.
 
     Args:
       table, dtype, rows: as for `write_table`.
@@ -81,7 +81,7 @@ def open_table(
     path: str | os.PathLike[str], addressing: Addressing | None = None, site: str = "", *,
     memory: str = "disk", cache_bytes: int = 0,
 ) -> Home:
-    """The home of a table file; what is read of it is checked against its checksums.
+    """Open a table file; what is read of it is checked against its checksums.
 
     Args:
       path: on a disk.

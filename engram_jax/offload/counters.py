@@ -18,8 +18,9 @@ _KINDS = _PER_OCTAVE * 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class TierCounts:
-    """What one tier did; the same tier's counts of several tables add up, and earlier ones can be
-    taken away.
+    """Counts what one tier did.
+
+    Counts of the same tier of several tables add up, and earlier ones can be taken away.
 
     Attributes:
       lookups: requests that were answered.

@@ -12,7 +12,7 @@ _MANY = 2**13  # ids; so many are taken a head at a time
 
 
 class Fetch(NamedTuple):
-    """Rows to read, and where each asked one is among them.
+    """Says which rows to read, and where each asked one is among them.
 
     Attributes:
       ids_U: int64, distinct row ids.

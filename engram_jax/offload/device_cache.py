@@ -26,7 +26,7 @@ from engram_jax.offload.ngram_index import NgramIndex
 
 
 class Sent(NamedTuple):
-    """Rows on the device.
+    """Holds packed rows on the device.
 
     Attributes:
       packed_UB: uint8 [at least U, B].
@@ -38,7 +38,7 @@ class Sent(NamedTuple):
 
 
 class Sender:
-    """Rows that travel each time.
+    """Sends rows from a home to the device each time.
 
     Args:
       home: of the table; closed with this.
@@ -48,7 +48,7 @@ class Sender:
         self.group, self._home = home.group, home
 
     def fetch(self, ids_U: np.ndarray) -> Sent:
-        """Rows at `ids_U`; raises as `Home.lookup`."""
+        """Send the rows at `ids_U`; raises as `Home.lookup`."""
         packed_UB = np.empty((padded_size(ids_U.size), self._home.format.row_bytes), np.uint8)
         self._home.lookup(ids_U, out=packed_UB)
         return Sent(jax.device_put(packed_UB), packed_UB.nbytes)
@@ -66,7 +66,7 @@ class Sender:
 
 
 class DeviceCache:
-    """The rows of the n-grams that were asked for last, on a device.
+    """Keeps the rows of the n-grams that were asked for last on a device, and sends the others.
 
     One thread at a time may use it: what it sends is used in the order of its fetches.
 
@@ -87,7 +87,7 @@ class DeviceCache:
         self._rows_CX = self._empty()
 
     def fetch(self, ids_U: np.ndarray) -> Sent:
-        """The rows of n-grams.
+        """Bring the rows of n-grams to the device.
 
         Args:
           ids_U: whole n-grams of K ids each, each n-gram once (`dedup.distinct` with `group`).

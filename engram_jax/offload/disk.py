@@ -34,7 +34,7 @@ _ROWS_AT_ONCE = 4096  # distinct rows; bounds the memory where whole blocks are 
 
 
 class DiskTable:
-    """A home on a disk, which `open` opens."""
+    """Serves the rows of a table file on a disk; `open` opens one."""
 
     group = 1
 
@@ -112,7 +112,7 @@ class DiskTable:
         self._file.close()
 
     def _read(self, ids_U: np.ndarray, rows_UB: np.ndarray) -> None:
-        """Packed rows of ascending distinct ids."""
+        """Read the packed rows of ascending distinct ids into `rows_UB`."""
         near = max(1, _NEAR // self.format.row_bytes)
         new_U = np.ones(len(ids_U), bool)
         np.greater(np.diff(ids_U), near, out=new_U[1:])

@@ -41,7 +41,7 @@ _READ_AT_ONCE = 2**24  # bytes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TableInfo:
-    """What a table is: enough to read its rows, and to refuse it for another hash.
+    """Says what a table is: enough to read its rows, and to refuse it for another hash.
 
     Attributes:
       rows, dim, dtype: its size and the format of its rows.
@@ -93,7 +93,7 @@ class TableInfo:
 
 def table_info(addressing: Addressing, site_name: str, dtype: str, run: str = "",
                step: int = 0, saved_ns: int = 0) -> TableInfo:
-    """What the table of a site is for this addressing; also what a file must be to serve it."""
+    """Say what the table of a site is for this addressing, and what a file must be to serve it."""
     site, = (site for site in addressing.sites if site.name == site_name)
     return TableInfo(
         rows=site.rows, dim=site.dim, dtype=dtype, site=site_name,
@@ -102,7 +102,7 @@ def table_info(addressing: Addressing, site_name: str, dtype: str, run: str = ""
 
 
 def header_bytes(info: TableInfo) -> bytes:
-    """The header, as long as it lies in the file."""
+    """Make the header, as long as it lies in the file."""
     fields = {"block_rows": info.block_rows, "row_bytes": info.format.row_bytes,
               **dataclasses.asdict(info)}
     text = json.dumps(fields).encode()
@@ -111,14 +111,14 @@ def header_bytes(info: TableInfo) -> bytes:
 
 
 def trailer_bytes(header: bytes, checksums_K: np.ndarray) -> bytes:
-    """The trailer for block checksums uint32 [K]."""
+    """Make the trailer for block checksums, uint32 [K]."""
     blocks = checksums_K.astype("<u4").tobytes()
     return blocks + struct.pack("<I", zlib.crc32(blocks, zlib.crc32(header)))
 
 
 @dataclasses.dataclass(frozen=True)
 class TableFile:
-    """Where things are in a file that has been opened.
+    """Says where things are in a file that has been opened.
 
     Attributes:
       info: what the table is.
@@ -315,7 +315,7 @@ def require_local(path: str | os.PathLike[str]) -> None:
 
 
 def verify(path: str | os.PathLike[str]) -> TableInfo:
-    """Read a whole table and check every block; what it is.
+    """Read a whole table, check every block, and say what it is.
 
     Raises:
       UserError: this is no table.
@@ -331,7 +331,7 @@ def verify(path: str | os.PathLike[str]) -> TableInfo:
 
 
 def checked_rows(path: Path, file: Any, table: TableFile) -> Iterator[tuple[int, np.ndarray]]:
-    """The whole table a piece at a time, checked: first id and uint8 [U, B], valid until the next.
+    """Read and check a whole table in pieces: first id and uint8 [U, B], valid until the next.
 
     Raises:
       MachineError: a block fails its check, or cannot be read.

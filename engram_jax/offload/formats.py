@@ -33,7 +33,7 @@ _INFINITY, _NAN, _SIGN = np.uint32(0x7F800000), np.uint32(0x7FC00000), np.uint32
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """How one table packs its rows.
+    """Says how one table packs its rows, and packs and unpacks them.
 
     Attributes:
       dtype: one of `ROW_DTYPES`.
@@ -64,7 +64,7 @@ class RowFormat:
                 "fp8": self.dim + self.groups}[self.dtype]
 
     def pack(self, rows_UD: np.ndarray) -> np.ndarray:
-        """Rows float32 [U, D] as uint8 [U, B], rounded to nearest.
+        """Pack rows float32 [U, D] as uint8 [U, B], rounded to nearest.
 
         Raises:
           UserError: another shape; a value that is not finite, or not any more when it is rounded.
@@ -83,14 +83,14 @@ class RowFormat:
         return self._pack_fp8(rows_UD)
 
     def pack_stored(self, stored_UD: np.ndarray) -> np.ndarray:
-        """Rows as tables store them, as uint8 [U, B]: floats, or the bits of bfloat16 as uint16."""
+        """Pack rows as tables store them (uint16 are the bits of bfloat16), as uint8 [U, B]."""
         if stored_UD.dtype == np.uint16:
             bits_UB = np.ascontiguousarray(stored_UD).view(np.uint8)
             stored_UD = RowFormat("bfloat16", self.dim).unpack_numpy(bits_UB)
         return self.pack(stored_UD)
 
     def unpack_numpy(self, packed_UB: np.ndarray) -> np.ndarray:
-        """What `unpack` gives, float32 [..., D], in plain NumPy: the reference."""
+        """Unpack rows in plain NumPy to float32 [..., D]; the reference of `unpack`."""
         match self.dtype:
             case "float32":
                 return np.ascontiguousarray(packed_UB).view(np.float32)
@@ -104,7 +104,7 @@ class RowFormat:
         return _decode_fp8(values_UD, np.repeat(scales, GROUP, axis=-1)[..., :self.dim])
 
     def unpack(self, packed_UB: jax.Array) -> jax.Array:
-        """The values of packed rows: uint8 [..., B] to float32 [..., D]; for use under jit."""
+        """Unpack rows under jit, from uint8 [..., B] to float32 [..., D]."""
         match self.dtype:
             case "float32":
                 return _bitcast(packed_UB, jnp.float32)

@@ -13,7 +13,7 @@ from engram_jax.offload.formats import RowFormat
 
 
 class Home(Protocol):
-    """A table in host memory, on disk, or in both; the same ids give the same bytes from each.
+    """Serves a table from host memory, a disk, or both; the same ids give the same bytes from each.
 
     Attributes:
       format: how its rows are packed.
@@ -29,7 +29,7 @@ class Home(Protocol):
     fingerprint: str
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Packed rows, uint8 [U, B].
+        """Read packed rows, uint8 [U, B].
 
         Args:
           ids_U: whole numbers, in any order; repeats are allowed.
@@ -54,7 +54,7 @@ class Home(Protocol):
         """
 
     def tiers(self) -> dict[str, TierCounts]:
-        """What each tier has done, by what it is; this one first.
+        """Tell what each tier has done, by what it is; this one first.
 
         "host" and "disk" are whole tables, "host cache" keeps rows of one of them.
         """
@@ -64,7 +64,7 @@ class Home(Protocol):
 
 
 def checked_ids(ids_U: np.ndarray, rows: int) -> np.ndarray:
-    """`ids_U` as np.intp.
+    """Check row ids, and give them as np.intp.
 
     Raises:
       UserError: not a list of whole numbers, or one that is not in 0..rows - 1.
@@ -82,7 +82,7 @@ def checked_ids(ids_U: np.ndarray, rows: int) -> np.ndarray:
 
 
 def room(out: np.ndarray | None, ids: int, format: RowFormat) -> np.ndarray:
-    """Where `ids` packed rows go: the first rows of `out`, or new memory.
+    """Find where `ids` packed rows go: the first rows of `out`, or new memory.
 
     Raises:
       UserError: `out` has another dtype or width, is too short or not contiguous.

@@ -37,7 +37,7 @@ _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")
 
 
 class HostTable:
-    """A home in host memory; `arrays.host_table` makes one of an array.
+    """Serves the rows of a table in host memory; `arrays.host_table` makes one of an array.
 
     Args:
       format: of the rows.
@@ -61,7 +61,7 @@ class HostTable:
 
     @classmethod
     def allocate(cls, format: RowFormat, rows: int) -> "HostTable":
-        """A table of zeros, in huge pages as far as Linux gives them.
+        """Make a table of zeros, in huge pages as far as Linux gives them.
 
         Raises:
           UserError: no rows.
@@ -73,7 +73,7 @@ class HostTable:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], expect: TableInfo | None = None
                   ) -> "HostTable":
-        """A table file read whole into host memory, each block checked.
+        """Read a table file whole into host memory, each block checked.
 
         Args:
           path: of the file.
@@ -140,7 +140,7 @@ class HostTable:
 
 
 def touched_zeros(size: int) -> np.ndarray:
-    """uint8 [size] of zeros, in huge pages as far as Linux gives them, and touched.
+    """Take memory that is zero and touched, uint8 [size], in huge pages as far as Linux gives them.
 
     Raises:
       MachineError: there is not enough free memory.

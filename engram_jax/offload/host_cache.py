@@ -23,7 +23,7 @@ _TIER = "host cache"  # its name among what each tier counts
 
 
 class CachedTable:
-    """A home: rows from a cache, or from the home below, whose rows it then keeps.
+    """Serves rows from a cache, or from the home below it, whose rows it then keeps.
 
     Several threads may use it; they take turns.
 

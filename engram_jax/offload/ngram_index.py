@@ -18,7 +18,7 @@ _NOBODY = -1
 
 
 class NgramIndex:
-    """The index of a cache; not for several threads at once.
+    """Knows which entry of a cache holds which n-gram; not for several threads at once.
 
     Args:
       group: K, how many ids, one after another, are one n-gram's.

@@ -33,7 +33,7 @@ _COUNTED_AT_ONCE = 2**15  # tokens
 
 
 class _Chunk(NamedTuple):
-    """What `RowSource.request` was given."""
+    """Holds what `RowSource.request` was given."""
 
     tokens_BT: Tokens
     history_BP: np.ndarray | None
@@ -42,14 +42,14 @@ class _Chunk(NamedTuple):
 
 
 class _Arrived(NamedTuple):
-    """Rows on the device: packed, uint8 [U, X], and where each goes, int32 [B, T, H]."""
+    """Holds rows on the device: packed, uint8 [U, X], and where each goes, int32 [B, T, H]."""
 
     packed_UX: jax.Array
     inverse_BTH: jax.Array
 
 
 class _RowsOnTheWay(Mapping[str, jax.Array]):
-    """The rows of a request; to take a site's is to wait for them.
+    """Maps the sites of a request to their rows; to take a site's is to wait for them.
 
     Attributes:
       futures: for each site, in the order of the layers.
@@ -79,7 +79,7 @@ class _RowsOnTheWay(Mapping[str, jax.Array]):
 
 
 class HostRows(RowSource):
-    """The rows of tokens, from tables that are off the device: a home for each site.
+    """Brings the rows of tokens to the device from tables that are off it, one home for each site.
 
     One worker serves requests in the order in which they come, and each request's sites in the
     order in which the network needs them. What goes wrong there is raised where the rows are
@@ -160,7 +160,7 @@ class HostRows(RowSource):
 
     def _ids(self, tokens_BT: np.ndarray, history_BP: np.ndarray | None,
              positions_BT: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """Row ids for each site, int64 [B, T, H]."""
+        """Hash tokens to row ids for each site, int64 [B, T, H]."""
         reach_BT = None
         if positions_BT is not None:
             reach_BT = np.asarray(positions_BT) + 1
@@ -171,7 +171,7 @@ class HostRows(RowSource):
         return self._hash(tokens_BT, history_BP, reach_BT)
 
     def _serve(self, chunk: _Chunk, rows: _RowsOnTheWay) -> None:
-        """Serve a request: on the worker."""
+        """Serve a request; this runs on the worker."""
         try:
             tokens_BT = np.asarray(chunk.tokens_BT)  # waits for the device, if they are there
             start = rows.known_at = time.perf_counter()
@@ -195,7 +195,7 @@ class HostRows(RowSource):
                     future.set_exception(error)
 
     def _fetch(self, site: str, ids_BTH: np.ndarray, real_BT: np.ndarray) -> _Arrived:
-        """Each distinct row of the real tokens once, and where each asked one is among them."""
+        """Send each distinct row of real tokens once, and where each asked one is among them."""
         sender = self._senders[site]
         ids_U, inverse_NH = distinct(ids_BTH[real_BT], sender.group)
         inverse_BTH = np.zeros(ids_BTH.shape, np.int32)
@@ -220,5 +220,5 @@ def _check_home(site: Site, home: Home | None, fingerprint: str) -> None:
 
 @functools.partial(jax.jit, static_argnames="format")
 def spread(packed_UX: jax.Array, inverse_BTH: jax.Array, format: RowFormat) -> jax.Array:
-    """Packed rows decoded and where they were asked for, float32 [B, T, H, C]."""
+    """Decode packed rows and put them where they were asked for, float32 [B, T, H, C]."""
     return format.unpack(packed_UX).at[inverse_BTH].get(mode="promise_in_bounds")

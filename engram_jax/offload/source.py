@@ -22,7 +22,7 @@ Tokens = jax.Array | np.ndarray
 
 @dataclasses.dataclass
 class Counters:
-    """What a source of rows has done.
+    """Counts what a source of rows has done.
 
     Attributes:
       tokens: that rows were fetched for.
@@ -57,7 +57,7 @@ class Counters:
 
 
 class RowSource(abc.ABC):
-    """The rows of tokens, wherever the tables are.
+    """Brings the rows of tokens to the device, wherever their tables are.
 
     A network of any kind takes rows from `source(tokens)` or, while it is busy with the batch
     before, from `source.prefetched(batches)`. An engine uses `request`, the one thing that a kind
@@ -122,13 +122,16 @@ class RowSource(abc.ABC):
         self, tokens: Tokens, history: np.ndarray | None = None,
         positions: np.ndarray | None = None,
     ) -> dict[int, jax.Array]:
-        """The rows of tokens, for each layer float32 [B, T, H, C]; as `request`, and waits."""
+        """Bring and wait for the rows of tokens, for each layer float32 [B, T, H, C].
+
+        Arguments and errors are those of `request`.
+        """
         return self._by_layer(self.request(tokens, history, positions))
 
     def prefetched(
         self, batches: Iterable[Any], ahead: int = 1, continued: bool = False
     ) -> Iterator[tuple[Any, dict[int, jax.Array]]]:
-        """Each batch of tokens with its rows, those of the next ones being fetched meanwhile.
+        """Give each batch of tokens with its rows, and fetch those of the next ones meanwhile.
 
         Args:
           batches: raw ids, int32 [B, T] each.
