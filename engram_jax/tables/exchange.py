@@ -51,7 +51,7 @@ class UniqueRows(NamedTuple):
 
 
 class Window(NamedTuple):
-    """What a device asks for in one round: of each peer the slots begin_P..end_P-1.
+    """What a device asks for in one round: the slots begin_P..end_P-1 of each peer.
 
     keys_PC are the rows in those slots (UNUSED behind them); `more` is true, on all devices alike,
     when somebody needs rows behind this round.
@@ -126,10 +126,10 @@ class Exchange:
     """The exchange of one table.
 
     Attributes:
-      layout: of the whole table.
+      layout: the layout of the whole table.
       axes: mesh axes over which the shards are spread; none for one device.
       devices: how many devices they span; divides `layout.shards`.
-      near: of them, how many lie together (`collectives.neighbours`).
+      near: how many of them lie together (`collectives.neighbours`).
       capacity: rows asked of each peer in a round; 0 is 1.25 times the even share of the ids.
 
     Raises:
@@ -223,7 +223,7 @@ class Exchange:
 
         Args:
           route: that of the look-up.
-          grads_ND: of the rows that were looked up, in the order of their ids.
+          grads_ND: the gradients of the rows that were looked up, in the order of their ids.
         """
         right = (route.order_N.size, self.layout.dim)
         require(grads_ND.shape == right, "grads.shape", grads_ND.shape,

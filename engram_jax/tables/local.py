@@ -28,7 +28,7 @@ from engram_jax.tables.exchange import (
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.row_optimizers import RowOptimizer
 
-ByTable = Mapping[str, Any]  # of each table by the name of its site
+ByTable = Mapping[str, Any]  # something for each table, by the name of its site
 
 
 class LocalLookup(NamedTuple):
@@ -49,7 +49,7 @@ class LocalMemory:
 
     Attributes:
       exchanges: for each table how its rows travel.
-      optimizer: of every table.
+      optimizer: the optimizer of every table.
     """
 
     exchanges: Mapping[str, Exchange]
@@ -71,8 +71,8 @@ class LocalMemory:
 
         Args:
           sites: whose tables.
-          optimizer: of the tables. One that moves a whole table at once needs every gradient in
-            one round, so there is room for all.
+          optimizer: the tables' optimizer. One that moves a whole table at once needs every
+            gradient in one round, so there is room for all.
           tokens: that one device looks up.
           axes, devices, near: as `Exchange` has them.
           share: rows asked of each peer in a round, over the even share of the ids.

@@ -51,9 +51,9 @@ class Memory:
       config: rows, heads, layers and dtype of the tables; `config.pad_id` is a raw token id.
       vocabulary: canonical ids of the tokenizer; None hashes raw ids below `config.vocab_size`.
       mesh: over which the tables lie; None is one device.
-      axes: of the mesh, over which the tables' shards and the batch are spread; over all other
+      axes: the mesh's axes over which the tables' shards and the batch are spread; over all other
         axes both are repeated.
-      optimizer: of the tables, as `tables.row_optimizers` makes them.
+      optimizer: the tables' optimizer, as `tables.row_optimizers` makes them.
       capacity: rows that a device asks of each peer in one round, over the even share of the ids
         that it looks up. Exactness does not depend on it: where it is short, more rounds follow.
       dtype: "float32" or "bfloat16", of the rows that look-ups give.
@@ -102,7 +102,7 @@ class Memory:
         """New tables and moments, born where they lie.
 
         Args:
-          key: of jax.random; the tables do not depend on the mesh.
+          key: a key of jax.random; the tables do not depend on the mesh.
         """
         return jax.jit(self._init, out_shardings=self.shardings())(key)
 
@@ -135,7 +135,7 @@ class Memory:
         """The rows behind the n-grams that end at each token, and the way back.
 
         Args:
-          tables: of this memory.
+          tables: this memory's tables.
           tokens: raw token ids, whole numbers [B, T]; the devices divide B.
           history: raw ids before these, oldest first, [B, at least N - 1]; None is the start of a
             sequence.
@@ -203,7 +203,7 @@ class Memory:
         Args:
           tables: before; donate them to the jitted step, and they are changed in place.
           combined: what `combine` gave.
-          learning_rate: of the rows, a scalar.
+          learning_rate: a scalar, the rate of the rows.
           scale: a scalar on the gradients, as clipping makes it.
 
         Raises:

@@ -29,7 +29,7 @@ def with_capacity(
       run: the run.
       addressing: tokens to row ids.
       batches: this process's rows of batches like those that it will train on; a few are read.
-      mesh: of the run. On one device there is nothing to measure.
+      mesh: the run's mesh. On one device there is nothing to measure.
     """
     if run.training.row_capacity or mesh.size == 1 or not addressing.hashes:
         return run

@@ -36,7 +36,7 @@ class Split:
         so it also holds for one block's slice of a leaf that is stacked over blocks.
       devices: along the axis `fsdp`.
       dtype: in which matrices are gathered.
-      near: of them, how many lie together (`collectives.neighbours`).
+      near: how many of them lie together (`collectives.neighbours`).
     """
 
     axes: Any

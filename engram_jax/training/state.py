@@ -24,7 +24,7 @@ class TrainState:
       step: int32 scalar, steps taken.
       params: the model's parameters, float32.
       router_bias: the balancing biases, as `transformer.init_router_bias` makes them.
-      opt_state: of `params`.
+      opt_state: what the optimizer of `params` remembers.
       tables: for each memory site, its table [S, R, D].
       table_state: for each memory site, the row optimizer's state.
     """
