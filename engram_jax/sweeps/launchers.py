@@ -4,7 +4,6 @@ A launcher trains every run in a folder of its own, `folder/run.name`. Finished 
 interrupted ones go on. It returns what their result.json hold, in the order of the runs.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +13,8 @@ from jax.sharding import Mesh
 
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
-from engram_jax.runs.directory import RunDirectory
-from engram_jax.runs.divergence import Diverged
-from engram_jax.runs.evaluate import Evaluation
-from engram_jax.runs.outcome import outcome
-from engram_jax.runs.train import train
 from engram_jax.sweeps.compilations import kept_compilations
+from engram_jax.sweeps.member import result_of
 from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
 from engram_jax.training.placement import chosen_mesh
 
@@ -33,21 +28,15 @@ def local(
     runs: Sequence[RunConfig], folder: epath.Path, say: Callable[[str], None],
     mesh: Mesh | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the runs in this process, one after another; errors are those of `train`.
+    """Train the runs in this process, one after another; errors are those of `result_of`.
 
-    Programs that several runs share are compiled once (`compilations`). A run that diverges has a
-    result, too, whose loss is NaN, and the others go on.
+    Programs that several runs share are compiled once (`compilations`).
     """
     results = []
     with kept_compilations():
         for number, run in enumerate(runs, start=1):
             say(f"run {number} of {len(runs)}: {run.name}")
-            try:
-                results.append(train(run, folder / run.name, say, mesh))
-            except Diverged as error:
-                say(f"{run.name}: {error}")
-                metrics = RunDirectory(folder / run.name).metrics()
-                results.append(outcome(run, Evaluation(math.nan, math.nan, 0), metrics))
+            results.append(result_of(run, folder, say, mesh))
     return results
 
 

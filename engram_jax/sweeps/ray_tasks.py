@@ -16,9 +16,9 @@ from etils import epath
 from engram_jax import __version__, distributed
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import MachineError, UserError
-from engram_jax.runs.train import train
 from engram_jax.settings import from_dict
 from engram_jax.storage import first_line
+from engram_jax.sweeps.member import result_of
 from engram_jax.training.placement import chosen_mesh
 
 WAIT_S = 600  # for hosts of a slice that is being made again
@@ -80,7 +80,7 @@ def train_here(
         ray.get(desk.put.remote(named))
 
     made = chosen_mesh(mesh)
-    return train(run, epath.Path(folder) / run.name, distributed.first_only(say), made)
+    return result_of(run, epath.Path(folder), distributed.first_only(say), made)
 
 
 def train_on_slice(

@@ -18,7 +18,7 @@ from engram_jax.recipes import with_over_encoding
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.divergence import Diverged
 from engram_jax.settings import first_difference, to_dict, with_settings
-from engram_jax.sweeps import launchers, sweep
+from engram_jax.sweeps import member, sweep
 from engram_jax.sweeps.sweep import Sweep, from_csv, run_sweep, seeded, to_csv
 from experiments.memory_scaling import report
 
@@ -64,7 +64,7 @@ def swept(micro_sweep, tmp_path_factory):
     """The folder of the sweep, interrupted in its third run and then finished, and its lines."""
     place, said = tmp_path_factory.mktemp("sweep"), []
     with pytest.MonkeyPatch.context() as stopping:
-        stopping.setattr(launchers, "train", stopped_at(launchers.train, "engram-32-seed0"))
+        stopping.setattr(member, "train", stopped_at(member.train, "engram-32-seed0"))
         with pytest.raises(KeyboardInterrupt):
             run_sweep(micro_sweep, place, silent, allow_dirty=True)
     assert not (place / "results.csv").exists()
@@ -117,14 +117,14 @@ def test_table_and_figure_stand_beside_the_results(swept):
 def test_a_run_that_diverges_does_not_stop_the_others(
     swept, micro_sweep, tmp_path, monkeypatch, capsys
 ):
-    train = launchers.train
+    train = member.train
 
     def diverging(run, directory, say, mesh):
         if run.name == "engram-32-seed0":
             raise Diverged("diverged at step 2: learning/loss is nan")
         return train(run, swept[0] / run.name, say, mesh)
 
-    monkeypatch.setattr(launchers, "train", diverging)
+    monkeypatch.setattr(member, "train", diverging)
     words = ["sweep", "micro", "--seeds", "1", "--out", str(tmp_path), "--allow-dirty"]
     assert main.main(words) == 1
     said = capsys.readouterr()
