@@ -29,13 +29,13 @@ def _add_train(commands: Commands) -> None:
     add_processes(command)
 
 
-@keeping_programs
 def train(options: Options) -> None:
     from engram_jax.runs.train import train as run_to_end
+    from engram_jax.sweeps.compilations import kept_compilations
     from engram_jax.training.placement import chosen_mesh
 
     run = named_run(options)
-    with joined(options) as tell:
+    with joined(options) as tell, kept_compilations():
         result = run_to_end(run, options.out, tell, chosen_mesh(options.mesh))
         tell(f"loss {result['loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
         tell(f"next: {program()} generate {options.out} --prompt 'import '")

@@ -29,9 +29,11 @@ SETTINGS = {
 def kept_compilations() -> Iterator[None]:
     """JAX's persistent compilation cache, in the user's cache folder, for what is within.
 
-    One that the process has already ($JAX_COMPILATION_CACHE_DIR) is left as it is.
+    One that the process has already ($JAX_COMPILATION_CACHE_DIR) is left as it is, and one of
+    several processes keeps nothing: JAX writes the first one's programs alone, so it would wait in
+    an exchange while the others compile.
     """
-    if jax.config.values["jax_compilation_cache_dir"]:
+    if jax.config.values["jax_compilation_cache_dir"] or jax.distributed.is_initialized():
         yield
         return
     settings = {"jax_compilation_cache_dir": str(folder()), **SETTINGS}

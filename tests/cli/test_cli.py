@@ -227,7 +227,7 @@ def test_a_tokenizer_much_smaller_than_the_vocabulary_is_said(text, capsys, tmp_
     assert "is never used" not in said(300)
 
 
-@pytest.mark.parametrize("deed", [runs.train, evaluation.evaluate, runs.reproduce, results.analyze,
+@pytest.mark.parametrize("deed", [evaluation.evaluate, runs.reproduce, results.analyze,
                                   results.report, serving.generate])
 def test_what_compiles_keeps_its_programs(deed):
     assert deed.__wrapped__.__name__ == deed.__name__

@@ -52,6 +52,12 @@ def test_seeds_share_their_programs_and_have_the_same_bits(tmp_path):
     assert compared(swept.metrics(), metrics) == (STEPS, None)
 
 
+def test_one_of_several_processes_keeps_nothing(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    with compilations.kept_compilations():
+        assert jax.config.values["jax_compilation_cache_dir"] is None
+
+
 def test_a_cache_of_the_user_s_own_is_left(tmp_path):
     before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
