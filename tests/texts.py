@@ -1,12 +1,18 @@
 """Small texts for tests, packed and read back."""
 
 import dataclasses
+import os
 import random
 
+import hypothesis
 import numpy as np
 
 from engram_jax.data import sources
 
+# Of tests that make up their inputs: the same 80 each time, or others, as many as ENGRAM_FUZZ says.
+fuzzed = hypothesis.settings(
+    max_examples=int(os.environ.get("ENGRAM_FUZZ", "80")), deadline=None, database=None,
+    derandomize="ENGRAM_FUZZ" not in os.environ)
 WORDS = [a + b for a in ("ka", "lo", "mi", "su", "té") for b in ("ra", "no", "vi", "pe", "")]
 
 

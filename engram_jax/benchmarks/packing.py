@@ -67,7 +67,7 @@ def _write(file: Path, documents: list[str], size: int) -> int:
     """Write at least `size` bytes, one gzip member again and again; returns the bytes of text."""
     member = gzip.compress(b"".join(
         json.dumps({"text": text}).encode() + b"\n" for text in documents), compresslevel=1)
-    count = -(-size // len(member))
+    count = max(-(-size // len(member)), 1)
     with file.open("wb") as sink:
         for _ in range(count):
             sink.write(member)

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from texts import changed, documents, prose
+from texts import changed, documents, fuzzed, prose
 
 from engram_jax.config import DataConfig
 from engram_jax.data import reading, records, sources, tokens
@@ -174,7 +173,7 @@ AROUND = st.lists(st.binary(max_size=20) | st.sampled_from(
      b"\x1f\x8b\x08", b"\x00", b"\xff\xfe", b",", b'{"text":']), max_size=12).map(b"".join)
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@fuzzed
 @given(content=AROUND | st.lists(RECORD).map(lambda rows: "\n".join(
     map(json.dumps, rows)).encode()) | st.lists(RECORD).map(lambda rows: json.dumps(rows).encode()),
        name=st.sampled_from(["a.jsonl", "a.json", "a.txt", "a.jsonl.gz"]), data=st.data())
@@ -197,7 +196,7 @@ def test_any_bytes_are_documents_or_one_clear_line(tmp_path_factory, content, na
     assert "\n" not in message
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
+@fuzzed
 @given(rows=st.lists(st.fixed_dictionaries({"text": st.text()}, optional={"n": JSON}), min_size=1),
        form=st.sampled_from(["lines", "array", "indented"]), block=st.integers(1, 50))
 def test_records_come_back_as_they_were(tmp_path_factory, rows, form, block):

@@ -1,12 +1,11 @@
 """Folders of token shards: used as they are, or refused."""
 
+import ast
 import dataclasses
 import hashlib
 import io
 import json
 import os
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from etils import epath
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from texts import assert_same, changed, read_all, take
+from texts import assert_same, changed, fuzzed, read_all, take
 
 from engram_jax.data import packing, shards, tokens
 from engram_jax.data.batches import train_batches
@@ -130,17 +129,11 @@ def test_a_meta_of_somebody_who_means_harm(ready, values, message):
         tokens.open_tokens(config)
 
 
-def test_many_threads_may_open_shards_at_once(settings, monkeypatch):
-    """Python 3.11 cannot evaluate Python in two threads, as NumPy does for a file's head."""
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 20)
+def test_no_head_of_a_file_is_evaluated(settings, monkeypatch):
+    """As NumPy does it, Python 3.11 fails now and then where several threads do it at once."""
     data = tokens.open_tokens(settings)
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as threads:
-            assert all(ids.size for ids in threads.map(shards.Shard.map, 5 * data.shards("train")))
-    finally:
-        sys.setswitchinterval(before)
+    monkeypatch.setattr(ast, "literal_eval", None)
+    assert len(read_all(tokens.open_packed(data.directory).train)) == data.train_tokens
 
 
 def test_a_shard_with_more_behind_it(ready):
@@ -223,8 +216,7 @@ META = st.recursive(
     lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 
 
-@hypothesis_settings(max_examples=300, deadline=None,
-                     suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(fuzzed, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damage_is_refused_by_name(ready, data):
     """Bytes of any file changed, cut off or added, or fields of the meta: never a crash, and never

@@ -5,9 +5,8 @@ import types
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from texts import changed, prose
+from texts import changed, fuzzed, prose
 from tokenizers import AddedToken, Tokenizer, models
 
 from engram_jax.config import DataConfig
@@ -104,7 +103,7 @@ def test_a_kept_tokenizer_that_has_changed_is_trained_again(settings, tmp_path):
         assert kept.read_bytes() == before
 
 
-@hypothesis_settings(max_examples=150, deadline=None)
+@fuzzed
 @given(data=st.data())
 def test_any_bytes_are_a_tokenizer_or_one_clear_line(tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "fuzzed.json"
