@@ -122,7 +122,7 @@ def group(choice_NK: jax.Array, experts: int) -> Groups:
     choice_A = choice_NK.reshape(-1)
     size = choice_A.size
     block = block_size(size, experts)
-    blocks = -(-size // block) + experts
+    blocks = min(-(-size // block) + experts, size)  # few assignments meet few experts
     sorted_A, order_A = jax.lax.sort_key_val(choice_A, jnp.arange(size, dtype=jnp.int32))
     count_E = jnp.bincount(choice_A, length=experts).astype(jnp.int32)
     padded_E = -(-count_E // block) * block
@@ -175,19 +175,70 @@ def grouped_ffn(experts: Params, x_PD: jax.Array, groups: Groups) -> jax.Array:
 def grouped_matmul(x_PD: jax.Array, weight_EDF: jax.Array, groups: Groups) -> jax.Array:
     """Each slot times its expert's matrix, [P, F].
 
-    `ragged_dot` on TPUs, where it is a kernel. XLA's CPU backend expands it to a product with every
-    expert, so elsewhere each block is multiplied with its own expert's matrix.
+    `ragged_dot` on TPUs and GPUs, where it is a kernel or a library's (on GPUs never measured by
+    us). XLA's CPU backend expands it to a product with every expert, so there block after block
+    reads its own expert's matrix. No path copies matrices for more than one block at a time.
     """
-    weight_EDF = weight_EDF.astype(x_PD.dtype)
     return jax.lax.platform_dependent(
-        x_PD, weight_EDF, groups.padded_E, groups.expert_Q, tpu=_ragged, default=_blocked)
+        x_PD, weight_EDF, groups.padded_E, groups.expert_Q,
+        tpu=_ragged, cuda=_ragged, rocm=_ragged, default=looped_matmul)
 
 
 def _ragged(
     x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
 ) -> jax.Array:
     del expert_Q
-    return ragged_matmul(x_PD, weight_EDF, padded_E)
+    return ragged_matmul(x_PD, weight_EDF.astype(x_PD.dtype), padded_E)
+
+
+@jax.custom_vjp
+def looped_matmul(
+    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    """Each slot times its expert's matrix, block after block, [P, F] in x's dtype.
+
+    Only blocks that are in use are visited; the gradient of a matrix is summed over its blocks in
+    float32.
+    """
+    return _each_block("xd,df->xf", x_PD, weight_EDF, padded_E, expert_Q)
+
+
+def _looped_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    x_PD, weight_EDF, padded_E, expert_Q = saved
+    grad_PD = _each_block("xf,df->xd", grad_PF, weight_EDF, padded_E, expert_Q)
+    size = x_PD.shape[0] // expert_Q.size
+
+    def add(block: jax.Array, total_EDF: jax.Array) -> jax.Array:
+        x_XD, grad_XF = (jax.lax.dynamic_slice_in_dim(array, block * size, size)
+                         for array in (x_PD, grad_PF))
+        product_DF = jnp.einsum("xd,xf->df", x_XD, grad_XF, preferred_element_type=jnp.float32)
+        return total_EDF.at[expert_Q[block]].add(product_DF, mode="promise_in_bounds")
+
+    total_EDF = jax.lax.fori_loop(
+        0, jnp.sum(padded_E) // size, add, jnp.zeros(weight_EDF.shape, jnp.float32))
+    return grad_PD, total_EDF.astype(weight_EDF.dtype), None, None
+
+
+looped_matmul.defvjp(lambda *arguments: (looped_matmul(*arguments), arguments), _looped_backward)
+
+
+def _each_block(
+    product: str, x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    """`product` of each block in use with its expert's matrix; zeros in the slots after them."""
+    size = x_PD.shape[0] // expert_Q.size
+
+    def multiply(block: jax.Array, out_PF: jax.Array) -> jax.Array:
+        weight_DF = jax.lax.dynamic_index_in_dim(weight_EDF, expert_Q[block], keepdims=False)
+        x_XD = jax.lax.dynamic_slice_in_dim(x_PD, block * size, size)
+        out_XF = jnp.einsum(product, x_XD, weight_DF.astype(x_XD.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(out_PF, out_XF, block * size, 0)
+
+    width = weight_EDF.shape[2 if product.endswith("f") else 1]
+    start_PF = jnp.zeros((x_PD.shape[0], width), x_PD.dtype)
+    return jax.lax.fori_loop(0, jnp.sum(padded_E) // size, multiply, start_PF)
 
 
 @jax.custom_vjp
@@ -241,12 +292,3 @@ def ragged_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.
         return None, total_DF.astype(x_PD.dtype)
 
     return jax.lax.scan(expert, None, (stop_E - size_E, stop_E))[1]
-
-
-def _blocked(
-    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
-) -> jax.Array:
-    del padded_E
-    x_QXD = x_PD.reshape(expert_Q.size, -1, x_PD.shape[-1])
-    out_QXF = jnp.einsum("qxd,qdf->qxf", x_QXD, weight_EDF[expert_Q])
-    return out_QXF.reshape(x_PD.shape[0], -1)

@@ -23,7 +23,15 @@ from engram_jax.model.attention import rope, visible
 from engram_jax.model.documents import documents
 from engram_jax.model.hyper_connections import connect, mixing, mixing_parameters, sinkhorn
 from engram_jax.model.layers import ffn, rms_norm
-from engram_jax.model.moe import block_size, group, moe, moe_parameters, rebalanced, route
+from engram_jax.model.moe import (
+    block_size,
+    group,
+    looped_matmul,
+    moe,
+    moe_parameters,
+    rebalanced,
+    route,
+)
 from engram_jax.model.over_encoding import encode
 from engram_jax.model.parameters import values
 from engram_jax.model.transformer import Segment, segments
@@ -390,15 +398,48 @@ def test_groups_are_a_bijection(experts):
     assert (groups.padded_E % block == 0).all()
 
 
-def test_ragged_dot_equals_blocks():
-    """The kernel of TPUs and the blocks of everything else, on every slot that is filled."""
-    choice = jnp.asarray(np.random.default_rng(0).integers(0, 4, (30, 2)), jnp.int32)
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_ragged_dot_equals_the_loop(tokens):
+    """The kernel of accelerators and the loop of CPUs, on every slot that is filled, and back."""
+    choice = jnp.asarray(np.random.default_rng(0).integers(0, 4, (tokens, 2)), jnp.int32)
     groups = group(choice, 5)
     x, weight = jnp.asarray(random(groups.source_P.size, 6)), jnp.asarray(random(5, 6, 7, seed=1))
-    arguments = (x, weight, groups.padded_E, groups.expert_Q)
     used = int(groups.padded_E.sum())
-    np.testing.assert_allclose(experts_module._ragged(*arguments)[:used],
-                               experts_module._blocked(*arguments)[:used], rtol=0, atol=1e-5)
+    weights = jnp.asarray(random(x.shape[0], 7, seed=2)).at[used:].set(0)
+
+    def product(function):
+        return jax.value_and_grad(lambda x, weight: jnp.sum(weights * function(
+            x, weight, groups.padded_E, groups.expert_Q)), (0, 1))(x, weight)
+
+    for left, right in zip(*map(jax.tree.leaves, (
+            product(experts_module._ragged), product(looped_matmul))), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_experts_add_up_in_float32():
+    """Ones over blocks: in bfloat16 their sum would end at 256."""
+    choice = jnp.zeros((4096, 1), jnp.int32)
+    groups = group(choice, 2)
+    x = jnp.ones((groups.source_P.size, 4), jnp.bfloat16)
+    filled_P1 = (groups.source_P < choice.size)[:, None]
+    grad = jax.jit(jax.grad(lambda weight: jnp.sum(jnp.where(filled_P1, looped_matmul(
+        x, weight, groups.padded_E, groups.expert_Q), 0).astype(jnp.float32))))(
+            jnp.zeros((2, 4, 4), jnp.bfloat16))
+    np.testing.assert_array_equal(grad[0], 4096)
+    np.testing.assert_array_equal(grad[1], 0)
+
+
+def test_one_token_takes_no_more_memory_with_more_experts():
+    """Nor do many tokens copy more than a matrix at a time."""
+    def temporaries(experts, tokens):
+        config = MoEConfig(experts=experts, top_k=4, shared=0, expert_ffn=64)
+        params = jax.eval_shape(lambda: values(moe_parameters(jax.random.key(0), 64, config)))
+        compiled = jax.jit(lambda params, x: moe(params, x, jnp.zeros(experts), config)[0]).lower(
+            params, jax.ShapeDtypeStruct((1, tokens, 64), jnp.float32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(55, 1) <= 1.1 * temporaries(6, 1)
+    assert temporaries(55, 512) < 0.5 * 55 * 64 * 64 * 4 + 4 * (4 * 512 + 55 * 8) * 64 * 4
 
 
 # --- The chain ---
