@@ -37,7 +37,7 @@ def test_the_glossary_is_in_order():
 @pytest.fixture(scope="module")
 def of_a_step(tmp_path_factory):
     """What the step of a run with experts and a memory says; it is traced and not compiled."""
-    run = micro(write_text(tmp_path_factory.mktemp("page") / "text.txt"))
+    run = micro(write_text(tmp_path_factory.mktemp("page") / "text.txt"), check_exchange=True)
     shape = (run.data.batch_size, run.data.sequence_length)
     batch = {"tokens_BT": jax.ShapeDtypeStruct(shape, jnp.int32),
              "targets_BT": jax.ShapeDtypeStruct(shape, jnp.int32),
