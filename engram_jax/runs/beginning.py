@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from engram_jax import distributed
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import MachineError, UserError
+from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.digests import damage
 from engram_jax.runs.directory import RunDirectory
@@ -90,6 +91,26 @@ def begin_from(
     return Beginning(state=state, step=begin, source={
         "run": str(source.path), "name": their_run.name, "step": step, "saved_ns": saved_ns,
         "optimizer": whole, "data": alike})
+
+
+def kept_artifact(run: RunConfig, records: RunDirectory) -> HashArtifact | None:
+    """What a run hashes with: as it keeps it, or as the run that it begins from does.
+
+    None where neither keeps it, so that it is derived.
+
+    Raises:
+      UserError: a file that is none or altered, or of another model than the run's.
+    """
+    own = records.artifact()
+    if own is not None or not run.training.start_from:
+        return own
+    theirs = RunDirectory(parsed(run.training.start_from)[0]).artifact()
+    try:
+        if theirs is not None:
+            theirs.addressing(run.model)
+    except UserError as error:
+        raise UserError(f"training.start_from = {run.training.start_from!r}: {error}") from error
+    return theirs
 
 
 def parsed(text: str) -> tuple[str, int | None]:

@@ -16,7 +16,7 @@ from engram_jax.config import RunConfig
 from engram_jax.data.batches import train_batches
 from engram_jax.errors import MachineError, Stopped
 from engram_jax.hashing.artifact import HashArtifact
-from engram_jax.runs.beginning import begin_from
+from engram_jax.runs.beginning import begin_from, kept_artifact
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory, environment
 from engram_jax.runs.divergence import Divergence
@@ -63,7 +63,7 @@ def train(
         say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
         return result
     with Stopping(run.training.grace_seconds, say) as stopping:
-        inputs = open_inputs(_pinned(run, records), say, records.artifact())
+        inputs = open_inputs(_pinned(run, records), say, kept_artifact(run, records))
         distributed.agree("the text", {"data_fingerprint": inputs.tokens.fingerprint,
                                        "tokenizer_digest": inputs.tokens.tokenizer_digest})
         # Refuses bad settings before the folder is claimed.

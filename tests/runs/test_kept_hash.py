@@ -88,3 +88,11 @@ def test_a_run_without_memory_keeps_no_hash(records, compilations, tmp_path):
     run = micro.with_training(micro.with_model(records.config(), engram=None), steps=1)
     train(run, tmp_path / "bare", lambda line: None)
     assert not (tmp_path / "bare" / "hash.json").exists()
+
+
+def test_a_run_that_begins_from_another_hashes_as_that_one_does(
+        records, another_library, compilations, tmp_path):
+    run = micro.with_training(records.config(), start_from=str(records.path), steps=micro.STEPS)
+    train(run, tmp_path / "next", lambda line: None)
+    kept = (tmp_path / "next" / "hash.json").read_bytes()
+    assert kept == (records.path / "hash.json").read_bytes()

@@ -143,14 +143,14 @@ def test_what_cannot_be_begun_from_is_refused_by_name(run, trained, tmp_path):
     begins = with_training(run, start_from=str(trained))
     for mine, line in (
             (with_data(begins, path=other), "another tokenizer or hash"),
-            (with_model(begins, **seeded), "memory 'layer_0' of this model was trained with"),
+            (with_model(begins, **seeded), "memory 'layer_0' = .*; the model has"),
             (with_model(begins, width=48), "has shape .*the model wants"),
             (with_training(begins, start_from=f"{trained}@5"), "no checkpoint of step 5"),
             (with_training(begins, start_from=str(tmp_path)), "holds no run"),
             (with_training(begins, start_optimizer=True, steps=7), "must be above 7")):
         with pytest.raises(UserError, match=line):
             train.train(mine, tmp_path / "new", silent)
-        shutil.rmtree(tmp_path / "new")
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)  # some are refused before it is made
 
 
 def test_names_of_runs():
