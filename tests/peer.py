@@ -24,8 +24,8 @@ from engram_jax.settings import from_dict, to_dict
 STEPS = 20
 
 
-def train(run, directory, say, mesh):
-    del directory, mesh
+def train(run, directory, say, mesh, profile):
+    del directory, mesh, profile
     distributed.agree("the config", to_dict(run))
     process = jax.process_index()
     with distributed.after_first("the packing"):

@@ -25,6 +25,8 @@ def _add_train(commands: Commands) -> None:
     add_recipe(command)
     command.add_argument("--out", required=True, metavar="DIR",
                          help="the run's own folder, on a disk or gs://")
+    command.add_argument("--profile", default="", metavar="FIRST:LAST",
+                         help="trace these steps into DIR/profile, for XProf and Perfetto")
     add_mesh(command)
     add_processes(command)
 
@@ -36,7 +38,8 @@ def train(options: Options) -> None:
 
     run = named_run(options)
     with joined(options) as tell, kept_compilations():
-        result = run_to_end(run, options.out, tell, chosen_mesh(options.mesh))
+        result = run_to_end(run, options.out, tell, chosen_mesh(options.mesh),
+                            options.profile)
         tell(f"loss {result['loss']:.4f} nats a token, {result['bits_per_byte']:.4f} bits per byte")
         tell(f"next: {program()} generate {options.out} --prompt 'import '")
 

@@ -23,6 +23,7 @@ from engram_jax.runs.divergence import Divergence
 from engram_jax.runs.evaluate import Evaluation, evaluator
 from engram_jax.runs.lock import Lock
 from engram_jax.runs.outcome import outcome
+from engram_jax.runs.profiling import Profile
 from engram_jax.runs.progress import Progress
 from engram_jax.runs.reader import Inputs, open_inputs
 from engram_jax.runs.stopping import Stopping
@@ -36,7 +37,7 @@ from engram_jax.training.step import train_step
 
 def train(
     run: RunConfig, directory: epath.PathLike, say: Callable[[str], None] = print,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, profile: str = "",
 ) -> dict[str, Any]:
     """Train `run` in `directory` and return what result.json holds.
 
@@ -48,6 +49,7 @@ def train(
       directory: its folder, on a disk or in object storage that all processes reach.
       say: gets lines for people.
       mesh: of all devices (`mesh.make_mesh`); None takes `mesh.chosen_mesh`.
+      profile: "FIRST:LAST" traces these steps into DIR/profile.
 
     Raises:
       UserError: bad data settings, or a directory that holds another run.
@@ -58,6 +60,7 @@ def train(
     distributed.agree("the config", {
         "engram_jax": __version__, **to_dict(run), "mesh": placement.shape_of(mesh)})
     records = RunDirectory(directory)
+    traced = Profile(records.path, profile)
     if (result := records.result()) is not None:
         records.check(run)
         say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
@@ -79,7 +82,7 @@ def train(
         with Lock(records.path, say) as lock:
             stopping.at_last(lock.release)
             records.claim(run, env, inputs.tokenizer)
-            return loop.run_to_end(env, lock, stopping)
+            return loop.run_to_end(env, lock, stopping, traced)
 
 
 class _Loop:
@@ -105,7 +108,7 @@ class _Loop:
         self.divergence = Divergence(run.training.skips_in_a_row)
 
     def run_to_end(
-        self, env: Mapping[str, Any], lock: Lock, stopping: Stopping
+        self, env: Mapping[str, Any], lock: Lock, stopping: Stopping, profile: Profile
     ) -> dict[str, Any]:
         training = self.run.training
         fingerprints = self.inputs.fingerprints()
@@ -121,7 +124,8 @@ class _Loop:
                 stopping.begin()
                 if 0 < start < training.steps and due(start, training.evaluate_every):
                     self._evaluate(start, state)
-                state = self._steps(state, start)
+                with profile as self.profile:
+                    state = self._steps(state, start)
                 evaluation = self._end(state)
         result = outcome(self.run, evaluation, self.records.metrics())
         self.records.finish(result)
@@ -158,7 +162,9 @@ class _Loop:
                 if pending:
                     self._log(*pending)
                 self._stop(number - 1, state)
-            state, metrics = self.step(state, placement.put(next(self.batches), self.mesh))
+            with self.profile.step(number):
+                state, metrics = self.step(state, placement.put(next(self.batches), self.mesh))
+            self.profile.done(number, metrics)
             if pending:  # log step n - 1 while step n runs
                 self._log(*pending)
             pending = number, metrics

@@ -526,7 +526,7 @@ def test_models_that_differ_in_memory_see_the_same_text_and_start_alike(run, inp
 def test_text_that_changed_is_not_gone_on_with(run, tmp_path, monkeypatch):
     text = write_text(tmp_path / "text.txt", words=1500)
     mine = with_data(run, path=text)
-    monkeypatch.setattr(train._Loop, "run_to_end", lambda self, env, lock: {})
+    monkeypatch.setattr(train._Loop, "run_to_end", lambda self, *words: {})
     train.train(mine, tmp_path / "run", silent)
     write_text(tmp_path / "text.txt", words=1500, seed=1)
     with pytest.raises(UserError, match=r"data.path = .*no longer the text"):
