@@ -240,3 +240,14 @@ def test_processes_stop_before_the_same_piece(monkeypatch, seed):
     assert len(set(ends)) == 1, (asked, ends)
     told = [piece for piece in asked if piece]
     assert ends[0] == (min(told) + distributed.AHEAD if told else 31)
+
+
+def test_of_two_pieces_that_were_named_the_first_counts(monkeypatch):
+    class Group:
+        client = None
+
+        def under(self, folder):
+            return {7: "", 5: ""}
+
+    monkeypatch.setattr(distributed, "_group", Group())
+    assert [distributed.stops(piece, asked=True) for piece in (4, 5, 6)] == [False, True, True]
