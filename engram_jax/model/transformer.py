@@ -201,9 +201,9 @@ def run_segment(
         number_BT = None if docs is None else docs.number_BT
         return attention(params, x_BTD, config.attention, config.norm_eps, number_BT), None
 
-    step = jax.checkpoint(plain) if config.remat == "block" else plain
+    run = jax.checkpoint(plain) if config.remat == "block" else plain
     x_BTMD, load_LE = jax.lax.scan(
-        lambda x, inputs: step(inputs[0], x, inputs[1]), x_BTMD, (params["blocks"], bias_LE))
+        lambda x, inputs: run(inputs[0], x, inputs[1]), x_BTMD, (params["blocks"], bias_LE))
     return x_BTMD, load_LE, gate_BTM
 
 

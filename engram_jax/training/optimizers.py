@@ -15,7 +15,7 @@ import optax
 from engram_jax.config import OptimizerConfig
 from engram_jax.model import parameters
 
-# (step, updates) -> updates with `step`, a function of matrices [N, in, out], applied to each.
+# (change, updates) -> updates with `change`, a function of matrices [N, in, out], applied to each.
 ByMatrix = Callable[[Callable[[jax.Array], jax.Array], Any], Any]
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -109,19 +109,19 @@ def orthogonal(rms: float, by_matrix: ByMatrix) -> optax.GradientTransformation:
         beta=0.0, nesterov=False,
         weight_dimension_numbers=optax.contrib.MuonDimensionNumbers(1, 2))
 
-    def step(matrices_NIO: jax.Array) -> jax.Array:
+    def change(matrices_NIO: jax.Array) -> jax.Array:
         # No momentum is left in it, so its state is made for the occasion.
         made, _ = newton_schulz.update(matrices_NIO, newton_schulz.init(matrices_NIO))
         return jnp.sqrt(max(matrices_NIO.shape[1:])) * rms * made
 
-    return optax.stateless(lambda updates, params: by_matrix(step, updates))
+    return optax.stateless(lambda updates, params: by_matrix(change, updates))
 
 
-def on_matrices(step: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.Array:
-    """`step`, a function of matrices [N, in, out], applied to a leaf [..., in, out]."""
-    return step(leaf.reshape(-1, *leaf.shape[-2:])).reshape(leaf.shape)
+def on_matrices(change: Callable[[jax.Array], jax.Array], leaf: jax.Array) -> jax.Array:
+    """`change`, a function of matrices [N, in, out], applied to a leaf [..., in, out]."""
+    return change(leaf.reshape(-1, *leaf.shape[-2:])).reshape(leaf.shape)
 
 
-def _here(step: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
+def _here(change: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
     """Every matrix is whole on this device."""
-    return jax.tree.map(lambda leaf: on_matrices(step, leaf), updates)
+    return jax.tree.map(lambda leaf: on_matrices(change, leaf), updates)
