@@ -281,4 +281,6 @@ def test_one_reading_of_special_tokens_in_training_and_anywhere(settings, tmp_pa
     packed, = encoding.encoding_worker.encode(again, [text])
     for made in (trained, again):
         assert made.encode(text, add_special_tokens=False).ids == packed.tolist()
+    (_, (elsewhere,)), = encoding.encoded([[text]], lambda job: job, trained, 1)
+    assert elsewhere.tolist() == packed.tolist()
     assert 0 not in packed
