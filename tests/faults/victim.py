@@ -24,10 +24,11 @@ from engram_jax.settings import from_dict
 
 PHASES = {"saving": (Checkpoints, "save"), "restoring": (Checkpoints, "restore"),
           "packing": (packing, "pack"), "stepping": (train.placement, "put")}
+PIPE = os.dup(1)  # standard output itself is for libraries that talk
 
 
 def tell(*words):
-    os.write(1, (" ".join(map(str, words)) + "\n").encode())  # so short that it is one piece
+    os.write(PIPE, (" ".join(map(str, words)) + "\n").encode())  # so short that it is one piece
 
 
 def announced(owner, name, phase):
@@ -43,6 +44,7 @@ def announced(owner, name, phase):
 
 def child(order):
     os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    os.dup2(2, 1)
     for phase, (owner, name) in PHASES.items():
         setattr(owner, name, announced(owner, name, phase))
     os.environ.update(order.get("environment", {}))
