@@ -1,9 +1,13 @@
-"""The settings that each kind of memory does best with, as the search found them."""
+"""The settings that each kind of memory does best with, as far as the search has come.
+
+Sixteen of its 36 trials were done when these were chosen.
+"""
 
 from engram_jax.config import RunConfig
 from experiments.tuning.configs import TRIALS_BY_ARM
 
-BEST = {"no-memory": "no-memory-0", "engram": "engram-1", "over-encoding": "over-encoding-1"}
+BEST = {"no-memory": "no-memory-4", "engram": "engram-10",
+        "over-encoding": "over-encoding-5"}
 
 
 def tuned(run: RunConfig) -> RunConfig:

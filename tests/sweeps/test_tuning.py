@@ -34,5 +34,6 @@ def test_the_table_has_the_best_of_each_kind_first():
     rows = [{"name": f"{arm}-seed0", "seed": 0, "loss": loss} for arm, loss in losses.items()]
     lines = report.table(rows).splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [
-        ["no-memory", "4.7500"], ["engram", "4.2500"], ["engram", "4.5000"], ["engram", "nan"]]
+        ["no-memory-0", "4.7500"], ["engram-1", "4.2500"], ["engram-0", "4.5000"],
+        ["engram-2", "nan"]]
     assert len(report.figure(rows).axes) == 1
