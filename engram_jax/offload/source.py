@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from engram_jax.config import require
+from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import Addressing
 from engram_jax.hashing.token_hash import BEFORE
 from engram_jax.offload.counters import TierCounts
@@ -126,7 +127,7 @@ class RowSource(abc.ABC):
 
         Arguments and errors are those of `request`.
         """
-        return self._by_layer(self.request(tokens, history, positions))
+        return self.by_layer(self.request(tokens, history, positions))
 
     def prefetched(
         self, batches: Iterable[Any], ahead: int = 1, continued: bool = False
@@ -140,19 +141,14 @@ class RowSource(abc.ABC):
             else each batch is the start of its sequences.
 
         Raises:
-          As `request`, at the batch that it is about; those before it have come by then.
+          As `request`, or as `batches`, from the `next` whose turn that batch was; the batches
+            before it have come by then, and those behind it come at the next ones. Where sequences
+            go on, a chunk whose history has an unknown token is refused, too, and nothing comes
+            behind one that is not whole numbers [B, T]: what its text would be is not known.
         """
-        require(ahead >= 1, "ahead", ahead, "must be at least 1")
-        coming: collections.deque[tuple[Any, Mapping[str, jax.Array]]] = collections.deque()
-        history = None
-        for tokens in batches:
-            coming.append((tokens, self.request(tokens, history)))
-            if continued:
-                history = self._history_after(history, np.asarray(tokens))
-            if len(coming) > ahead:
-                yield self._arrived(coming)
-        while coming:
-            yield self._arrived(coming)
+        require(isinstance(ahead, int) and ahead >= 1, "ahead", ahead,
+                "must be a whole number, at least 1")
+        return _Prefetched(self, batches, ahead, continued)
 
     def check_shapes(self, tokens: Any, history: Any, positions: Any) -> None:
         """Refuse what `request` does not take.
@@ -172,19 +168,63 @@ class RowSource(abc.ABC):
                 require(False, name, f"{array.dtype} {array.shape}",
                         f"must be whole numbers {right}")
 
-    def _arrived(self, coming: collections.deque) -> tuple[Any, dict[int, jax.Array]]:
-        tokens, rows = coming.popleft()
-        return tokens, self._by_layer(rows)
-
-    def _by_layer(self, rows: Mapping[str, jax.Array]) -> dict[int, jax.Array]:
+    def by_layer(self, rows: Mapping[str, jax.Array]) -> dict[int, jax.Array]:
+        """Wait for what `request` answered, and give each layer its rows, float32 [B, T, H, C]."""
         arrived = dict(rows)
         return {layer: arrived[site] for layer, site in self.addressing.layers.items()}
 
-    def _history_after(self, history: np.ndarray | None, tokens: np.ndarray) -> np.ndarray:
-        """The last P tokens of sequences, [B, P]."""
-        if history is None:
-            history = np.full((len(tokens), self.history_length), BEFORE, np.int32)
-        require(tokens.ndim == 2 and len(tokens) == len(history), "tokens.shape", tokens.shape,
-                f"must be [{len(history)}, T], the sequences that go on")
-        joined = np.concatenate([history, tokens], axis=1)
-        return joined[:, joined.shape[1] - self.history_length:]
+
+class _Prefetched(Iterator[tuple[Any, dict[int, jax.Array]]]):
+    """Gives batches with their rows, as `RowSource.prefetched` says.
+
+    It is no generator, because a generator that has raised an error has ended.
+    """
+
+    def __init__(self, source: RowSource, batches: Iterable[Any], ahead: int, continued: bool):
+        self._source, self._batches = source, iter(batches)
+        self._ahead, self._continued = ahead, continued
+        self._history: np.ndarray | None = None
+        self._coming: collections.deque[
+            tuple[Any, Mapping[str, jax.Array] | Exception]] = collections.deque()
+
+    def __next__(self) -> tuple[Any, dict[int, jax.Array]]:
+        while len(self._coming) <= self._ahead and self._ask():
+            pass
+        if not self._coming:
+            raise StopIteration
+        tokens, rows = self._coming.popleft()
+        if isinstance(rows, Exception):
+            raise rows
+        return tokens, self._source.by_layer(rows)
+
+    def _ask(self) -> bool:
+        """Ask for the rows of one more batch, if there is one; an error waits for its turn."""
+        tokens = None
+        try:
+            tokens = next(self._batches)
+            rows: Mapping[str, jax.Array] | Exception = self._source.request(tokens, self._history)
+        except StopIteration:
+            return False
+        except Exception as error:
+            rows = error
+        if self._continued and tokens is not None:
+            try:
+                self._history = self._history_after(np.asarray(tokens))
+            except UserError as error:
+                rows, self._batches = error, iter(())
+        self._coming.append((tokens, rows))
+        return True
+
+    def _history_after(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """The last P tokens of the sequences, [B, P]."""
+        right = "[B, T]" if self._history is None else f"[{len(self._history)}, T]"
+        sequences = tokens_BT.shape[:1] if self._history is None else self._history.shape[:1]
+        require(tokens_BT.ndim == 2 and tokens_BT.shape[:1] == sequences
+                and tokens_BT.dtype.kind in "iu", "tokens", f"{tokens_BT.dtype} {tokens_BT.shape}",
+                f"must be whole numbers {right}, the sequences that go on")
+        before = self._source.history_length
+        history_BP = self._history
+        if history_BP is None:
+            history_BP = np.full((len(tokens_BT), before), BEFORE, np.int32)
+        joined_BS = np.concatenate([history_BP, tokens_BT], axis=1)
+        return joined_BS[:, joined_BS.shape[1] - before:]

@@ -166,15 +166,61 @@ class Breaks(HostTable):
         return super().lookup(ids_U, out)
 
 
-def test_an_error_is_raised_at_its_batch_and_the_rest_come(source):
+@pytest.mark.parametrize("ahead", [1, 2, 9])
+def test_an_error_is_raised_at_its_batch_and_the_rest_come(ahead, source):
     home = Breaks(RowFormat("float32", 8), host_table(TABLES["layer_5"]).packed_RB)
     home.left = 2
-    rows = source(layer_5=home)
-    batches = rows.prefetched([TEXT, TEXT[:, 2:], TEXT[:, 4:]])
+    batches = source(layer_5=home).prefetched([TEXT, TEXT[:, 2:], TEXT[:, 4:]], ahead)
     assert_same(next(batches)[1], expected(TEXT))
     with pytest.raises(MachineError, match="the disk is gone"):
         next(batches)
-    assert_same(rows(TEXT[:, 4:]), expected(TEXT[:, 4:]))
+    assert_same(next(batches)[1], expected(TEXT[:, 4:]))
+    assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("bad", [np.array([[1, VOCAB]]), np.array([[0.5]]), np.array([1])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_behind_a_bad_one_come(kind, bad, source):
+    batches = source(kind).prefetched([TEXT, bad, TEXT[:, 2:], bad, TEXT[:, 4:]])
+    assert_same(next(batches)[1], expected(TEXT))
+    for start in (2, 4):
+        with pytest.raises(UserError, match=r"token id = 300|tokens = '"):
+            next(batches)
+        assert_same(next(batches)[1], expected(TEXT[:, start:]))
+    assert next(batches, None) is None
+
+
+def test_an_error_of_the_batches_themselves_comes_at_its_turn(source):
+    def failing():
+        yield TEXT
+        yield TEXT[:, 2:]
+        raise MachineError("the text is gone")
+
+    batches = source().prefetched(failing(), ahead=9)
+    assert [tokens.shape[1] for tokens, _ in (next(batches), next(batches))] == [12, 10]
+    with pytest.raises(MachineError, match="the text is gone"):
+        next(batches)
+    assert next(batches, None) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_behind_a_bad_one_never_have_the_rows_of_another_text(kind, source):
+    """Those that reach the bad token are refused; behind what is no chunk at all nothing comes."""
+    bad = TEXT[:, 4:6].copy()
+    bad[1, 1] = VOCAB
+    chunks = [TEXT[:, :4], bad, TEXT[:, 6:8], TEXT[:, 8:]]
+    batches = source(kind).prefetched(chunks, continued=True)
+    next(batches)
+    for line in ("token id = 300", "history = 300"):
+        with pytest.raises(UserError, match=line):
+            next(batches)
+    assert_same(next(batches)[1], {layer: rows[:, 8:] for layer, rows in expected(TEXT).items()})
+    for no_chunk in (TEXT[:, 4:6] / 2, TEXT[:2, 4:6]):
+        batches = source(kind).prefetched([TEXT[:, :4], no_chunk, TEXT[:, 6:]], continued=True)
+        next(batches)
+        with pytest.raises(UserError, match=r"tokens = '.*': must be whole numbers \[3, T\]"):
+            next(batches)
+        assert next(batches, None) is None
 
 
 @pytest.mark.parametrize("end_id", [None, END])
@@ -198,9 +244,9 @@ def test_errors_of_the_tokens_are_raised_where_rows_are_waited_for(end_id, sourc
             source(kind)(TEXT, positions=TEXT[:, 1:])
         with pytest.raises(UserError, match=r"history = 'int32 \(2, 2\)': must be .* \(3, 2\)"):
             source(kind, END)(TEXT, history=TEXT[:2, :2])
-    with pytest.raises(UserError, match="ahead = 0: must be at least 1"):
-        next(rows.prefetched([TEXT], ahead=0))
-    with pytest.raises(UserError, match=r"tokens.shape = \(2, 12\): must be \[3, T\]"):
+    with pytest.raises(UserError, match="ahead = 0: must be a whole number, at least"):
+        rows.prefetched([TEXT], ahead=0)
+    with pytest.raises(UserError, match=r"tokens = 'int32 \(2, 12\)': must be .* \[3, T\]"):
         list(rows.prefetched([TEXT, TEXT[:2]], continued=True))
     assert_same(rows(TEXT), expected(TEXT, None if end_id is None else positions_of(TEXT)))
 
