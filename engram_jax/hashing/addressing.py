@@ -137,13 +137,18 @@ class Addressing:
                 canonical_BT, site.layer, history=before_BN, reach_BT=reach_BT)
         return out
 
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """How many raw token ids there are; 2**31 where nothing is hashed."""
+        return min((len(each.lookup) for each in self.vocabularies.values()), default=2**31)
+
     def check_known(self, tokens: Any, history: Any = None) -> None:
         """Refuse tokens that the vocabulary does not have, unless they are traced by `jax.jit`.
 
         Raises:
           UserError: the first of them.
         """
-        most = min((len(each.lookup) for each in self.vocabularies.values()), default=2**31) - 1
+        most = self.vocab_size - 1
         for name, ids, least in (("token id", tokens, 0), ("history", history, BEFORE)):
             for extreme in _extremes(ids):
                 require(least <= extreme <= most, name, extreme,

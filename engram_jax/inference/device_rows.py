@@ -28,7 +28,7 @@ class DeviceRows(RowSource):
       end_id: the raw id after which a document begins, where n-grams stop; None lets them cross.
 
     Raises:
-      UserError: a control, which cannot serve.
+      UserError: as `RowSource`.
     """
 
     def __init__(self, config: ModelConfig | EngramConfig, addressing: Addressing,

@@ -3,7 +3,7 @@
 Shapes: U ids, B bytes of a packed row.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from engram_jax.offload.counters import TierCounts
 from engram_jax.offload.formats import RowFormat
 
 
+@runtime_checkable
 class Home(Protocol):
     """Serves a table from host memory, a disk, or both; the same ids give the same bytes from each.
 

@@ -25,14 +25,15 @@ class NgramIndex:
       entry_bytes, capacity_bytes: of one entry and of the whole cache.
 
     Raises:
-      UserError: no group, or a cache too small for one set.
+      UserError: no group; a cache of no whole number of bytes, or too small for one set.
     """
 
     def __init__(self, group: int, entry_bytes: int, capacity_bytes: int):
         require(group >= 1, "group", group, "must be at least 1")
         least = WAYS * entry_bytes
-        require(capacity_bytes >= least, "capacity_bytes", capacity_bytes,
-                f"must be at least {least}, {WAYS} n-grams of {group} rows")
+        require(isinstance(capacity_bytes, int | np.integer) and capacity_bytes >= least,
+                "capacity_bytes", capacity_bytes,
+                f"must be a whole number, at least {least}, {WAYS} n-grams of {group} rows")
         self.group, self._sets = group, capacity_bytes // least
         self.entries = self._sets * WAYS
         self._lookups = 0

@@ -11,13 +11,14 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from engram_jax.config import require
+from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import Addressing, Site
 from engram_jax.hashing.host import HostHash, reach_from_end
 from engram_jax.hashing.token_hash import BEFORE
@@ -93,12 +94,15 @@ class HostRows(RowSource):
         none there.
 
     Raises:
-      UserError: a site without a home, or a home that has another table's rows.
+      UserError: a site without a home, or a home that has another table's rows; a cache too small;
+        as `RowSource`.
     """
 
     def __init__(self, addressing: Addressing, homes: Mapping[str, Home],
                  end_id: int | None = None, cache_bytes: int = 0):
         super().__init__(addressing, end_id)
+        require(isinstance(homes, Mapping), "homes", type(homes).__name__,
+                "must be a home for the name of each site, such as {\"layer_2\": open_table(...)}")
         prints = addressing.fingerprints()
         for site in addressing.sites:
             _check_home(site, homes.get(site.name), prints[site.name])
@@ -109,6 +113,7 @@ class HostRows(RowSource):
             name: DeviceCache(homes[name], heads, cache_bytes)
             if cache_bytes else Sender(homes[name]) for name, heads in self._heads.items()}
         self._formats = {name: homes[name].format for name in self._heads}
+        self._closed = False
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "rows")
 
     @property
@@ -141,7 +146,7 @@ class HostRows(RowSource):
             for name, ids_BTH in ids.items():
                 counts[name].add(ids_BTH)
         for name, sender in self._senders.items():
-            self._worker.submit(sender.fill, counts[name].most_frequent()).result()
+            self._submit(sender.fill, counts[name].most_frequent()).result()
 
     def request(
         self, tokens: Tokens, history: np.ndarray | None = None,
@@ -149,14 +154,20 @@ class HostRows(RowSource):
     ) -> Mapping[str, jax.Array]:
         """As `RowSource.request`."""
         rows = _RowsOnTheWay(self._formats, self._counters)
-        self._worker.submit(self._serve, _Chunk(tokens, history, positions, count), rows)
+        self._submit(self._serve, _Chunk(tokens, history, positions, count), rows)
         return rows
 
     def close(self) -> None:
         """As `RowSource.close`; what was asked for before still comes."""
+        self._closed = True
         self._worker.shutdown()
         for sender in self._senders.values():
             sender.close()
+
+    def _submit(self, work: Callable[..., Any], *arguments: object) -> concurrent.futures.Future:
+        if self._closed:
+            raise UserError("rows: their source has been closed")
+        return self._worker.submit(work, *arguments)
 
     def _ids(self, tokens_BT: np.ndarray, history_BP: np.ndarray | None,
              positions_BT: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -210,6 +221,8 @@ class HostRows(RowSource):
 
 def _check_home(site: Site, home: Home | None, fingerprint: str) -> None:
     require(home is not None, "homes", site.name, "has no home; every site needs one")
+    require(isinstance(home, Home), f"homes[{site.name!r}]", home,
+            "must be a home, as `open_table` and `host_table` make them")
     assert home is not None
     size = home.rows, home.format.dim
     require(size == (site.rows, site.dim), f"homes[{site.name!r}]", size,

@@ -67,10 +67,17 @@ class RowSource(abc.ABC):
     Args:
       addressing: tokens to row ids.
       end_id: the raw id after which a document begins, where n-grams stop; None lets them cross.
+
+    Raises:
+      UserError: a control, which cannot serve; an end id that the vocabulary does not have.
     """
 
     def __init__(self, addressing: Addressing, end_id: int | None = None):
         addressing.check_serves()
+        most = addressing.vocab_size - 1
+        require(end_id is None or (isinstance(end_id, int | np.integer) and 0 <= end_id <= most
+                                   and not isinstance(end_id, bool)), "end_id", end_id,
+                f"must be a raw token id, in 0..{most}, or None")
         self.addressing, self.end_id = addressing, end_id
 
     @property

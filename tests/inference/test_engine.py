@@ -205,6 +205,12 @@ class Waits:
         assert self._let.wait(20), "nobody let it"
         return self._home.lookup(ids_U, out)
 
+    def fill(self, ids_GK):
+        self._home.fill(ids_GK)
+
+    def tiers(self):
+        return self._home.tiers()
+
     def close(self):
         self._let.set()
 

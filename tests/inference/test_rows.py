@@ -295,5 +295,5 @@ def test_a_token_that_there_is_not_is_an_error(opened):
 def test_nothing_is_asked_for_after_closing(opened):
     rows = opened(MODEL)
     rows.close()
-    with pytest.raises(RuntimeError, match="after shutdown"):
+    with pytest.raises(UserError, match="rows: their source has been closed"):
         rows.request(**next(chunks(MODEL, TEXTS, 4)))

@@ -212,7 +212,8 @@ def test_a_fetch_of_whole_ngrams_fits(below):
 
 def test_bad_requests_are_refused(below):
     least = WAYS * ENTRY
-    with pytest.raises(UserError, match=f"capacity_bytes = {least - 1}: must be at least {least}"):
+    line = f"capacity_bytes = {least - 1}: must be a whole number, at least {least}"
+    with pytest.raises(UserError, match=line):
         CachedTable(below, K, least - 1)
     with pytest.raises(UserError, match="group = 0: must be at least 1"):
         CachedTable(below, 0, least)

@@ -251,6 +251,24 @@ def test_errors_of_the_tokens_are_raised_where_rows_are_waited_for(end_id, sourc
     assert_same(rows(TEXT), expected(TEXT, None if end_id is None else positions_of(TEXT)))
 
 
+@pytest.mark.parametrize("end_id", [VOCAB, -1, 1.5, "a", True])
+@pytest.mark.parametrize("kind", ["host", "device"])
+def test_a_document_ends_with_a_token_of_the_vocabulary(kind, end_id, source):
+    """With another one no end would ever be seen."""
+    with pytest.raises(UserError, match=rf"end_id = {end_id!r}: must be a raw token id, in 0..299"):
+        source(kind, end_id)
+    assert source(kind, np.int64(VOCAB - 1)).end_id == VOCAB - 1
+
+
+def test_a_closed_source_is_one_line(source):
+    rows = source()
+    rows.close()
+    for use in (lambda: rows(TEXT), lambda: rows.fill(TEXT[0]),
+                lambda: next(rows.prefetched([TEXT]))):
+        with pytest.raises(UserError, match="rows: their source has been closed"):
+            use()
+
+
 # --- The addressing of a network that is not ours ---
 
 
@@ -338,6 +356,25 @@ def test_padding_must_be_told_apart_where_nobody_knows_the_rows(tmp_path):
     with pytest.raises(UserError, match=r"rows = 0: must be in 1..408: how many of the rows are"):
         write_table(tmp_path / "t", table)
     assert write_table(tmp_path / "t", table, rows=406).rows == 406
+
+
+@pytest.mark.parametrize("cache_bytes", [1e6, "a", 5])
+def test_a_cache_has_a_whole_number_of_bytes(cache_bytes, tmp_path):
+    write_table(tmp_path / "t", TABLES["layer_2"], addressing=ADDRESSING, site="layer_2")
+    line = rf"capacity_bytes = {cache_bytes!r}: must be a whole number, at least 512"
+    with pytest.raises(UserError, match=line):
+        open_table(tmp_path / "t", ADDRESSING, "layer_2", cache_bytes=cache_bytes)
+    homes = {name: host_table(table) for name, table in TABLES.items()}
+    with pytest.raises(UserError, match=line):
+        HostRows(ADDRESSING, homes, cache_bytes=cache_bytes)
+
+
+def test_what_is_no_home_is_refused():
+    home = host_table(TABLES["layer_2"])
+    with pytest.raises(UserError, match=r"homes\['layer_2'\] = 'my.table': must be a home, as"):
+        HostRows(ADDRESSING, {"layer_2": "my.table", "layer_5": "my.table"})
+    with pytest.raises(UserError, match="homes = 'HostTable': must be a home for the name of each"):
+        HostRows(ADDRESSING, home)
 
 
 def test_a_home_of_another_table_is_refused(tmp_path):
