@@ -136,6 +136,9 @@ def parse(data: bytes | str) -> HashArtifact:
             memory, named = _from_values(fields)
         except UserError as error:
             raise UserError(f"memories[{number}].{error}") from error
+        for name in named:
+            require(name not in memories, f"memories[{number}].sites", name,
+                    "is a site of another memory, too")
         memories.update(dict.fromkeys(named, memory))
         layers.update(named)
     return HashArtifact(memories=memories, layers=layers)
@@ -185,7 +188,8 @@ def _from_values(fields: Any) -> tuple[TokenHash, dict[str, int]]:
     memory = TokenHash(hashing=hashing, vocabulary=_token_map(fields["token_map"]),
                        end_id=fields["end_id"], dead_ids=tuple(fields["dead_ids"]))
     named = fields["sites"]
-    require(isinstance(named, dict) and all(layer in hashing.layers for layer in named.values()),
+    require(isinstance(named, dict) and all(
+        _is_whole(layer) and layer in hashing.layers for layer in named.values()),
             "sites", named, f"must give each site one of the layers {hashing.layers}")
     return memory, named
 

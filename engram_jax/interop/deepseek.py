@@ -32,6 +32,7 @@ from engram_jax.offload.home import Home
 from engram_jax.storage import refusals
 
 NORM_EPS = 1e-20
+LONGEST_NGRAM = 64  # tokens: a config that says more is a slip, and would cost its primes
 # Each field, and what the config of DeepSeek's own inference code calls it.
 _SPELLINGS = {
     "engram_layer_ids": (), "engram_num_embeddings": (), "engram_max_ngram_size": (),
@@ -109,6 +110,8 @@ def read_values(path: Path) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any]) -> EngramConfig:
     orders = values["engram_max_ngram_size"] - 1
+    require(1 <= orders < LONGEST_NGRAM, "engram_max_ngram_size", orders + 1,
+            f"must be in 2..{LONGEST_NGRAM}")
     return EngramConfig(
         layers=tuple(values["engram_layer_ids"]),
         rows_per_head=(values["engram_vocab_size"],) * orders, max_order=orders + 1,
@@ -124,6 +127,7 @@ def _memory(path: Path, values: dict[str, Any], config: EngramConfig,
         require(set(kept.layers.values()) == set(config.layers), f"{hash_file}: layers",
                 sorted(kept.layers.values()), f"must be {list(config.layers)}")
         memory = next(iter(kept.memories.values()))
+        _require_alike(hash_file, memory, values, config)
     else:
         vocabulary = _token_map(path / "tokenizer.json")
         require(vocabulary.size == values["engram_compressed_vocab_size"],
@@ -146,13 +150,24 @@ def _memory(path: Path, values: dict[str, Any], config: EngramConfig,
     return memory
 
 
+def _require_alike(hash_file: str | os.PathLike[str], memory: TokenHash, values: dict[str, Any],
+                   config: EngramConfig) -> None:
+    """Refuse a known hash that is of another memory than the config's."""
+    hashing, image = memory.hashing, values["image_token_id"]
+    for name, own, right in (
+            ("variant", hashing.variant, "deepseek"), ("layers", hashing.layers, config.layers),
+            ("orders", hashing.max_order, config.max_order), ("heads", hashing.heads, config.heads),
+            ("dead_ids", memory.dead_ids, () if image is None else (image,))):
+        require(own == right, f"{hash_file}: {name}", own, f"must be {right}, the config's")
+
+
 def _token_map(path: Path) -> CompressedVocabulary:
     require(path.is_file(), "tokenizer", str(path), "there is no such file; the token map comes "
             "from it, or from a hash file")
     with refusals(path, "read"):
-        text = path.read_text()
+        text = path.read_bytes()
     try:
-        tokenizer = Tokenizer.from_str(text)
+        tokenizer = Tokenizer.from_str(text.decode())
     except Exception as error:  # of `tokenizers`: a bare Exception
         raise UserError(f"{path}: is no tokenizer ({error})") from error
     return CompressedVocabulary.from_tokenizer(tokenizer)

@@ -30,6 +30,7 @@ from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.interop.released import read_json, stretches, whole_folder
 from engram_jax.interop.safetensors import INDEX, Tensors, Writer, open_tensors
 from engram_jax.interop.shards import Part, ShardTable
+from engram_jax.offload.formats import RowFormat
 from engram_jax.runs.checkpoints import Checkpoints, last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.export import SavedTables
@@ -43,6 +44,7 @@ from engram_jax.training.state import TrainState, abstract_state, init_state
 FORMAT, VERSION = "engram_jax run", 1
 SHARD_BYTES = 4_500_000_000
 SUMS = "SHA256SUMS"
+_READ = (INDEX, "config.json", "tokenizer.json", HASH_FILE, "result.json")
 _KEPT = ("params", "router_bias")
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -215,8 +217,9 @@ def open_export(folder: str | os.PathLike[str]) -> Exported:
     require((values.get("format"), values.get("version")) == (FORMAT, VERSION),
             f"{path / 'config.json'}: format", (values.get("format"), values.get("version")),
             f"must be {(FORMAT, VERSION)}")
-    require(type(values.get("step")) is int and isinstance(values.get("config"), dict),
-            f"{path / 'config.json'}: step", values.get("step"), "must be a number, beside config")
+    require(type(values.get("step")) is int and 0 <= values["step"] < 2**31
+            and isinstance(values.get("config"), dict), f"{path / 'config.json'}: step",
+            values.get("step"), "must be a step of training, beside config")
     run: RunConfig = from_dict(values["config"])
     records = RunDirectory(path)
     kept = records.artifact()
@@ -231,6 +234,10 @@ def open_export(folder: str | os.PathLike[str]) -> Exported:
         require(sum(part.weight.shape[0] for part in parts) == site.rows,
                 f"{path}: rows of tables.{site.name}", sum(
                     part.weight.shape[0] for part in parts), f"the primes sum to {site.rows}")
+        right = RowFormat(site.hash_config.table_dtype, site.dim)
+        for part in parts:
+            require(part.format == right, f"{path}: rows of {part.weight.name}", part.format,
+                    f"must be {right}, the config's")
         tables[site.name] = ShardTable(parts, site.rows, kept.memories[site.name].fingerprint)
     return Exported(folder=path, run=run, step=values["step"], artifact=kept, tensors=tensors,
                     tables=tables)
@@ -240,7 +247,11 @@ def _check_sums(path: Path) -> None:
     sums = path / SUMS
     require(sums.is_file(), "export", str(path), f"holds no {SUMS}, so it is no export of a run")
     with refusals(sums, "read"):
-        lines = sums.read_text().splitlines()
+        lines = sums.read_bytes().decode(errors="replace").splitlines()
+    named = {line.partition("  ")[2] for line in lines}
+    for file in sorted(path.iterdir()):
+        require(file.name in named or not (file.name in _READ or file.suffix == ".safetensors"),
+                f"{sums}: sum of", file.name, "is missing")
     for line in lines:
         digest, _, name = line.partition("  ")
         file = path / name

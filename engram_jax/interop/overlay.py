@@ -55,7 +55,7 @@ class Overlay:
     rows_UB: np.ndarray
 
     def __post_init__(self) -> None:
-        require(self.ids_U.ndim == 1 and bool((np.diff(self.ids_U) > 0).all())
+        require(self.ids_U.ndim == 1 and bool((self.ids_U[1:] > self.ids_U[:-1]).all())
                 and bool((self.ids_U[:1] >= 0).all()), "overlay ids", self.ids_U.shape,
                 "must be ascending row ids")
         require(self.rows_UB.dtype == np.uint8 and self.rows_UB.shape == (
@@ -84,8 +84,9 @@ def read_overlay(path: str | os.PathLike[str]) -> Overlay:
     said = tensors.metadata
     require((said.get("format"), said.get("version")) == (FORMAT, VERSION), f"{path}: format",
             (said.get("format"), said.get("version")), f"must be {(FORMAT, VERSION)}")
-    require(said.get("dim", "").isdecimal() and len(said.get("base", "")) == 64, f"{path}: dim",
-            said.get("dim"), "must be a number, beside the base's digest")
+    require(said.get("dim", "").isdecimal() and len(said["dim"]) < 10
+            and len(said.get("base", "")) == 64, f"{path}: dim", said.get("dim"),
+            "must be a number, beside the base's digest")
     for name, dtype in (("ids", "I64"), ("rows", "U8")):
         require(tensors[name].dtype == dtype, f"{path}: {name}: dtype", tensors[name].dtype,
                 f"must be {dtype}")
@@ -159,6 +160,9 @@ def write_difference(base: str | os.PathLike[str], changed: str | os.PathLike[st
       UserError: tables that are not alike.
       MachineError: something cannot be read or written.
     """
+    for table in (base, changed):
+        require(Path(out).resolve() != Path(table).resolve(), "overlay", os.fspath(out),
+                "is one of the two tables, and would be written over")
     with (contextlib.closing(DiskTable.open(base, check="read")) as before,
           contextlib.closing(DiskTable.open(changed, check="read")) as after):
         for field in ("site", "fingerprint", "rows", "dim", "dtype"):
@@ -184,7 +188,7 @@ class OverlaidTable:
                 "must be whole: lay the overlay under a cache and not over it")
         require(overlay.format == below.format, "overlay of rows", overlay.format,
                 f"the table has {below.format}")
-        _check_base(table_digest(below), overlay)
+        _check_base(table_digest(below), overlay, below.rows)
         self.format, self.rows, self.group = below.format, below.rows, below.group
         self.fingerprint = below.fingerprint
         self.below, self.overlay = below, overlay
@@ -226,7 +230,7 @@ def lay_on_device(layout: TableLayout, table_SRD: jax.Array, overlay: Overlay
     dtype = {"float32": "float32", "uint16": "bfloat16"}[str(table_SRD.dtype)]
     require(overlay.format == RowFormat(dtype, layout.dim), "overlay of rows", overlay.format,
             f"the table has {RowFormat(dtype, layout.dim)}")
-    _check_base(table_digest(_OnDevice(layout, table_SRD, overlay.format)), overlay)
+    _check_base(table_digest(_OnDevice(layout, table_SRD, overlay.format)), overlay, layout.rows)
     stored, ids = np.dtype(str(table_SRD.dtype)), jnp.asarray(overlay.ids_U, jnp.int32)
     before_UB = np.ascontiguousarray(layout.gather(table_SRD, ids)).view(np.uint8)
     table_SRD = layout.put(table_SRD, ids, jnp.asarray(overlay.rows_UB.view(stored)))
@@ -236,9 +240,11 @@ def lay_on_device(layout: TableLayout, table_SRD: jax.Array, overlay: Overlay
     return table_SRD, off
 
 
-def _check_base(digest: str, overlay: Overlay) -> None:
+def _check_base(digest: str, overlay: Overlay, rows: int) -> None:
     require(overlay.base == digest, "overlay of the table", overlay.base[:12],
             f"this table is {digest[:12]}: it is another, or has been changed")
+    require(bool((overlay.ids_U < rows).all()), "overlay ids", int(overlay.ids_U.max(initial=0)),
+            f"must be row ids of the table, in 0..{rows - 1}")
 
 
 class _OnDevice:

@@ -24,6 +24,7 @@ from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash
 from engram_jax.hashing.token_hash import TokenHash
 from engram_jax.hashing.variants import HashNumbers
+from engram_jax.interop.deepseek import LONGEST_NGRAM
 from engram_jax.interop.released import Released, Weights, read_json
 from engram_jax.interop.safetensors import Tensor, Tensors, open_tensors
 from engram_jax.interop.shards import Part, ShardTable
@@ -85,6 +86,8 @@ def _values(path: Path) -> dict[str, Any]:
     for name in _WHOLE:
         require(type(values.get(name)) is int and values[name] >= (name != "seed"),
                 f"{path}: {name}", values.get(name), "must be a whole number")
+    require(type(values["rms_norm_eps"]) in (int, float), f"{path}: rms_norm_eps",
+            values["rms_norm_eps"], "must be a number")
     ends = values.get("eos_token_id")
     values["eos_token_id"] = ends[0] if isinstance(ends, list) and ends else ends
     require(type(values["eos_token_id"]) is int, f"{path}: eos_token_id", ends,
@@ -98,7 +101,8 @@ def _values(path: Path) -> dict[str, Any]:
 
 def _settings(values: dict[str, Any]) -> tuple[EngramConfig, NgramHash]:
     orders, heads = values["ngram_size"] - 1, values["heads_per_ngram"]
-    require(orders >= 1, "ngram_size", values["ngram_size"], "must be at least 2")
+    require(1 <= orders < LONGEST_NGRAM, "ngram_size", values["ngram_size"],
+            f"must be at least 2, and at most {LONGEST_NGRAM}")
     require(values["ple_embed_dim"] % (orders * heads) == 0, "ple_embed_dim",
             values["ple_embed_dim"], f"must be a multiple of the {orders * heads} heads")
     layers = tuple(sorted({layer - 1 for layer in values["ple_layer_ids"]}))
@@ -117,13 +121,17 @@ def _settings(values: dict[str, Any]) -> tuple[EngramConfig, NgramHash]:
 
 def _with_numbers(hashing: NgramHash, tensors: Tensors) -> NgramHash:
     """The hash with the numbers that a checkpoint keeps; as it is where it keeps none."""
-    if not any(name.endswith(".ple_embedding.layer_multipliers") for name in tensors):
+    kinds = (".ple_embedding.layer_multipliers", ".ple_embedding.ngram_heads_vocab_sizes")
+    if not any(name.endswith(kinds) for name in tensors):
         return hashing
     multipliers, primes = [], []
     for layer in hashing.layers:
         names = f"{_prefix(tensors, layer)}ple.ple_embedding."
         kept, sizes = (tensors[names + end] for end in (
             "layer_multipliers", "ngram_heads_vocab_sizes"))
+        for tensor in (kept, sizes):
+            require(tensor.dtype in ("I64", "I32"), f"{tensor.name}: dtype", tensor.dtype,
+                    "must be I64 or I32")
         kept.require_shape(hashing.max_order)
         sizes.require_shape(hashing.total_heads)
         multipliers.append(tuple(kept.read().tolist()))
@@ -156,6 +164,8 @@ def _parts(tensors: Tensors, prefix: str, count: Any) -> tuple[list[Part], float
     pattern = re.compile(rf"{re.escape(table)}\.shard_(\d+)\.weight")
     numbers = sorted(int(match[1]) for name in tensors if (match := pattern.fullmatch(name)))
     if numbers:
+        require(f"{table}.weight" not in tensors, f"parts of {table}", len(numbers),
+                "are there, and the table as one weight, too")
         require(numbers == list(range(len(numbers))), f"parts of {table}", len(numbers),
                 f"part {next(i for i, n in enumerate([*numbers, -1]) if i != n)} is missing")
         weights = [tensors[f"{table}.shard_{number}.weight"] for number in numbers]

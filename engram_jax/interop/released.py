@@ -41,6 +41,7 @@ from engram_jax.storage import is_local, refusals
 FORMAT, VERSION = "engram_jax memory", 1
 SOURCES = ("deepseek-v4.1", "qwen3.8")
 HOMES = ("disk", "host")
+_SUMMED = (artifact.FILE, "fusion.safetensors")
 Weights = dict[str, np.ndarray]
 _AT_ONCE = 2**24  # bytes
 
@@ -155,7 +156,7 @@ def write_released(released: Released, out: str | os.PathLike[str],
             "width": released.width, "streams": released.streams,
             "engram": dataclasses.asdict(released.config),
             "sha256": {name: _sha256(folder / name)
-                       for name in (artifact.FILE, "fusion.safetensors")},
+                       for name in _SUMMED},
         }
         with refusals(folder, "written"):
             (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
@@ -184,10 +185,16 @@ def open_released(folder: str | os.PathLike[str], home: str = "disk") -> Release
         require(type(values.get(name)) is kind, f"{path / 'config.json'}: {name}",
                 values.get(name), f"must be of type {kind.__name__}")
     config: EngramConfig = from_dict(values["engram"], EngramConfig, "engram")
+    require(values["sha256"].keys() == set(_SUMMED), f"{path / 'config.json'}: sha256",
+            sorted(values["sha256"]), f"must be of {', '.join(_SUMMED)}")
     for name, digest in values["sha256"].items():
         require(_sha256(path / name) == digest, f"{path / name}: sha256", digest,
                 "is not that of the file: it is altered")
     kept = artifact.read_artifact(path / artifact.FILE)
+    for layer in config.layers:
+        require(kept.layers.get(engram_site(config, layer)) == layer,
+                f"{path / artifact.FILE}: layers", sorted(kept.layers.values()),
+                f"must be those of config.json, {list(config.layers)}")
     tensors = safetensors.open_tensors(path / "fusion.safetensors")
     params: dict[int, Weights] = {layer: {} for layer in config.layers}
     for name, tensor in tensors.items():

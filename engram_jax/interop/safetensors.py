@@ -35,6 +35,7 @@ DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in {
 FLOATS = ("F64", "F32", "F16", "BF16")
 _LARGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
 _AT_ONCE = 2**24  # bytes
+_MOST_AXES = 32  # that every NumPy takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,7 +154,9 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
             "made" if pickles else ""))
     tensors, metadata = {}, {}
     for number, file in enumerate(files):
-        if not file.is_file():
+        with refusals(file, "read"):
+            there = file.is_file()
+        if not there:
             raise UserError(f"{where / INDEX}: names {file.name}, which is missing")
         own, said = _header(file)
         if number == 0:
@@ -172,7 +175,7 @@ def _indexed(path: Path) -> dict[str, str]:
     with refusals(path, "read"):
         data = path.read_bytes()
     try:
-        named = json.loads(data)["weight_map"]
+        named = json.loads(data, object_pairs_hook=_each_once)["weight_map"]
         right = all(isinstance(word, str) for word in (*named, *named.values()))
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: is no index of shards ({error!r})") from error
@@ -197,13 +200,23 @@ def _header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                             f"{size}")
         text = file.read(length)
     try:
-        items = dict(json.loads(text).items())
+        items = dict(json.loads(text, object_pairs_hook=_each_once).items())
         metadata = dict(items.pop("__metadata__", None) or {})
     except (ValueError, RecursionError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: its header is no JSON object ({error})") from error
     tensors = {name: _tensor(path, name, value, 8 + length) for name, value in items.items()}
     _require_tiled(path, list(tensors.values()), 8 + length, size)
     return tensors, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a ValueError for a name that it has twice (JSON takes the last)."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"{name!r} stands there twice")
+        fields[name] = value
+    return fields
 
 
 def _tensor(path: Path, name: str, value: Any, data_start: int) -> Tensor:
@@ -222,6 +235,10 @@ def _tensor(path: Path, name: str, value: Any, data_start: int) -> Tensor:
                     start=data_start + offsets[0])
     require(offsets[1] - offsets[0] == tensor.nbytes, f"{what}: data_offsets", offsets,
             f"a tensor {list(tensor.shape)} of {tensor.dtype} has {tensor.nbytes} bytes")
+    # An axis of 0 hides how large the others are.
+    spread = math.prod(max(number, 1) for number in tensor.shape)
+    require(len(tensor.shape) <= _MOST_AXES and spread < 2**60, f"{what}: shape", value["shape"],
+            f"must be at most {_MOST_AXES} axes, of less than 2**60 values")
     return tensor
 
 

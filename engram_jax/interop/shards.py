@@ -21,6 +21,7 @@ from engram_jax.interop.safetensors import Tensor, read_at
 from engram_jax.offload.counters import TierCounts, TierMeter
 from engram_jax.offload.formats import GROUP, RowFormat
 from engram_jax.offload.home import checked_ids, room
+from engram_jax.storage import refusals
 
 _ROW_DTYPES = {"F8_E4M3": "fp8", "BF16": "bfloat16", "F32": "float32", "F16": "float32"}
 _ONE = 127  # the byte of e8m0 that is 2^0
@@ -100,7 +101,8 @@ class ShardTable:
                 for tensor in filter(None, (part.weight, part.scale)):
                     name = str(tensor.path)
                     if name not in self._files:
-                        self._files[name] = os.open(name, os.O_RDONLY)
+                        with refusals(name, "read"):
+                            self._files[name] = os.open(name, os.O_RDONLY)
                         opened.callback(os.close, self._files[name])
             self._opened = opened.pop_all()
 
@@ -130,8 +132,9 @@ class ShardTable:
             for offset in offsets:
                 os.posix_fadvise(file, offset, width, os.POSIX_FADV_WILLNEED)
         rows_UW = np.empty((len(offsets), width), np.uint8)
-        for row_W, offset in zip(rows_UW, offsets, strict=True):
-            read_at(file, offset, row_W, tensor.path)
+        with refusals(tensor.path, "read"):
+            for row_W, offset in zip(rows_UW, offsets, strict=True):
+                read_at(file, offset, row_W, tensor.path)
         return rows_UW
 
     def stretches(self) -> Iterator[np.ndarray]:
@@ -152,8 +155,9 @@ class ShardTable:
 
     def _stretch(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
         rows_UW = np.empty((count, tensor.row_bytes), np.uint8)
-        read_at(self._files[str(tensor.path)], tensor.start + start * tensor.row_bytes, rows_UW,
-                tensor.path)
+        with refusals(tensor.path, "read"):
+            read_at(self._files[str(tensor.path)], tensor.start + start * tensor.row_bytes,
+                    rows_UW, tensor.path)
         return rows_UW
 
     def fill(self, ids_GK: np.ndarray) -> None:

@@ -91,6 +91,9 @@ MULTIPLIERS, PRIMES = [[3, 5, 7], [9, 11, 13]], [[[53, 59], [71, 73]], [[61, 67]
     (entry(primes=[[[53, 59], [71, 97]], PRIMES[1]]), r"rows = .*: the primes sum to \[280, 290\]"),
     (entry(rows=[1, 2]), r"rows = \[1, 2\]: the primes sum to"),
     (entry(sites={"layer_1": 2}), "sites = .*: must give each site one of the layers"),
+    (entry(sites={"layer_1": True}), "sites = .*: must give each site one of the layers"),
+    (lambda v: v["memories"].append(v["memories"][0]),
+     r"memories\[1\].sites = 'layer_1': is a site of another memory, too"),
     (entry(token_map={"length": 60, "base64": "%"}), "token_map.base64: is no base64 of int32"),
     (entry(token_map={"length": 60, "base64": "AAA="}), "token_map.base64: is no base64 of int32"),
     (entry(token_map={"length": 61, "base64": base64.b64encode(
@@ -174,6 +177,13 @@ def test_rules_of_documents_and_dead_tokens_agree_under_jit_whole_and_in_chunks(
         chunk, history = tokens_BT[:, at:at + 1], padded[:, at:at + 2]
         for ids in (memory.table_ids_numpy(chunk, 4, history), jitted(chunk, history)):
             np.testing.assert_array_equal(ids, whole[:, at:at + 1])
+
+
+def test_no_prime_of_qwens_first_layer_comes_up_in_its_second():
+    """The released model has one such layer; transformers goes on behind it (docs/spec.md 5)."""
+    hashing = NgramHash(rows_per_head=(50, 50), heads=2, layers=(1, 4), vocab_size=30, pad_id=3,
+                        variant="qwen")
+    assert hashing.primes == {1: ((53, 59), (61, 67)), 4: ((71, 73), (79, 83))}
 
 
 def test_what_is_behind_the_end_of_a_document_counts_as_pad():

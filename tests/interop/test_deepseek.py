@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import v41
 
-from engram_jax.errors import UserError
+from engram_jax.errors import MachineError, UserError
+from engram_jax.hashing.artifact import HashArtifact
 from engram_jax.hashing.ngrams import NgramHash
 from engram_jax.interop.deepseek import open_deepseek
 from engram_jax.interop.float8 import decode_blocks, decode_e8m0
@@ -133,6 +134,68 @@ def test_a_known_hash_takes_the_place_of_the_tokenizer(theirs, tmp_path):
     assert again.memory.dead_ids == released.memory.dead_ids
     with pytest.raises(UserError, match="there is no such file; the token map comes from it"):
         open_deepseek(bare)
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({"variant": "qwen"}, "variant = 'qwen': must be deepseek, the config's"),
+    ({"layers": (1,)}, r"layers = \(1,\): must be \(1, 3\)"),
+    ({"heads": 3}, "heads = 3: must be 2"),
+    ({"rows_per_head": (101,) * 2}, "orders = 3: must be 4"),
+    ({"dead_ids": ()}, r"dead_ids = \(\): must be \(11,\)"),
+])
+def test_a_known_hash_of_another_memory_is_refused(theirs, tmp_path, change, line):
+    with contextlib.closing(open_deepseek(theirs)) as released:
+        memory = released.memory
+    own = {name: value for name, value in change.items() if name != "dead_ids"}
+    memory = dataclasses.replace(
+        memory, hashing=dataclasses.replace(memory.hashing, **own),
+        dead_ids=change.get("dead_ids", memory.dead_ids))
+    other = dataclasses.replace(memory, hashing=dataclasses.replace(
+        memory.hashing, layers=(3,))) if "layers" in change else memory
+    HashArtifact(memories={"layer_1": memory, "layer_3": other},
+                 layers={"layer_1": 1, "layer_3": 3}).write(tmp_path / "hash.json")
+    with pytest.raises(UserError, match=line):
+        open_deepseek(theirs, tmp_path / "hash.json")
+
+
+@pytest.mark.parametrize("change", ["no sums", "another layer"])
+def test_a_folder_that_says_too_little_is_one_line(theirs, tmp_path, change):
+    with contextlib.closing(open_deepseek(theirs)) as released:
+        write_released(released, tmp_path / "ours")
+        kept = released.artifact()
+    values = json.loads((tmp_path / "ours/config.json").read_text())
+    if change == "no sums":
+        values["sha256"] = {}
+    else:
+        dataclasses.replace(kept, memories={"layer_1": kept.memories["layer_1"]},
+                            layers={"layer_1": 1}).write(tmp_path / "ours/hash.json")
+        values["sha256"]["hash.json"] = hashlib.sha256(
+            (tmp_path / "ours/hash.json").read_bytes()).hexdigest()
+    (tmp_path / "ours/config.json").write_text(json.dumps(values))
+    line = {"no sums": r"sha256 = \[\]: must be of hash.json, fusion.safetensors",
+            "another layer": r"hash.json: layers = \[1\]: must be those of config.json, \[1, 3\]"}
+    with pytest.raises(UserError, match=line[change]):
+        open_released(tmp_path / "ours")
+
+
+def test_rows_keep_their_order_from_stretch_to_stretch(theirs, monkeypatch):
+    """A table of the released size comes in thousands of stretches, this one elsewhere in one."""
+    monkeypatch.setattr("engram_jax.interop.shards._AT_ONCE", 7 * 66)
+    with contextlib.closing(open_deepseek(theirs)) as released:
+        table = released.tables[1]
+        pieces = list(table.stretches())
+        assert len(pieces) > 90
+        np.testing.assert_array_equal(np.concatenate(pieces), table.lookup(np.arange(table.rows)))
+
+
+def test_a_disk_that_fails_while_rows_are_read_is_one_line(theirs, monkeypatch):
+    def broken(*arguments):
+        raise OSError(5, "Input/output error")
+    with contextlib.closing(open_deepseek(theirs)) as released:
+        monkeypatch.setattr("os.preadv", broken)
+        for read in (lambda table: table.lookup(np.array([3])), lambda table: [*table.stretches()]):
+            with pytest.raises(MachineError, match=r"could not be read \(Input/output error\)"):
+                read(released.tables[1])
 
 
 # --- The layer ---
@@ -267,6 +330,7 @@ def other_tokenizer(folder):
     (config(engram_num_embeddings=[650, 700]), r"engram_num_embeddings = .*: the primes sum to \["),
     (config(engram_vocab_size=103), "the primes sum to"),
     (config(engram_pad_id=3), "engram_pad_token_id = {.*}: is given twice and differently"),
+    (config(engram_max_ngram_size=10**12), r"engram_max_ngram_size = .*: must be in 2\.\.64"),
     (config(engram_n_heads="gone"), "engram_n_heads = None: is missing"),
     (config(hidden_size="gone"), r"hidden_size = None: is missing \(or dim\)"),
     (config(engram_layer_ids=3), "engram_layer_ids = 3: must be a list of whole numbers"),
@@ -277,6 +341,7 @@ def other_tokenizer(folder):
     (config(vocab_size=30), "token map = 24: tokens; vocab_size is 30"),
     (other_tokenizer, "tokenizer.json: canonical ids = .*: engram_compressed_vocab_size is"),
     (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is no tokenizer"),
+    (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"), "is no tokenizer"),
     (tensor("embed.weight", "F8_E4M3", 7, 64), r"embed.weight: shape = \(7, 64\): must be"),
     (tensor("embed.weight", "U8", 650, 64), "embed.weight: dtype = 'U8'"),
     (tensor("embed.scale", "F8_E8M0", 9, 2), r"embed.scale: shape = \(9, 2\): must be"),

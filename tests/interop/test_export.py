@@ -109,6 +109,35 @@ def test_an_export_that_is_altered_or_not_whole_is_one_line_and_leaves_nothing(c
     assert {path.name for path in tmp_path.iterdir()} == {"copied"}
 
 
+@pytest.mark.parametrize("name", ["config.json", "hash.json", "model-00001-of-"])
+def test_a_file_without_a_sum_is_one_line(copied, name):
+    sums = (copied / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (copied / "SHA256SUMS").write_text("".join(line for line in sums if f"  {name}" not in line))
+    with pytest.raises(UserError, match=f"SHA256SUMS: sum of = '{name}.*': is missing"):
+        open_export(copied)
+    (copied / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="SHA256SUMS: "):
+        open_export(copied)
+
+
+def test_a_step_or_a_table_that_no_run_has_is_one_line(copied):
+    config = (copied / "config.json").read_text()
+    for step in (-1, 2**40, True):
+        (copied / "config.json").write_text(json.dumps({**json.loads(config), "step": step}))
+        with_new_sums(copied)
+        with pytest.raises(UserError, match=r"step = .*: must be a step of training"):
+            open_export(copied)
+    (copied / "config.json").write_text(config)
+    tables = {name: tensor for name, tensor in safetensors.open_tensors(copied).items()
+              if name.startswith("tables.")}
+    for name, tensor in tables.items():
+        other = np.zeros((tensor.shape[0], tensor.shape[1] + 1), np.float32)
+        safetensors.save(tensor.path, {name: other})
+    with_new_sums(copied)
+    with pytest.raises(UserError, match=r"rows of tables.layer_0.part_0 = .*the config's"):
+        open_export(copied)
+
+
 def test_a_config_that_its_tensors_do_not_fit_is_refused(copied, tmp_path, compilations):
     values = json.loads((copied / "config.json").read_text())
     values["config"]["model"]["width"] = 64

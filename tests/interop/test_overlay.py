@@ -18,6 +18,7 @@ from engram_jax.interop.overlay import (
     lay_on_device,
     read_overlay,
     table_digest,
+    write_difference,
 )
 from engram_jax.interop.released import open_released, stretches, write_released
 from engram_jax.offload.formats import RowFormat
@@ -133,6 +134,7 @@ def test_an_overlay_of_another_table_is_refused(folder, overlay):
 @pytest.mark.parametrize(("change", "line"), [
     ({"format": "x"}, "format = .*: must be"), ({"version": "2"}, "format = .*: must be"),
     ({"base": "ab"}, "must be a number, beside the base's digest"),
+    ({"dim": "9" * 5000}, "must be a number, beside"),
     ({"dim": "x"}, "dim = 'x': must be a number"), ({"dim": "32"}, "overlay rows = .*: must be"),
     ({"dtype": "fp4"}, "dtype = 'fp4': must be one of"),
 ])
@@ -147,7 +149,7 @@ def test_a_file_that_is_no_overlay_is_one_line(folder, overlay, tmp_path, change
 
 
 def test_ids_that_do_not_ascend_and_tables_of_another_size_are_refused(folder, overlay):
-    for ids in ([3, 3], [4, 2], [-1, 2]):
+    for ids in ([3, 3], [4, 2], [-1, 2], [4, -2**63]):
         with pytest.raises(UserError, match=r"overlay ids = .*: must be ascending row ids"):
             Overlay(format=overlay.format, base=overlay.base, ids_U=np.array(ids),
                     rows_UB=overlay.rows_UB[:2])
@@ -155,6 +157,31 @@ def test_ids_that_do_not_ascend_and_tables_of_another_size_are_refused(folder, o
     for changed in ([rows[:-1]], [rows, rows], [rows[:, :-1]]):
         with pytest.raises(UserError, match="changed rows = "):
             difference(base, changed)
+
+
+def test_ids_that_the_table_has_not_are_refused_and_change_nothing(folder):
+    """On a device 2**32 + 3 would be row 3."""
+    layout, form = TableLayout(rows=101, dim=4, shards=8), RowFormat("float32", 4)
+    host = HostTable(form, form.pack(tables.random(101, 4)))
+    table_SRD = jnp.asarray(tables.filled(layout, host.packed_RB.view(np.float32)))
+    for beyond in (101, 2**32 + 3):
+        overlay = Overlay(format=form, base=table_digest(host), ids_U=np.array([2, beyond]),
+                          rows_UB=host.packed_RB[:2])
+        for lay in (lambda laid: OverlaidTable(host, laid),
+                    lambda laid: lay_on_device(layout, table_SRD, laid)):
+            with pytest.raises(UserError, match=rf"overlay ids = {beyond}: .*, in 0\.\.100"):
+                lay(overlay)
+
+
+def test_an_overlay_is_never_written_over_one_of_its_tables(folder, tmp_path):
+    for name in ("base", "changed"):
+        shutil.copy(folder / "ours/tables/layer_1.fp8.table", tmp_path / f"{name}.table")
+    before = (tmp_path / "base.table").read_bytes()
+    (tmp_path / "link.table").symlink_to("base.table")
+    for out in ("base.table", "changed.table", "link.table"):
+        with pytest.raises(UserError, match="is one of the two tables, and would be written over"):
+            write_difference(tmp_path / "base.table", tmp_path / "changed.table", tmp_path / out)
+    assert (tmp_path / "base.table").read_bytes() == before
 
 
 def test_a_table_that_did_not_change_has_an_empty_overlay(folder):

@@ -96,6 +96,26 @@ def test_the_hash_is_what_the_checkpoint_keeps_and_not_what_is_derived(tmp_path)
         open_qwen(qwen_checkpoint(tmp_path / "sums", meta, weights))
 
 
+@pytest.mark.parametrize(("name", "array", "line"), [
+    ("layer_multipliers", np.array([3.0, 5.0, 7.0]), "layer_multipliers: dtype = 'F64': must be I"),
+    ("ngram_heads_vocab_sizes", np.ones(8, np.float32), "sizes: dtype = 'F32': must be I64"),
+    ("layer_multipliers", None, r"holds no tensor '.*layer_multipliers'"),
+    ("ngram_embedding.weight", np.zeros((9, 8), np.float32), "and the table as one weight, too"),
+])
+def test_numbers_and_tables_that_contradict_are_refused(tmp_path, name, array, line):
+    meta, _, weights = arrays(GOLDEN)
+    weights["ple_embedding.layer_multipliers"] = np.array([3, 5, 7])
+    weights["ple_embedding.ngram_heads_vocab_sizes"] = np.array(meta["primes"])
+    folder = qwen_checkpoint(tmp_path / "theirs", meta, weights, parts=5)
+    path = folder / "model.safetensors"
+    kept = {key: tensor.read() for key, tensor in safetensors.open_tensors(path).items()}
+    prefix, = {key.split("ple_embedding.")[0] for key in kept if "ple_embedding." in key}
+    kept[f"{prefix}ple_embedding.{name}"] = array
+    safetensors.save(path, {key: array for key, array in kept.items() if array is not None})
+    with pytest.raises(UserError, match=line):
+        open_qwen(folder)
+
+
 def config(**fields):
     def change(folder):
         values = json.loads((folder / "config.json").read_text())
@@ -120,6 +140,8 @@ def tensors(**fields):
     (config(ple_layer_ids=[]), r"ple_layer_ids = \[\]: must name the layers with a memory"),
     (config(eos_token_id=None), "eos_token_id = None: must be a token id"),
     (config(ngram_size=1), "ngram_size = 1: must be at least 2"),
+    (config(ngram_size=10**12), "ngram_size = 10*: must be at least 2, and at most 64"),
+    (config(rms_norm_eps="x"), "rms_norm_eps = 'x': must be a number"),
     (config(ple_embed_dim=63), "ple_embed_dim = 63: must be a multiple of the 8 heads"),
     (config(hidden_size="24"), "hidden_size = '24': must be a whole number"),
     (config(split_ngram_parts=128), "parts of .* = 5: split_ngram_parts is 128"),

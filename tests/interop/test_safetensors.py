@@ -76,6 +76,10 @@ def test_a_header_whose_length_looks_like_a_pickle_is_none(tmp_path, length):
     ({"a": tensor(offsets=(0, 8, 16))}, bytes(8), r"must be \[start, stop\]"),
     ({"a": tensor(offsets=(4, 12))}, bytes(12), "a: begins at byte .*, the tensor before it ends"),
     ({"a": tensor(), "b": tensor()}, bytes(8), "b: begins at byte"),
+    (b'{"a": %s, "a": %s}' % ((json.dumps(tensor()).encode(),) * 2), bytes(8),
+     "its header is no JSON object .*'a' stands there twice"),
+    ({"a": tensor(shape=(0, 2**70), offsets=(0, 0))}, b"", r"a: shape = .*must be at most 32 axes"),
+    ({"a": tensor(shape=(2, *[1] * 70))}, bytes(8), r"a: shape = .*must be at most 32 axes"),
     ({"a": 3}, bytes(8), "a = 3: must have dtype, shape and data_offsets"),
 ])
 def test_a_header_that_is_wrong_is_one_line(tmp_path, fields, data, line):
@@ -114,6 +118,7 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path):
     ("[]", "is no index of shards"), ("{", "is no index of shards"),
     ('{"weight_map": {"a": 3}}', "weight_map = 'dict': must give each tensor its file"),
     ('{"weight_map": {}}', "must give each tensor its file"),
+    ('{"weight_map": {"a": "b.safetensors", "a": "a.safetensors"}}', "'a' stands there twice"),
     ('{"weight_map": {"a": "../a.safetensors"}}', "must be a file beside the index"),
     ('{"weight_map": {"a": "c.safetensors"}}', r"names c\.safetensors, which is missing"),
     ('{"weight_map": {"c": "a.safetensors"}}', r"says that 'c' is in a\.safetensors; it is not"),
@@ -122,6 +127,12 @@ def test_an_index_that_is_wrong_is_one_line(tmp_path, index, line):
     save(tmp_path / "a.safetensors", {"a": np.zeros(3)})
     (tmp_path / safetensors.INDEX).write_text(index)
     with pytest.raises(UserError, match=line):
+        open_tensors(tmp_path)
+
+
+def test_an_index_whose_files_cannot_be_asked_for_is_one_line(tmp_path):
+    (tmp_path / safetensors.INDEX).write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+    with pytest.raises(MachineError, match=r"could not be read \(File name too long"):
         open_tensors(tmp_path)
 
 
