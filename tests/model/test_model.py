@@ -215,11 +215,15 @@ def test_rows_are_causal_too(name):
 
 def test_rope_scores_depend_on_the_distance_alone():
     x, y = (jnp.asarray(random(1, 1, 1, 8, seed=seed)) for seed in (0, 1))
+    config = AttentionConfig(rope_dim=8, rope_theta=100.0)
+
     def score(t, s):
-        return float(jnp.sum(rope(x, jnp.array([[t]]), 100.0) * rope(y, jnp.array([[s]]), 100.0)))
+        at_t, at_s = jnp.array([[t]]), jnp.array([[s]])
+        return float(jnp.sum(rope(x, at_t, config) * rope(y, at_s, config)))
+
     assert score(5.0, 2.0) == pytest.approx(score(13.0, 10.0), abs=1e-5)
     assert abs(score(5.0, 2.0) - score(5.0, 3.0)) > 1e-3
-    np.testing.assert_array_equal(rope(x, jnp.array([[0]]), 100.0), x)
+    np.testing.assert_array_equal(rope(x, jnp.array([[0]]), config), x)
 
 
 # --- Residual streams ---

@@ -62,7 +62,7 @@ def loss(directory):
 # --- A run is saved before it is evaluated ---
 
 
-def refuses(state):
+def refuses(*words):
     raise MachineError("out of memory")
 
 
