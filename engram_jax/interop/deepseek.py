@@ -123,6 +123,7 @@ def _memory(path: Path, values: dict[str, Any], config: EngramConfig,
             hash_file: str | os.PathLike[str] | None) -> TokenHash:
     """Tokens to rows, read or derived; refused where the config says otherwise."""
     if hash_file is not None:
+        require(Path(hash_file).is_file(), "hash", os.fspath(hash_file), "there is no such file")
         kept = artifact.read_artifact(hash_file)
         require(set(kept.layers.values()) == set(config.layers), f"{hash_file}: layers",
                 sorted(kept.layers.values()), f"must be {list(config.layers)}")

@@ -27,6 +27,7 @@ def test_released_memories_come_in_with_one_command(tmp_path, capsys):
     again = ["import", str(tmp_path / "deepseek"), "--out", str(tmp_path / "again")]
     assert main(again) == 2
     assert not (tmp_path / "again").exists()
+    assert main([*again, "--hash", str(tmp_path / "none.json")]) == 2
     assert main([*again, "--hash", str(tmp_path / "ours/deepseek/hash.json")]) == 0
 
 
