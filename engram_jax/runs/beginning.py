@@ -58,7 +58,7 @@ def begin_from(
       say: gets lines for people.
 
     Raises:
-      UserError: no such run or checkpoint, or one of another tokenizer, hash or shape.
+      UserError: no such run or checkpoint, or one of another tokenizer, hash, shape or dtype.
       MachineError: the checkpoint is damaged.
     """
     name, step = parsed(run.training.start_from)

@@ -16,6 +16,7 @@ from etils import epath
 
 from engram_jax import distributed
 from engram_jax.errors import MachineError, UserError
+from engram_jax.hashing.addressing import INPUT_SITE
 from engram_jax.runs.digests import damage, has_digests, write_digests
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.reader import Reader
@@ -154,7 +155,7 @@ class Checkpoints:
           only: fields of the state to read; what the others hold then is of no use. () reads all.
 
         Raises:
-          UserError: no checkpoint, another hash or tokenizer, or other shapes.
+          UserError: no checkpoint, another hash or tokenizer, other shapes or dtypes.
           MachineError: the checkpoint cannot be read.
         """
         step = self._latest() if step is None else step
@@ -289,17 +290,21 @@ class Checkpoints:
             "trained with")
 
     def _check(self, step: int, abstract: TrainState, only: Sequence[str]) -> set[str]:
-        """Refuse a checkpoint whose rows or shapes mean something else; the fields that it has."""
+        """Refuse a checkpoint whose rows, shapes or dtypes mean something else; the fields that it
+        has."""
         place, metadata = self._directory / str(step), self._metadata(step)
         self._check_fingerprints(step, metadata)
         saved = metadata.metadata["state"]
-        expected, found = _shapes(abstract), _shapes(saved)
+        expected, found = _leaves(abstract), _leaves(saved)
         for path in sorted(expected.keys() | found.keys()):
             if only and path.partition(".")[0] not in only:
                 continue
-            if expected.get(path) != found.get(path):
-                raise UserError(f"{place}: {path} has shape {found.get(path, 'none')}, "
-                                f"the model wants {expected.get(path, 'none')}")
+            none = "none", "none"
+            for what, has, wants in zip(("shape", "dtype"), found.get(path, none),
+                                        expected.get(path, none), strict=True):
+                if has != wants:  # another dtype, bits of bfloat16 too, orbax would cast by value
+                    raise UserError(f"{place}: {path} has {what} {has}, the model wants {wants}"
+                                    + (_right_dtype(path, has) if what == "dtype" else ""))
         return {path.partition(".")[0] for path in found}
 
     def _failed(self, step: int, error: Exception) -> MachineError:
@@ -362,8 +367,19 @@ def _ends(digest: str | None) -> str:
     return ":".join(part[:8] for part in digest.split(":"))
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of each array by its path; a path's parts are the same for any container."""
+def _right_dtype(path: str, saved: str) -> str:
+    """The setting that a checkpoint with a table of this dtype wants."""
+    field, _, table = path.partition(".")
+    name = {"float32": "float32", "uint16": "bfloat16"}.get(saved)
+    if field != "tables" or name is None:
+        return ""
+    memory = "over_encoding" if table == INPUT_SITE else "engram"
+    return f"; set model.{memory}.table_dtype to {name!r}, as the run that wrote it"
+
+
+def _leaves(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each array by its path; a path's parts are the same for any container."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-                     for key in path): tuple(leaf.shape) for path, leaf in leaves}
+                     for key in path): (tuple(leaf.shape), str(jax.numpy.dtype(leaf.dtype)))
+            for path, leaf in leaves}

@@ -13,6 +13,7 @@ from engram_jax.runs.beginning import parsed
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.reader import open_inputs
+from engram_jax.settings import changed
 from engram_jax.training.placement import placed_state, single_mesh
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -151,6 +152,21 @@ def test_what_cannot_be_begun_from_is_refused_by_name(run, trained, tmp_path):
         with pytest.raises(UserError, match=line):
             train.train(mine, tmp_path / "new", silent)
         shutil.rmtree(tmp_path / "new", ignore_errors=True)  # some are refused before it is made
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["weights", "and optimizer"])
+@pytest.mark.parametrize(("theirs", "mine"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_tables_of_another_dtype_are_refused_and_not_cast(run, trained, tmp_path, theirs, mine,
+                                                          whole):
+    if theirs == "bfloat16":
+        trained = tmp_path / "bfloat16"
+        train.train(changed(run, {"model.engram.table_dtype": theirs}), trained, silent)
+    begins = changed(run, {"model.engram.table_dtype": mine, "training.steps": 2 * STEPS,
+                           "training.start_from": str(trained),
+                           "training.start_optimizer": whole})
+    with pytest.raises(UserError, match=r"^training.start_from = .*tables.layer_0 has dtype .*, "
+                       rf"the model wants .*; set model.engram.table_dtype to '{theirs}', as "):
+        train.train(begins, tmp_path / "new", silent)
 
 
 def test_names_of_runs():
