@@ -304,7 +304,7 @@ class Checkpoints:
                                         expected.get(path, none), strict=True):
                 if has != wants:  # another dtype, bits of bfloat16 too, orbax would cast by value
                     raise UserError(f"{place}: {path} has {what} {has}, the model wants {wants}"
-                                    + (_right_dtype(path, has) if what == "dtype" else ""))
+                                    + (_right_dtype(path, str(has)) if what == "dtype" else ""))
         return {path.partition(".")[0] for path in found}
 
     def _failed(self, step: int, error: Exception) -> MachineError:

@@ -9,13 +9,15 @@ torus, whatever is not for a neighbour passes through others anyhow.
 
 All act on a leading axis of P devices: an all_to_all along an inner axis took the compiler over
 five minutes. `near` is how many of the P, in their order, lie together (`neighbours`); 0 is one
-step. Everything but `neighbours` runs inside `jax.shard_map`.
+step. Everything but `neighbours` and `on_mesh` runs inside `jax.shard_map`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 Axes = str | tuple[str, ...]
 _TILE = (8, 128)  # how a TPU keeps the last two axes of float32
@@ -32,6 +34,28 @@ def neighbours(devices: Sequence[jax.Device]) -> int:
                for along in zip(*(device.coords for device in devices), strict=True)
                if len(set(along)) > 1}
     return max(strides) if len(strides) > 1 else 0
+
+
+def on_mesh(
+    mesh: Mesh | None, function: Callable[..., Any], *specs: Any, out: Any
+) -> Callable[..., Any]:
+    """`function` of what one device holds, over global arrays that lie as `specs` say."""
+    if mesh is None:
+        return function
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    explicit = AxisType.Explicit in mesh.axis_types
+
+    def spread(spec: PartitionSpec, args: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)), args)
+
+    def run(*args: Any) -> Any:
+        if explicit:
+            args = tuple(jax.tree.map(spread, spec, arg, is_leaf=lambda x: isinstance(
+                x, PartitionSpec)) for spec, arg in zip(specs, args, strict=True))
+        return mapped(*args)
+
+    return run
 
 
 def all_gather(part: jax.Array, axes: Axes, near: int) -> jax.Array:

@@ -21,7 +21,7 @@ def _pytree(*fields: str) -> Callable[[type], type]:
     return functools.partial(jax.tree_util.register_dataclass, data_fields=fields, meta_fields=())
 
 
-@_pytree("values", "moments", "updates")
+@_pytree("values", "moments", "updates", "made_for")
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """The tables of a memory and what their optimizer remembers, as a checkpoint holds them.
@@ -30,11 +30,15 @@ class Tables:
       values: for each table, by the name of its site, [S, R, C] as `tables.rounding` stores it.
       moments: for each table the row optimizer's state.
       updates: int32 scalar, how many updates were made; skipped ones do not count.
+      made_for: for each table how many rows it has, int32 scalar, under a name that tells what its
+        rows mean: site, dtype, and a digest of hash and vocabulary. In the name, so that tables of
+        another memory have another structure, which Orbax refuses and `Memory` under jit, too.
     """
 
     values: dict[str, jax.Array]
     moments: dict[str, Any]
     updates: jax.Array
+    made_for: dict[str, jax.Array]
 
 
 @_pytree("rows", "ids", "routes", "counts")
@@ -127,3 +131,19 @@ def _check_row_grads(lookup: Lookup, row_grads: Mapping[int, Any]) -> None:
 
     require(shapes(row_grads) == shapes(lookup.rows), "row_grads", shapes(row_grads),
             f"must have the layers and shapes of the look-up's rows, {shapes(lookup.rows)}")
+
+
+def check_tables(tables: Any, right: Tables) -> None:
+    """Refuse (UserError) tables that are not of a memory whose own look like `right`."""
+    require(isinstance(tables, Tables), "tables", type(tables).__name__,
+            "must be Tables, as Memory.init makes them")
+
+    def same(field: str, of: Callable[[Any], Any]) -> None:
+        here, there = of(getattr(tables, field)), of(getattr(right, field))
+        require(here == there, f"tables.{field}", here,
+                f"are of another memory; this one has {there}")
+
+    same("values", lambda values: {name: tuple(each.shape) for name, each in values.items()})
+    same("values", lambda values: {name: str(each.dtype) for name, each in values.items()})
+    same("made_for", sorted)
+    same("moments", lambda moments: {name: type(each).__name__ for name, each in moments.items()})

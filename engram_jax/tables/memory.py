@@ -19,14 +19,15 @@ shard, P devices that share the tables, A look-ups that are combined.
 
 import dataclasses
 import functools
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import EngramConfig, require
 from engram_jax.hashing.addressing import Addressing, Site, address, engram_site, sites
@@ -35,7 +36,7 @@ from engram_jax.tables import collectives
 from engram_jax.tables.exchange import ROOM
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
-from engram_jax.tables.lookup import Combined, Lookup, Tables, in_one
+from engram_jax.tables.lookup import Combined, Lookup, Tables, check_tables, in_one
 from engram_jax.tables.row_optimizers import RowOptimizer, row_rmsprop
 
 
@@ -107,8 +108,11 @@ class Memory:
         return jax.jit(self._init, out_shardings=self.shardings())(key)
 
     def abstract(self) -> Tables:
-        """Shapes, dtypes and shardings of the tables: what a checkpoint is restored into."""
-        shapes, shardings = jax.eval_shape(self._init, jax.random.key(0)), self.shardings()
+        """Shapes, dtypes and shardings of the tables: what a checkpoint is restored into.
+
+        Orbax refuses one of another dtype, hash, vocabulary or optimizer: its structure is another.
+        """
+        shapes, shardings = self._shapes, self.shardings()
         if shardings is None:
             return shapes
         return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
@@ -148,7 +152,7 @@ class Memory:
             `Lookup.outside`, and n-grams with one of them read zeros).
         """
         self._refuse_shard_map()
-        self._check_tables(tables)
+        check_tables(tables, self._shapes)
         tokens = self._whole_numbers("tokens", tokens)
         batch = tokens.shape[:1]
         require(batch[0] % self.devices == 0, "tokens.shape", tokens.shape,
@@ -170,7 +174,8 @@ class Memory:
 
         For a batch in parts (gradient accumulation) give the look-ups and the gradients of all
         parts, as two lists or as `jax.lax.scan` stacks them, [A, B, T, H, C]. They add up, so let
-        each part's loss be its share of the whole mean.
+        each part's loss be its share of the whole mean. Gradients of other tokens, in a batch of
+        equal shape, cannot be told from right ones: they would move the rows of this look-up.
 
         Args:
           lookup: what `lookup` gave.
@@ -210,7 +215,7 @@ class Memory:
           UserError: tables of another memory.
         """
         self._refuse_shard_map()
-        self._check_tables(tables)
+        check_tables(tables, self._shapes)
         require(set(combined.gradients) == set(tables.values), "combined", set(combined.gradients),
                 f"must be of the tables {sorted(tables.values)}")
         rate, factor = (jnp.asarray(x, jnp.float32) for x in (learning_rate, scale))
@@ -258,33 +263,26 @@ class Memory:
                 jax.random.fold_in(key, site.layer), self.config.table_std,
                 self.config.table_dtype) for site in self.sites},
             moments={site.name: self.optimizer.init(layout_of(site)) for site in self.sites},
-            updates=jnp.zeros((), jnp.int32))
+            updates=jnp.zeros((), jnp.int32),
+            made_for={name: jnp.int32(site.rows)
+                      for name, site in zip(self._made_for, self.sites, strict=True)})
+
+    @functools.cached_property
+    def _made_for(self) -> tuple[str, ...]:
+        """For each site, in words that a checkpoint may have as a name, what its rows mean."""
+        prints = self._addressing.fingerprints()
+        return tuple("-".join((site.name, self.config.table_dtype, hashlib.sha256(
+            prints[site.name].encode()).hexdigest()[:16])) for site in self.sites)
+
+    @functools.cached_property
+    def _shapes(self) -> Tables:
+        """Shapes and dtypes of the tables, wherever they lie."""
+        return jax.eval_shape(self._init, jax.random.key(0))
 
     def _specs(self) -> Tables:
         """The PartitionSpec of every leaf of the tables."""
-        shapes = jax.eval_shape(self._init, jax.random.key(0))
         return jax.tree.map(
-            lambda leaf: PartitionSpec(self.axes) if leaf.ndim else PartitionSpec(), shapes)
-
-    def on_devices(self, function: Callable[..., Any], *specs: Any, out: Any) -> Callable[..., Any]:
-        """`function` of what one device holds, over global arrays that lie as `specs` say."""
-        mesh = self.mesh
-        if mesh is None:
-            return function
-        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
-        explicit = AxisType.Explicit in mesh.axis_types
-
-        def spread(spec: PartitionSpec, args: Any) -> Any:
-            return jax.tree.map(
-                lambda leaf: jax.sharding.reshard(leaf, NamedSharding(mesh, spec)), args)
-
-        def run(*args: Any) -> Any:
-            if explicit:
-                args = tuple(jax.tree.map(spread, spec, arg, is_leaf=lambda x: isinstance(
-                    x, PartitionSpec)) for spec, arg in zip(specs, args, strict=True))
-            return mapped(*args)
-
-        return run
+            lambda leaf: PartitionSpec(self.axes) if leaf.ndim else PartitionSpec(), self._shapes)
 
     # --- Refusals ---
 
@@ -292,11 +290,6 @@ class Memory:
         manual = jax.sharding.get_abstract_mesh().manual_axes
         require(not manual, "axes", tuple(manual), "are those of a jax.shard_map, and a Memory "
                 "works on global arrays: call it outside")
-
-    def _check_tables(self, tables: Tables) -> None:
-        right = {site.name: layout_of(site).shape for site in self.sites}
-        shapes = {name: tuple(table.shape) for name, table in tables.values.items()}
-        require(shapes == right, "tables", shapes, f"are of another memory; this one has {right}")
 
     def _whole_numbers(self, name: str, ids: Any) -> Any:
         """Token ids [B, T] that this memory can read, as far as can be seen."""
@@ -338,7 +331,8 @@ def _lookup(memory: Memory, values: Any, tokens: Any, history: Any, positions: A
         return rows, ids, _stacked(local.routes), _stacked(counts)
 
     spread = PartitionSpec(memory.axes)
-    verb = memory.on_devices(on_device, spread, spread, spread, spread, out=spread)
+    verb = collectives.on_mesh(
+        memory.mesh, on_device, spread, spread, spread, spread, out=spread)
     rows, ids, routes, counts = verb(values, tokens, history, positions)
     by_layer = {layer: rows[engram_site(memory.config, layer)] for layer in memory.config.layers}
     return Lookup(rows=by_layer, ids=ids, routes=routes, counts=counts)
@@ -362,7 +356,7 @@ def _combine(memory: Memory, ids: Any, routes: Any, row_grads: Any) -> Combined:
 
     spread = PartitionSpec(memory.axes)
     batch = PartitionSpec(None, memory.axes) if several else spread
-    verb = memory.on_devices(on_device, batch, batch, batch, out=spread)
+    verb = collectives.on_mesh(memory.mesh, on_device, batch, batch, batch, out=spread)
     return Combined(*verb(ids, routes, row_grads))
 
 
@@ -376,9 +370,10 @@ def _update(
         local = memory._local(rows // memory.config.total_heads)
         values, moments = local.update(
             tables.values, tables.moments, gradients, tables.updates + 1, rate, scale, good)
-        return Tables(values, moments, tables.updates + good.astype(jnp.int32))
+        return Tables(values, moments, tables.updates + good.astype(jnp.int32), tables.made_for)
 
     specs, everywhere = memory._specs(), PartitionSpec()
-    verb = memory.on_devices(on_device, specs, PartitionSpec(memory.axes), everywhere, everywhere,
-                             everywhere, out=specs)
+    verb = collectives.on_mesh(
+        memory.mesh, on_device, specs, PartitionSpec(memory.axes), everywhere, everywhere,
+        everywhere, out=specs)
     return verb(tables, gradients, rate, scale, good)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tables import flat
@@ -368,6 +369,58 @@ def test_abstract_tables_are_those_of_init():
         assert made.sharding == like.sharding
 
 
+OTHERS = {
+    "dtype": {"config": dataclasses.replace(CONFIG, table_dtype="bfloat16")},
+    "seed": {"config": dataclasses.replace(CONFIG, hash_seed=7)},
+    "vocabulary": {"vocabulary": CompressedVocabulary(np.arange(RAW)[::-1] // 2)},
+    "optimizer": {"optimizer": row_adam()},
+}
+others = pytest.mark.parametrize("other", OTHERS)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Tables with one update, and the folder that Orbax saved them to."""
+    memory, folder = memory_on("8 auto"), tmp_path_factory.mktemp("orbax") / "tables"
+    tables, _ = make_step(memory)(memory.init(jax.random.key(0)), tokens_of())
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, tables)
+    return tables, folder
+
+
+@pytest.mark.parametrize("name", ["8 auto", "none", "2x4 both"])
+def test_orbax_brings_back_every_bit_on_every_mesh(saved, name):
+    tables, folder = saved
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(folder, memory_on(name).abstract())
+    assert jax.tree.structure(restored) == jax.tree.structure(tables)
+    for here, there in zip(jax.tree.leaves(restored), jax.tree.leaves(tables), strict=True):
+        assert np.asarray(here).tobytes() == np.asarray(there).tobytes()
+    memory_on(name).lookup(restored, tokens_of())
+
+
+@others
+def test_orbax_refuses_a_checkpoint_of_another_memory(saved, other):
+    """Shapes may be equal: it would cast bits by value, or every row would be another n-gram's."""
+    memory = dataclasses.replace(memory_on("8 auto"), **OTHERS[other])
+    with (ocp.StandardCheckpointer() as checkpointer,
+          pytest.raises(ValueError, match=r"(?i)structures? (do not |mis)match")):
+        checkpointer.restore(saved[1], memory.abstract())
+
+
+@others
+@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+def test_tables_of_another_memory_of_equal_shapes_are_refused(other, jitted):
+    memory = dataclasses.replace(memory_on("8 auto"), **OTHERS[other])
+    tables, tokens = memory_on("8 auto").init(jax.random.key(0)), tokens_of()
+    combined = memory_on("8 auto").combine(
+        lookup := memory_on("8 auto").lookup(tables, tokens), lookup.rows)
+    for verb in (lambda tables: memory.lookup(tables, tokens),
+                 lambda tables: memory.update(tables, combined, RATE)):
+        with pytest.raises(UserError, match=r"^tables\.\w+ = .*: are of another memory; this one"):
+            (jax.jit(verb) if jitted else verb)(tables)
+
+
 def mesh_of_eight():
     return memory_on("8 auto").mesh
 
@@ -417,9 +470,9 @@ def test_rows_of_another_lookup_and_tables_of_another_memory_are_refused():
         memory.combine(lookup, {layer: rows[:, :3] for layer, rows in lookup.rows.items()})
     with pytest.raises(UserError, match=r"^row_grads = 1: must be as many as the look-ups"):
         memory.combine([lookup, lookup], [lookup.rows])
-    with pytest.raises(UserError, match=r"^tables = .* are of another memory"):
+    with pytest.raises(UserError, match=r"^tables.values = .* are of another memory"):
         other.lookup(tables, tokens_of())
-    with pytest.raises(UserError, match=r"^tables = .* are of another memory"):
+    with pytest.raises(UserError, match=r"^tables.values = .* are of another memory"):
         other.update(tables, memory.combine(lookup, lookup.rows), RATE)
 
 
