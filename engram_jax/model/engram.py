@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from engram_jax.config import EngramConfig, require
 from engram_jax.model.layers import Params, rms_norm
@@ -47,9 +48,16 @@ def engram_parameters(
 
 def as_streams(hidden: jax.Array) -> jax.Array:
     """A guest's hidden state, [B, T, D] or [B, T, M, D], as residual streams [B, T, M, D]."""
+    check_array("hidden", hidden, "[B, T, D] or [B, T, M, D]")
     require(hidden.ndim in (3, 4), "hidden.shape", hidden.shape,
             "must be [B, T, D] or [B, T, M, D]")
     return hidden if hidden.ndim == 4 else hidden[:, :, None]
+
+
+def check_array(name: str, value: object, right: str) -> None:
+    """Refuse (UserError) lists, dicts and the like for an argument that is an array."""
+    require(isinstance(value, jax.Array | np.ndarray), name, type(value).__name__,
+            f"must be an array, {right}")
 
 
 class Fused(NamedTuple):
@@ -89,7 +97,8 @@ def fuse(
         oldest first; None where there were none.
 
     Raises:
-      UserError: shapes that do not go together, or rows that are bits and not numbers.
+      UserError: what is no array, shapes or dtypes that do not go together, rows that are bits and
+        not numbers, or parameters that are missing.
     """
     _check(params, hidden_BTMD, rows_BTHC, config, position_BT, before_BPMD)
     if not config.per_branch:
@@ -114,8 +123,15 @@ def _check(
     position: jax.Array | None, before: jax.Array | None,
 ) -> None:
     """Refuse (UserError) what would broadcast, or be read as other numbers."""
+    check_array("hidden", hidden, "[B, T, M, D]")
+    check_array("rows", rows, "[B, T, H, C]; of a look-up's rows, those of one layer, rows[layer]")
     require(hidden.ndim == 4, "hidden.shape", hidden.shape,
             "must be [B, T, M, D]; one residual stream is hidden[:, :, None]")
+    require(bool(jnp.issubdtype(hidden.dtype, jnp.floating)), "hidden.dtype", str(hidden.dtype),
+            "must be a float type")
+    missing = [name for name in _names(config) if name not in params]
+    require(not missing, "params", sorted(params), f"must have {', '.join(missing)}, too, as "
+            "init_engram makes them")
     batch_time, branches = hidden.shape[:2], config.branches(hidden.shape[2])
     project = params["project"].shape
     made_for = project[0] - 1 if config.gated else branches, project[2]
@@ -130,9 +146,17 @@ def _check(
             "engram_jax.tables.rounding.decode")
     require(position is None or position.shape == batch_time, "position.shape",
             getattr(position, "shape", None), f"must be {batch_time}, B and T")
+    require(position is None or bool(jnp.issubdtype(position.dtype, jnp.integer)),
+            "position.dtype", str(getattr(position, "dtype", None)), "must be a whole-number type")
     right = batch_time[0], config.conv_reach, branches, hidden.shape[3]
     require(before is None or before.shape == right, "before.shape",
             getattr(before, "shape", None), f"must be {right}: B, conv_reach, gates, D")
+
+
+def _names(config: EngramConfig) -> tuple[str, ...]:
+    """The parameters that a module of these settings reads."""
+    return ("project", *("query_gain", "key_gain") * config.gated, *("bias",) * config.bias,
+            *("conv_gain", "conv") * bool(config.kernel))
 
 
 @jax.named_scope("gate")

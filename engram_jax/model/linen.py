@@ -11,13 +11,12 @@ token, C columns of a row.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from engram_jax.config import EngramConfig, require
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash
 from engram_jax.hashing.token_hash import BEFORE
-from engram_jax.model.engram import as_streams, fuse, init_engram
+from engram_jax.model.engram import as_streams, check_array, fuse, init_engram
 from engram_jax.tables.layout import TableLayout
 
 
@@ -105,7 +104,12 @@ class Engram(nn.Module):
         vocabulary = self.vocabulary or CompressedVocabulary.identity(config.vocab_size)
         if not config.compress:
             vocabulary = CompressedVocabulary.identity(vocabulary.lookup.size)
-        _check(config, vocabulary, layer, hidden, token_ids)
+        _check(config, vocabulary, layer, hidden)
+        _check_ids("token_ids", token_ids, hidden.shape[:2])
+        if position is not None:
+            _check_ids("position", position, hidden.shape[:2])
+        if history is not None:
+            _check_ids("history", history)
         ngrams = NgramHash(
             rows_per_head=config.rows_per_head, heads=config.heads, layers=config.layers,
             vocab_size=vocabulary.size, pad_id=int(vocabulary.lookup[config.pad_id]),
@@ -126,7 +130,7 @@ class Engram(nn.Module):
         """The raw ids before these, int32 [B, N - 1]; the cache then ends with these."""
         batch, before = token_ids.shape[0], self.config.max_order - 1
         if history is not None:
-            require(history.ndim == 2 and history.shape[0] == batch and history.shape[1] >= before,
+            require(history.shape[0] == batch and history.shape[1] >= before,
                     "history.shape", history.shape, f"must be [{batch}, at least {before}]")
             history = history[:, history.shape[1] - before:]
         if not self.decode:
@@ -170,11 +174,11 @@ def _fused(
 
 
 def _check(
-    config: EngramConfig, vocabulary: CompressedVocabulary, layer: int, hidden: jax.Array,
-    token_ids: jax.Array,
+    config: EngramConfig, vocabulary: CompressedVocabulary, layer: int, hidden: jax.Array
 ) -> None:
-    """Refuse (UserError) what `Engram` would ignore, and shapes that do not go together."""
-    raw_ids, batch_time = vocabulary.lookup.size, as_streams(hidden).shape[:2]
+    """Refuse (UserError) what `Engram` would ignore, a hidden state and ids that cannot be."""
+    as_streams(hidden)
+    raw_ids = vocabulary.lookup.size
     require(config.keys == "ngrams", "EngramConfig.keys", config.keys,
             "is a control of the training loop; a module of its own has ngrams")
     require(not config.one_table, "EngramConfig.one_table", config.one_table,
@@ -184,5 +188,12 @@ def _check(
     require(layer in config.layers, "Engram.layer", layer, f"must be one of {config.layers}")
     require(config.pad_id < raw_ids, "EngramConfig.pad_id", config.pad_id,
             f"must be a raw token id, in 0..{raw_ids - 1}")
-    require(np.shape(token_ids) == batch_time, "token_ids.shape", np.shape(token_ids),
-            f"must be {batch_time}, the first two of hidden's")
+
+
+def _check_ids(name: str, ids: jax.Array, batch_time: tuple[int, ...] | None = None) -> None:
+    """Refuse (UserError) what are not whole numbers [B, T], of the hidden state's B and T."""
+    check_array(name, ids, "whole numbers [B, T]")
+    require(ids.ndim == 2 and batch_time in (None, ids.shape), f"{name}.shape", ids.shape,
+            f"must be {batch_time}, the first two of hidden's" if batch_time else "must be [B, T]")
+    require(bool(jnp.issubdtype(ids.dtype, jnp.integer)), f"{name}.dtype", str(ids.dtype),
+            "must be a whole-number type")

@@ -114,9 +114,15 @@ def in_one(lookup: Any, row_grads: Any) -> tuple[Lookup, Mapping[int, Any]]:
     if isinstance(lookup, Lookup):
         _check_row_grads(lookup, row_grads)
         return lookup, row_grads
+    require(isinstance(lookup, list | tuple), "lookup", type(lookup).__name__,
+            "must be what Memory.lookup gave, or a list of such")
+    require(isinstance(row_grads, list | tuple), "row_grads", type(row_grads).__name__,
+            "must be a list, as the look-ups are")
     require(len(lookup) == len(row_grads) > 0, "row_grads", len(row_grads),
             f"must be as many as the look-ups, which are {len(lookup)}")
     for one, grads in zip(lookup, row_grads, strict=True):
+        require(isinstance(one, Lookup), "lookup", type(one).__name__,
+                "must be what Memory.lookup gave")
         _check_row_grads(one, grads)
 
     def stack(*parts: Any) -> Any:
@@ -125,7 +131,10 @@ def in_one(lookup: Any, row_grads: Any) -> tuple[Lookup, Mapping[int, Any]]:
     return jax.tree.map(stack, *lookup), jax.tree.map(stack, *row_grads)
 
 
-def _check_row_grads(lookup: Lookup, row_grads: Mapping[int, Any]) -> None:
+def _check_row_grads(lookup: Lookup, row_grads: Any) -> None:
+    require(isinstance(row_grads, Mapping), "row_grads", type(row_grads).__name__,
+            "must be a dict, for each layer the gradient of the look-up's rows")
+
     def shapes(rows: Mapping[int, Any]) -> dict[int, tuple[int, ...]]:
         return {layer: tuple(np.shape(each)) for layer, each in rows.items()}
 
@@ -147,3 +156,34 @@ def check_tables(tables: Any, right: Tables) -> None:
     same("values", lambda values: {name: str(each.dtype) for name, each in values.items()})
     same("made_for", sorted)
     same("moments", lambda moments: {name: type(each).__name__ for name, each in moments.items()})
+
+
+def check_devices(name: str, counts: jax.Array, devices: int) -> None:
+    """Refuse (UserError) what was looked up or combined on another number of devices.
+
+    Args:
+      name: of the argument.
+      counts: [..., P], one of those that it carries for each device.
+      devices: that share the tables.
+    """
+    require(counts.shape[-1] == devices, name, f"of {counts.shape[-1]} devices",
+            f"is of another mesh; {devices} share the tables of this memory")
+
+
+def as_scalar(name: str, value: Any) -> jax.Array:
+    """A setting of an update, float32.
+
+    Raises:
+      UserError: it is no number.
+    """
+    numbers = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    require(numbers and np.ndim(value) == 0, name,
+            np.shape(value) if numbers else type(value).__name__, "must be one number")
+    return jnp.asarray(value, jnp.float32)
+
+
+def refuse_shard_map() -> None:
+    """Refuse (UserError) to be inside of one: a verb's `jax.shard_map` is its own."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    require(not manual, "axes", tuple(manual), "are those of a jax.shard_map, and a Memory "
+            "works on global arrays: call it outside")

@@ -36,7 +36,16 @@ from engram_jax.tables import collectives
 from engram_jax.tables.exchange import ROOM
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
-from engram_jax.tables.lookup import Combined, Lookup, Tables, check_tables, in_one
+from engram_jax.tables.lookup import (
+    Combined,
+    Lookup,
+    Tables,
+    as_scalar,
+    check_devices,
+    check_tables,
+    in_one,
+    refuse_shard_map,
+)
 from engram_jax.tables.row_optimizers import RowOptimizer, row_rmsprop
 
 
@@ -78,6 +87,8 @@ class Memory:
         names = self.axes if self.mesh is None else self.mesh.axis_names
         require(set(self.axes) <= set(names), "Memory.axes", self.axes,
                 f"must be axes of the mesh, which has {tuple(names)}")
+        require(isinstance(self.optimizer, RowOptimizer), "Memory.optimizer", self.optimizer,
+                "must be made by one of tables.row_optimizers, as row_adam()")
         require(0 < self.capacity < math.inf, "Memory.capacity", self.capacity, "must be positive")
         require(self.dtype in ("float32", "bfloat16"), "Memory.dtype", self.dtype,
                 "must be float32 or bfloat16")
@@ -151,7 +162,7 @@ class Memory:
             a NumPy array that the vocabulary does not have (in a jax array they are counted in
             `Lookup.outside`, and n-grams with one of them read zeros).
         """
-        self._refuse_shard_map()
+        refuse_shard_map()
         check_tables(tables, self._shapes)
         tokens = self._whole_numbers("tokens", tokens)
         batch = tokens.shape[:1]
@@ -162,7 +173,7 @@ class Memory:
             require(history.shape[:1] == batch and history.shape[1] >= before, "history.shape",
                     history.shape, f"must be ({batch[0]}, {before} or more)")
         if positions is not None:
-            positions = jnp.asarray(positions)
+            positions = self._whole_numbers("positions", positions, ids=False)
             require(positions.shape == tokens.shape, "positions.shape", positions.shape,
                     f"must be {tokens.shape}, that of tokens")
         return _lookup(self, tables.values, tokens, history, positions)
@@ -182,10 +193,12 @@ class Memory:
           row_grads: for each layer the gradient of the loss with respect to `lookup.rows`.
 
         Raises:
-          UserError: gradients that have not the layers or shapes of the look-up's rows.
+          UserError: gradients that have not the layers or shapes of the look-up's rows; a look-up
+            on another mesh.
         """
-        self._refuse_shard_map()
+        refuse_shard_map()
         whole, grads = in_one(lookup, row_grads)
+        check_devices("lookup", whole.counts["rounds"], self.devices)
         by_table: dict[str, Any] = {}
         for layer, grad in grads.items():
             name = engram_site(self.config, layer)
@@ -212,13 +225,17 @@ class Memory:
           scale: a scalar on the gradients, as clipping makes it.
 
         Raises:
-          UserError: tables of another memory.
+          UserError: tables of another memory, gradients that were not combined or on another mesh,
+            a rate or a scale that is not one number.
         """
-        self._refuse_shard_map()
+        refuse_shard_map()
         check_tables(tables, self._shapes)
+        require(isinstance(combined, Combined), "combined", type(combined).__name__,
+                "must be what Memory.combine gave")
+        check_devices("combined", combined.squares, self.devices)
         require(set(combined.gradients) == set(tables.values), "combined", set(combined.gradients),
                 f"must be of the tables {sorted(tables.values)}")
-        rate, factor = (jnp.asarray(x, jnp.float32) for x in (learning_rate, scale))
+        rate, factor = as_scalar("learning_rate", learning_rate), as_scalar("scale", scale)
         good = jnp.isfinite(combined.square * factor * rate) & (factor != 0)
         return _update(self, tables, combined.gradients, rate, factor, good)
 
@@ -284,22 +301,15 @@ class Memory:
         return jax.tree.map(
             lambda leaf: PartitionSpec(self.axes) if leaf.ndim else PartitionSpec(), self._shapes)
 
-    # --- Refusals ---
-
-    def _refuse_shard_map(self) -> None:
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        require(not manual, "axes", tuple(manual), "are those of a jax.shard_map, and a Memory "
-                "works on global arrays: call it outside")
-
-    def _whole_numbers(self, name: str, ids: Any) -> Any:
-        """Token ids [B, T] that this memory can read, as far as can be seen."""
-        ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
-        require(ids.ndim == 2, f"{name}.shape", ids.shape, "must be [B, T]")
-        require(bool(jnp.issubdtype(ids.dtype, jnp.integer)), f"{name}.dtype", str(ids.dtype),
+    def _whole_numbers(self, name: str, given: Any, ids: bool = True) -> Any:
+        """Whole numbers [B, T]; token ids that this memory can read, as far as can be seen."""
+        array = given if isinstance(given, jax.Array) else np.asarray(given)
+        require(array.ndim == 2, f"{name}.shape", array.shape, "must be [B, T]")
+        require(bool(jnp.issubdtype(array.dtype, jnp.integer)), f"{name}.dtype", str(array.dtype),
                 "must be a whole-number type")
-        if isinstance(ids, np.ndarray):
-            self._vocabulary.canonical(ids)
-        return ids
+        if ids and isinstance(array, np.ndarray):
+            self._vocabulary.canonical(array)
+        return array
 
 
 # --- The verbs on global arrays, compiled once where they are called outside of a jit ---

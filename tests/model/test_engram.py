@@ -184,6 +184,29 @@ def test_shapes_that_do_not_go_together_are_one_clear_line(streams, change, word
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize(("change", "line"), [
+    ({"hidden_BTMD": [[1.0]]}, r"^hidden = 'list': must be an array, \[B, T, M, D\]$"),
+    ({"hidden_BTMD": np.ones((BATCH, TIME, 1, WIDTH), int)}, r"^hidden.dtype = 'int64': must be"),
+    ({"rows_BTHC": {1: np.ones(3)}}, r"^rows = 'dict': must be an array, .*rows\[layer\]$"),
+    ({"position_BT": np.ones((BATCH, TIME))}, r"^position.dtype = 'float64': must be a whole"),
+    ({"params": {}}, r"^params = \[\]: must have project, query_gain, key_gain, conv_gain, conv"),
+])
+def test_what_is_no_array_or_parameter_is_one_clear_line(change, line):
+    config, params, hidden, rows = setting(1)
+    with pytest.raises(UserError, match=line):
+        fuse(**{"params": params, "hidden_BTMD": hidden, "rows_BTHC": rows, "config": config,
+                **change})
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"bias": True}, {"gated": False}, {"kernel": 0}])
+def test_a_parameter_that_is_missing_is_named(fields):
+    config, params, hidden, rows = setting(1, **fields)
+    for name in params:
+        with pytest.raises(UserError, match=rf"^params = .*: must have {name}, too, as"):
+            fuse({other: params[other] for other in params if other != name}, hidden, rows, config)
+
+
 def test_bits_of_a_bfloat16_table_are_no_rows():
     """They would be read as numbers up to 65,535."""
     config, params, hidden, rows = setting(1)

@@ -228,6 +228,20 @@ def test_a_wrong_call_is_one_clear_line(module, shape, word):
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize(("change", "line"), [
+    ({"token_ids": TOKENS_BT * 1.0}, r"^token_ids.dtype = 'float64': must be a whole-number type"),
+    ({"token_ids": TOKENS_BT.tolist()}, r"^token_ids = 'list': must be an array"),
+    ({"position": TOKENS_BT * 1.0}, r"^position.dtype = 'float64': must be a whole-number type"),
+    ({"history": TOKENS_BT * 1.0}, r"^history.dtype = 'float64': must be a whole-number type"),
+    ({"hidden": {1: 2}}, r"^hidden = 'dict': must be an array"),
+    ({"hidden": np.ones((BATCH, TIME, WIDTH), int)}, r"^hidden.dtype = 'int64': must be a float"),
+])
+def test_arguments_of_the_drop_in_are_named_as_it_names_them(change, line):
+    given = {"hidden": jnp.zeros((BATCH, TIME, WIDTH)), "token_ids": TOKENS_BT, **change}
+    with pytest.raises(UserError, match=line):
+        Engram(CONFIG).init(jax.random.key(0), **given)
+
+
 def test_one_block_needs_no_layers():
     config = EngramConfig(rows_per_head=(31, 37), heads=2, head_dim=8, shards=4, vocab_size=VOCAB)
     tree = Engram(config).init(jax.random.key(0), jnp.zeros((1, 3, 8)), TOKENS_BT[:1, :3])

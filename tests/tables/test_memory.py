@@ -436,6 +436,9 @@ def mesh_of_eight():
      r"^pad_id = 100: must be a raw token id, in 0..99$"),
     (lambda: Memory(dataclasses.replace(CONFIG, keys="random"), VOCABULARY), "is a control"),
     (lambda: Memory(CONFIG, VOCABULARY, dtype="bf16"), r"^Memory.dtype = 'bf16': "),
+    (lambda: Memory(CONFIG, VOCABULARY, optimizer="row_adam"),
+     r"^Memory.optimizer = 'row_adam': must be made by one of tables.row_optimizers, as row_adam"),
+    (lambda: Memory(CONFIG, VOCABULARY, optimizer=row_adam), r"^Memory.optimizer = <function row"),
     (lambda: Memory(CONFIG, VOCABULARY, capacity=0.0), r"^Memory.capacity = 0.0: "),
     (lambda: TableLayout(rows=9, dim=2, shards=3).init(jax.random.key(0), 1.0, "bf16"),
      r"^dtype = 'bf16': must be float32 or bfloat16$"),
@@ -451,6 +454,7 @@ def test_a_memory_that_cannot_be_is_refused(make, line):
     ({"tokens": tokens_of() * 1.0}, r"^tokens.dtype = 'float64': must be a whole-number type$"),
     ({"tokens": tokens_of() + 50}, r"^token id = 1\d\d: must be in 0..99"),
     ({"history": tokens_of()[:, :1]}, r"^history.shape = \(8, 1\): must be \(8, 2 or more\)$"),
+    ({"positions": tokens_of() * 1.0}, r"^positions.dtype = 'float64': must be a whole-number"),
     ({"positions": tokens_of()[:, :1]}, r"^positions.shape = \(8, 1\): must be \(8, 6\)"),
 ])
 def test_a_lookup_that_cannot_be_is_refused(given, line):
@@ -474,6 +478,31 @@ def test_rows_of_another_lookup_and_tables_of_another_memory_are_refused():
         other.lookup(tables, tokens_of())
     with pytest.raises(UserError, match=r"^tables.values = .* are of another memory"):
         other.update(tables, memory.combine(lookup, lookup.rows), RATE)
+
+
+def test_what_the_verbs_did_not_give_is_refused_by_its_name():
+    memory, other = memory_on("8 auto"), memory_on("4x2 auto")
+    tables = memory.init(jax.random.key(0))
+    lookup, elsewhere = (each.lookup(each.init(jax.random.key(0)), tokens_of())
+                         for each in (memory, other))
+    grads = lookup.rows
+    combined = memory.combine(lookup, grads)
+    for call, line in (
+            (lambda: memory.combine(lookup, grads[1]), r"^row_grads = 'ArrayImpl': must be a dict"),
+            (lambda: memory.combine([lookup], grads), r"^row_grads = 'dict': must be a list"),
+            (lambda: memory.combine(grads, grads), r"^lookup = 'dict': must be what Memory.lookup"),
+            (lambda: memory.combine([grads], [grads]), r"^lookup = 'dict': must be what Memory.l"),
+            (lambda: memory.combine(elsewhere, grads), r"^lookup = 'of 4 devices': is of anoth"),
+            (lambda: memory.update(tables, grads, RATE), r"^combined = 'dict': must be what Memor"),
+            (lambda: memory.update(tables, other.combine(elsewhere, elsewhere.rows), RATE),
+             r"^combined = 'of 4 devices': is of another mesh; 8 share"),
+            (lambda: memory.update(tables, combined, RATE, jnp.ones(3)),
+             r"^scale = \(3,\): must be one number$"),
+            (lambda: memory.update(tables, combined, "fast"),
+             r"^learning_rate = 'str': must be one number$"),
+            (lambda: memory.lookup(tables.values, tokens_of()), r"^tables = 'dict': must be T")):
+        with pytest.raises(UserError, match=line):
+            call()
 
 
 def test_a_memory_inside_a_shard_map_is_refused():
