@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_drop_in_example_runs():
     code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(code) == 2  # the other is run by test_generate.py
+    assert len(code) == 3  # the others are run by test_cli.py and test_generate.py
     names = {}
     exec(compile(code[0], "README.md", "exec"), names)
     block, hidden = names["Block"](), jnp.ones((2, 8, 32))

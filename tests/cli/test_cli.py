@@ -141,6 +141,32 @@ def test_describe_takes_a_run_a_config_and_a_function(trained, capsys, tmp_path,
     monkeypatch.delitem(sys.modules, "my_recipes")
 
 
+def test_the_recipe_that_the_readme_shows_trains(capsys, tmp_path, monkeypatch, text):
+    readme = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    block, = re.findall(r"```python\n([^`]*def mine[^`]*)```", readme)
+    (tmp_path / "my_recipes.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    succeeded(capsys, "train", "my_recipes:mine", "--out", "runs/other",
+              "--set", "training.steps=1", "--set", "training.evaluate_batches=1",
+              "--set", "data.batch_size=2", "--set", "data.sequence_length=16",
+              "--set", f"data.path={text}", "--set", "data.tokenizer=bpe:300",
+              "--set", f"data.cache_dir={tmp_path}", "--set", "model.vocab_size=300")
+    config = RunDirectory(tmp_path / "runs" / "other").config()
+    assert (config.name, config.model.width) == ("mine", 128)
+    monkeypatch.delitem(sys.modules, "my_recipes")
+
+
+@pytest.mark.parametrize(("config", "line"), [
+    ("{}", "name: is missing"), ('{"nam": "x"}', "nam: no such field"), ("[1]", ""),
+    ('{"name": "x", "data": {"seed": "y"}, "model": 3, "optimizer": {}, "training": {}}',
+     "data.seed = 'y': must be a whole number")])
+def test_a_config_that_is_wrong_is_named(config, line, capsys, tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(config)
+    assert f"{file}: {line}" in refused(capsys, "describe", file)
+
+
 def test_a_config_may_be_changed_and_trained(trained, capsys, tmp_path):
     out = succeeded(capsys, "train", trained / "config.json", "--out", tmp_path / "run",
                     "--set", "training.steps=1")
