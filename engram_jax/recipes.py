@@ -22,7 +22,7 @@ from engram_jax.config import (
     TrainingConfig,
 )
 from engram_jax.errors import UserError
-from engram_jax.settings import changed, from_dict
+from engram_jax.settings import changed, from_file
 from engram_jax.storage import check_readable, read_json, refusals
 
 PAPER_LAYERS = (1, 14)
@@ -199,8 +199,7 @@ def read_config(path: epath.Path) -> RunConfig:
     Raises:
       UserError: it holds none.
     """
-    values = read_json(path)
-    config: RunConfig = from_dict(values)
+    config: RunConfig = from_file(path, read_json(path))
     return config
 
 

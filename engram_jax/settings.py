@@ -63,6 +63,19 @@ def from_dict(values: Mapping[str, Any], kind: Any = RunConfig, where: str = "")
                    for name, value in values.items()})
 
 
+def from_file(path: object, values: Mapping[str, Any], kind: Any = RunConfig,
+              where: str = "") -> Any:
+    """Build `kind` from the plain values that a file holds; what is wrong names the file.
+
+    Raises:
+      UserError: as `from_dict`.
+    """
+    try:
+        return from_dict(values, kind, where)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy of `config` in which the fields that `changes` names have other values.
 

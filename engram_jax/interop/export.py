@@ -35,7 +35,7 @@ from engram_jax.runs.checkpoints import Checkpoints, last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.export import SavedTables
 from engram_jax.runs.reader import Reader, open_reader, reader_of
-from engram_jax.settings import from_dict, to_dict
+from engram_jax.settings import from_file, to_dict
 from engram_jax.storage import refusals
 from engram_jax.tables.layout import layout_of
 from engram_jax.training.placement import placed_state, single_mesh
@@ -220,7 +220,7 @@ def open_export(folder: str | os.PathLike[str]) -> Exported:
     require(type(values.get("step")) is int and 0 <= values["step"] < 2**31
             and isinstance(values.get("config"), dict), f"{path / 'config.json'}: step",
             values.get("step"), "must be a step of training, beside config")
-    run: RunConfig = from_dict(values["config"])
+    run: RunConfig = from_file(path / "config.json", values["config"])
     records = RunDirectory(path)
     kept = records.artifact()
     require(kept is not None, f"{path / HASH_FILE}", None, "is missing")

@@ -35,7 +35,7 @@ from engram_jax.offload.disk import DiskTable
 from engram_jax.offload.file import TableInfo, TableWriter
 from engram_jax.offload.home import Home
 from engram_jax.offload.host import HostTable
-from engram_jax.settings import from_dict
+from engram_jax.settings import from_file
 from engram_jax.storage import is_local, refusals
 
 FORMAT, VERSION = "engram_jax memory", 1
@@ -184,7 +184,8 @@ def open_released(folder: str | os.PathLike[str], home: str = "disk") -> Release
     for name, kind in kinds.items():
         require(type(values.get(name)) is kind, f"{path / 'config.json'}: {name}",
                 values.get(name), f"must be of type {kind.__name__}")
-    config: EngramConfig = from_dict(values["engram"], EngramConfig, "engram")
+    config: EngramConfig = from_file(
+        path / "config.json", values["engram"], EngramConfig, "engram.")
     require(values["sha256"].keys() == set(_SUMMED), f"{path / 'config.json'}: sha256",
             sorted(values["sha256"]), f"must be of {', '.join(_SUMMED)}")
     for name, digest in values["sha256"].items():

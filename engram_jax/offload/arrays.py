@@ -33,7 +33,7 @@ def write_table(
     """Write an array to a table file, which appears whole or not at all, and say what it is.
 
     Args:
-      path: on a disk.
+      path: on a disk; folders that are not there are made.
       table: [rows, dim] or [S, R, dim], of floats; uint16 are the bits of bfloat16.
       dtype: of the rows in the file, one of `config.ROW_DTYPES`; rounded to nearest.
       addressing: what asks for the rows; the file is then refused for another one. None takes any.

@@ -37,6 +37,7 @@ _PAGE = 4096
 _MOST_COLUMNS = 2**24
 _LARGEST_HEADER = 2**24  # bytes; more means that the file is not what it says
 _READ_AT_ONCE = 2**24  # bytes
+_AGAIN = "export it again, or write it again"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ def read_table_file(path: Path, file: BinaryIO) -> TableFile:
         trailer = file.read(4 * info.blocks + 4)
     checksums_K = np.frombuffer(trailer, "<u4", info.blocks)
     if trailer_bytes(header, checksums_K) != trailer:
-        raise MachineError(f"{path}: its header or its checksums are altered; export it again")
+        raise MachineError(f"{path}: its header or its checksums are altered; {_AGAIN}")
     return TableFile(info, len(header), checksums_K)
 
 
@@ -165,7 +166,7 @@ def _header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     if version != VERSION:
         raise UserError(f"{path}: has version {version} of the format; this reads {VERSION}")
     if length > _LARGEST_HEADER:
-        raise MachineError(f"{path}: its header is altered; export it again")
+        raise MachineError(f"{path}: its header is altered; {_AGAIN}")
     padded = -(-(_START.size + length) // _PAGE) * _PAGE
     header = start + file.read(padded - _START.size)
     if len(header) != padded:
@@ -173,9 +174,9 @@ def _header(path: Path, file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     try:
         fields = json.loads(header[_START.size:_START.size + length])
     except (ValueError, RecursionError) as error:
-        raise MachineError(f"{path}: its header is altered; export it again") from error
+        raise MachineError(f"{path}: its header is altered; {_AGAIN}") from error
     if not isinstance(fields, dict):
-        raise MachineError(f"{path}: its header is altered; export it again")
+        raise MachineError(f"{path}: its header is altered; {_AGAIN}")
     return header, fields
 
 
@@ -184,11 +185,11 @@ def _info(path: Path, fields: dict[str, Any]) -> TableInfo:
     try:
         info = TableInfo(**fields)
     except TypeError as error:  # a field too few, or too many
-        raise MachineError(f"{path}: its header is altered; export it again") from error
+        raise MachineError(f"{path}: its header is altered; {_AGAIN}") from error
     except UserError as error:
-        raise UserError(f"{path}: {error}; export the table again") from error
+        raise UserError(f"{path}: {error}; {_AGAIN}") from error
     if sizes != (info.block_rows, info.format.row_bytes):
-        raise MachineError(f"{path}: its header is altered; export it again")
+        raise MachineError(f"{path}: its header is altered; {_AGAIN}")
     return info
 
 
@@ -202,7 +203,7 @@ def check_serves(path: Path, info: TableInfo, expect: TableInfo) -> None:
     """
     def refuse(field: str, value: object, right: object) -> None:
         raise UserError(f"{path}: {field} = {value}: this model needs {right}; export the table "
-                        "of the run that is served")
+                        "of the run that is served, or write this model's")
 
     for name in expect.hash:  # what a person chose comes first, what follows from it last
         if info.hash.get(name) != expect.hash[name]:
@@ -359,7 +360,7 @@ def check_blocks(path: Path, table: TableFile, block: int, packed_UB: np.ndarray
         if zlib.crc32(rows_UB.data) != table.checksums_K[block]:
             first = block * table.info.block_rows
             raise MachineError(f"{path}: rows {first}..{first + len(rows_UB) - 1} are altered "
-                               f"(block {block} fails its checksum); export it again")
+                               f"(block {block} fails its checksum); {_AGAIN}")
         block += 1
 
 

@@ -145,6 +145,11 @@ def test_a_config_that_its_tensors_do_not_fit_is_refused(copied, tmp_path, compi
     with_new_sums(copied)
     with pytest.raises(UserError, match=r"params.embedding: shape = \(300, 32\): must be"):
         import_run(copied, tmp_path / "back")
+    del values["config"]["name"]
+    (copied / "config.json").write_text(json.dumps(values))
+    with_new_sums(copied)
+    with pytest.raises(UserError, match=r"config.json: name: is missing"):
+        open_export(copied)
     values["format"] = "zip"
     (copied / "config.json").write_text(json.dumps(values))
     with_new_sums(copied)

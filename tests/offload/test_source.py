@@ -322,6 +322,12 @@ def test_an_array_becomes_a_file_and_a_home(shape, dtype, tmp_path, monkeypatch)
         home.close()
 
 
+def test_folders_of_a_table_are_made(tmp_path):
+    path = tmp_path / "no" / "folder" / "t"
+    assert write_table(path, TABLES["layer_2"]).rows == 406
+    open_table(path).close()
+
+
 def test_a_cache_in_front_of_a_file(tmp_path):
     write_table(tmp_path / "t", TABLES["layer_2"], addressing=ADDRESSING, site="layer_2")
     home = open_table(tmp_path / "t", ADDRESSING, "layer_2", cache_bytes=2**12)

@@ -81,7 +81,7 @@ def test_the_commands(trained, tmp_path, capsys):
     assert main.main(["verify", str(path)]) == 1
     assert capsys.readouterr().err == (
         f"engram-jax: {path}: rows 0..405 are altered (block 0 fails its checksum); export it "
-        "again\n")
+        "again, or write it again\n")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
