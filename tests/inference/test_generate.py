@@ -231,7 +231,7 @@ def test_the_engine_of_the_readme_generates(trained):
     assert 1 <= len(tokens) <= 20
     with serving.engine(trained, slots=1, length=64) as engine:
         assert engine.generate([Request(prompt=(5, 6, 7), tokens=20)]) == [tokens]
-    with pytest.raises(RuntimeError, match="after shutdown"):
+    with pytest.raises(UserError, match="rows: their source has been closed"):
         names["engine"].generate([Request(prompt=(5, 6, 7), tokens=20)])
 
 
