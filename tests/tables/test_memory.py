@@ -139,11 +139,14 @@ def unique_rows(ids, grads):
 
 OPTIMIZERS = {"row_rmsprop": RMSPROP, "row_adam": row_adam(),
               "row_adagrad": row_adagrad(), "dense_adam": dense_adam()}
+QUICK = [("none", "row_rmsprop"), ("8 auto", "row_rmsprop")]  # the others take minutes
 CHECKED = [(name, "row_rmsprop") for name in ("none", "8 auto", "4x2 explicit", "2x4 both")] + [
     ("8 auto", other) for other in OPTIMIZERS if other != "row_rmsprop"]
 
 
-@pytest.mark.parametrize(("name", "optimizer"), CHECKED)
+@pytest.mark.parametrize(("name", "optimizer"), [
+    checked if checked in QUICK else pytest.param(*checked, marks=pytest.mark.slow)
+    for checked in CHECKED])
 def test_three_steps_are_those_of_one_big_array(name, optimizer):
     memory = memory_on(name, optimizer=OPTIMIZERS[optimizer])
     tables, step = memory.init(jax.random.key(0)), make_step(memory)
@@ -220,7 +223,8 @@ def gradient_of(name, way):
 
 
 @pytest.mark.parametrize("way", ["listed", "scanned"])
-@pytest.mark.parametrize("name", ["none", "8 auto", "4x2 explicit"])
+@pytest.mark.parametrize("name", [
+    "8 auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "4x2 explicit"))])
 def test_a_batch_in_parts_is_the_batch_at_once(name, way):
     """Parts of a batch may share rows, and each row is updated once."""
     tables = memory_on(name).init(jax.random.key(0))
@@ -313,7 +317,8 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(("rate", "scale", "gradient"), [
     (RATE, 0.0, 1.0), (RATE, NAN, 1.0), (RATE, INF, 1.0), (NAN, 1.0, 1.0), (RATE, 1.0, NAN),
     (RATE, 1.0, INF), (RATE, 1.0, 1e30)])
-@pytest.mark.parametrize("optimizer", ["row_adam", "dense_adam"])
+@pytest.mark.parametrize("optimizer", [
+    "row_adam", pytest.param("dense_adam", marks=pytest.mark.slow)])
 def test_a_skipped_step_changes_no_bit(optimizer, rate, scale, gradient):
     memory = memory_on("8 auto", optimizer=OPTIMIZERS[optimizer])
     tables, after = moved_once(memory, rate, scale, gradient)
