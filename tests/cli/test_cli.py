@@ -147,6 +147,7 @@ def test_the_recipe_that_the_readme_shows_trains(capsys, tmp_path, monkeypatch, 
     (tmp_path / "my_recipes.py").write_text(block)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_recipes", raising=False)  # another test's
     succeeded(capsys, "train", "my_recipes:mine", "--out", "runs/other",
               "--set", "training.steps=1", "--set", "training.evaluate_batches=1",
               "--set", "data.batch_size=2", "--set", "data.sequence_length=16",
@@ -154,7 +155,7 @@ def test_the_recipe_that_the_readme_shows_trains(capsys, tmp_path, monkeypatch, 
               "--set", f"data.cache_dir={tmp_path}", "--set", "model.vocab_size=300")
     config = RunDirectory(tmp_path / "runs" / "other").config()
     assert (config.name, config.model.width) == ("mine", 128)
-    monkeypatch.delitem(sys.modules, "my_recipes")
+    sys.modules.pop("my_recipes", None)
 
 
 @pytest.mark.parametrize(("config", "line"), [

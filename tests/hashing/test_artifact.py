@@ -180,7 +180,7 @@ def test_rules_of_documents_and_dead_tokens_agree_under_jit_whole_and_in_chunks(
 
 
 def test_no_prime_of_qwens_first_layer_comes_up_in_its_second():
-    """The released model has one such layer; transformers goes on behind it (docs/spec.md 5)."""
+    """The released model has one such layer; transformers goes on behind it."""
     hashing = NgramHash(rows_per_head=(50, 50), heads=2, layers=(1, 4), vocab_size=30, pad_id=3,
                         variant="qwen")
     assert hashing.primes == {1: ((53, 59), (61, 67)), 4: ((71, 73), (79, 83))}
