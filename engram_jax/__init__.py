@@ -5,8 +5,9 @@ they stay. What is not among them is free to change. They are imported when aske
 `import engram_jax` alone does not start jax.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engram_jax.faces import face
 
 if TYPE_CHECKING:
     from engram_jax.config import EngramConfig
@@ -68,12 +69,4 @@ __all__ = [
     "row_rmsprop",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = face(__name__, _MODULES)

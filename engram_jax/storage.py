@@ -92,18 +92,58 @@ def write_text(path: epath.Path, text: str) -> None:
         if not is_local(path):
             path.write_text(text)
             return
-        # Of several processes that write the same, each has a part of its own.
-        part = path.parent / f"{path.name}.{secrets.token_hex(4)}.part"
+    with WholeFile(pathlib.Path(path)) as file:
+        file.put(text.encode())
+
+
+class WholeFile:
+    """A file of this disk that is written a piece at a time, and appears whole or not at all.
+
+    Use as a context manager; leaving it with an exception leaves what stood there before. Of
+    several processes that write the same, each has a part of its own.
+
+    Raises:
+      MachineError: it cannot be written, for example because the disk is full.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        with refusals(path, "written"):
+            self._file = self._part.open("wb", buffering=0)
+
+    def __enter__(self) -> typing.Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            part.write_text(text)
-            keep(part)
-            part.replace(path)
-            keep(path.parent)
+            if error is None:
+                self.finish()
         finally:
-            part.unlink(missing_ok=True)  # of a disk that was full
+            self.discard()
+
+    def put(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        left = memoryview(data)
+        with refusals(self.path, "written"):
+            while left:
+                left = left[self._file.write(left):]
+
+    def finish(self) -> None:
+        """Put the file in its place, where it survives a power cut."""
+        with refusals(self.path, "written"):
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._part.replace(self.path)
+            keep(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove what is not in its place."""
+        self._file.close()
+        self._part.unlink(missing_ok=True)
 
 
-def keep(path: epath.Path) -> None:
+def keep(path: os.PathLike[str]) -> None:
     """Until what is in a local file, or which files a local folder has, survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -152,14 +192,10 @@ def download(path: epath.Path, target: pathlib.Path) -> None:
       MachineError: it cannot be read, or the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        with refusals(path, "copied to this disk"):
-            with path.open("rb") as source, part.open("wb") as sink:
-                shutil.copyfileobj(source, sink, COPIED_AT_ONCE)
-            part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    with refusals(path, "copied to this disk"), path.open("rb") as source, \
+            WholeFile(target) as file:
+        while piece := source.read(COPIED_AT_ONCE):
+            file.put(piece)
 
 
 def first_line(error: BaseException) -> str:

@@ -26,10 +26,16 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path_factory.getbasetemp() / "engram_cache"))
 
 
+def compiled_folder(tmp_path_factory):
+    """The folder of compiled programs; processes that share the tests share it, too."""
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+
+
 @pytest.fixture(scope="module")
 def compilations(tmp_path_factory):
     """Programs are compiled quickly, and once for all modules that use this; the cache's folder."""
-    folder = tmp_path_factory.getbasetemp() / "compiled"
+    folder = compiled_folder(tmp_path_factory)
     undo = micro.keep_compilations(folder)
     yield folder
     undo()
@@ -39,7 +45,7 @@ def compilations(tmp_path_factory):
 def a_trained_run(tmp_path_factory):
     """The folder of a run of `micro.plain`; for reading, or for a copy."""
     folder = tmp_path_factory.mktemp("trained")
-    undo = micro.keep_compilations(tmp_path_factory.getbasetemp() / "compiled")
+    undo = micro.keep_compilations(compiled_folder(tmp_path_factory))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENGRAM_CACHE", str(tmp_path_factory.getbasetemp() / "engram_cache"))
         run = micro.plain(micro.micro(micro.write_text(folder / "text.txt")))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "parts.md").read_text()
 

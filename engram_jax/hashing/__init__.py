@@ -3,8 +3,9 @@
 What is named here has its section in docs/parts.md, and stays.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engram_jax.faces import face
 
 if TYPE_CHECKING:
     from engram_jax.hashing.addressing import Addressing, address
@@ -42,12 +43,4 @@ __all__ = [
     "read_artifact",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = face(__name__, _MODULES)

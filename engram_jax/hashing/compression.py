@@ -1,4 +1,4 @@
-"""Raw token ids to canonical ids: tokens that differ only by case, accents or spaces are one.
+"""Compression of the vocabulary: tokens that differ only by case, accents or spaces are one.
 
 Shape suffixes: V raw vocabulary.
 """
@@ -23,7 +23,7 @@ _LONE_SPACE = "\ue000"  # stands for a lone space, so that stripping does not re
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CompressedVocabulary:
-    """The surjection of raw token ids onto canonical ids (docs/spec.md (1)).
+    """Maps each raw token id to its canonical id (docs/spec.md (1)).
 
     Two are equal when their digests are, so one can be a static argument or a module's attribute.
 
@@ -88,7 +88,7 @@ class CompressedVocabulary:
         return hashlib.sha256(self.lookup.astype("<i8").tobytes()).hexdigest()
 
     def canonical(self, ids: Any) -> Any:
-        """Canonical ids, int32, of raw ids of any shape: NumPy in, NumPy out; jax in, jax out.
+        """Map raw ids of any shape to canonical ids, int32: NumPy in, NumPy out; jax in, jax out.
 
         Under jax, where nothing can be raised, the canonical id of an id out of range is -1, which
         `NgramHash` gives no row.
@@ -121,7 +121,7 @@ class CompressedVocabulary:
 
 
 def _normalizer() -> normalizers.Normalizer:
-    """Text to the key that tokens of one class share, in the order of docs/spec.md section 1.1."""
+    """Make what turns a text into its class's key, in the order of docs/spec.md section 1.1."""
     return normalizers.Sequence([
         normalizers.NFKC(),
         normalizers.NFD(),

@@ -1,4 +1,4 @@
-"""What points at rows in control experiments: the memory's size and work without its knowledge.
+"""Ids for control experiments: a memory of the same size and work that knows nothing of the text.
 
 "More parameters help" and "these parameters help" are told apart by memories that are as large, are
 read as often and learn as fast, but are asked for rows that say nothing of the text before a token.
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 def of_neighbours(ids_BT: jax.Array) -> jax.Array:
-    """Each sequence's ids replaced by those of the sequence before it in the batch.
+    """Replace each sequence's ids by those of the sequence before it in the batch.
 
     Rows are read as often as the memory's own; what is read belongs to another text.
     """
@@ -20,7 +20,7 @@ def of_neighbours(ids_BT: jax.Array) -> jax.Array:
 
 
 def by_chance(ids_BT: jax.Array, size: int) -> jax.Array:
-    """Ids below `size`, int32, that no other beginning of a sequence gets but by chance.
+    """Draw ids below `size`, int32, that no other beginning of a sequence gets but by chance.
 
     The id of a position is a hash of all tokens up to it, so the same batch gives the same ids
     again, causally, and n-grams that come back do not bring their ids back.
@@ -32,7 +32,7 @@ def by_chance(ids_BT: jax.Array, size: int) -> jax.Array:
 
 
 def _mixed(word: jax.Array) -> jax.Array:
-    """The finaliser of MurmurHash3 (Appleby, public domain): uint32 to uint32, a bijection."""
+    """Mix the bits of a uint32: MurmurHash3's finaliser (Appleby, public domain), a bijection."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
     return word ^ (word >> 16)

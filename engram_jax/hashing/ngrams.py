@@ -1,4 +1,4 @@
-"""Canonical ids to row ids: the multiply-xor-modulus hash of n-grams (docs/spec.md section 1.2).
+"""The hash of n-grams, canonical ids to row ids: multiply, xor, modulus (docs/spec.md section 1.2).
 
 The products have 63 bits and accelerators have no fast int64, so under jit everything is uint32:
 a 64-bit value is a pair (high, low). `row_ids_numpy` is the same hash in NumPy's int64.
@@ -29,7 +29,7 @@ _16 = np.uint32(16)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NgramHash:
-    """The hash of every Engram layer of one model: constants, and tokens to row ids.
+    """Hashes the n-grams of a model's tokens to the rows of each Engram layer's table.
 
     Frozen and hashable, so that it can be a static argument or a module's attribute.
 
@@ -100,17 +100,17 @@ class NgramHash:
 
     @property
     def max_order(self) -> int:
-        """N, the longest n-gram."""
+        """The length of the longest n-gram, N."""
         return len(self.rows_per_head) + 1
 
     @property
     def total_heads(self) -> int:
-        """H, the rows read for each token."""
+        """How many rows are read for each token, H."""
         return len(self.rows_per_head) * self.heads
 
     @functools.cached_property
     def multipliers(self) -> Mapping[int, tuple[int, ...]]:
-        """Layer to N odd multipliers, of the newest token first."""
+        """Each layer's N odd multipliers, of the newest token first."""
         if self.numbers is not None:
             return dict(zip(self.layers, self.numbers.multipliers, strict=True))
         return {layer: variants.multipliers(self.variant, self.seed, layer, nth, self.vocab_size,
@@ -119,7 +119,7 @@ class NgramHash:
 
     @functools.cached_property
     def primes(self) -> Mapping[int, tuple[tuple[int, ...], ...]]:
-        """Layer to the rows of each head's table, [order][head]; no prime is used twice."""
+        """How many rows each head's table has, [order][head] by layer; no prime is used twice."""
         if self.numbers is not None:
             return dict(zip(self.layers, self.numbers.primes, strict=True))
         used: set[int] = set()
@@ -128,16 +128,16 @@ class NgramHash:
 
     @functools.cached_property
     def table_rows(self) -> Mapping[int, int]:
-        """Layer to the rows of its one table, in which all heads' tables lie end to end."""
+        """How many rows each layer's one table has, in which all heads' tables lie end to end."""
         return {layer: sum(map(sum, self.primes[layer])) for layer in self.layers}
 
     @functools.cached_property
     def offsets(self) -> Mapping[int, np.ndarray]:
-        """Layer to np.int64 [H], read-only: where each head's rows start in the layer's table."""
+        """Where each head's rows start in its layer's table, np.int64 [H] by layer, read-only."""
         return {layer: _starts(self.primes[layer]) for layer in self.layers}
 
     def constants(self) -> dict[str, Any]:
-        """Everything that row ids depend on, as JSON values; checkpoints carry it."""
+        """Name everything that row ids depend on, as JSON values; checkpoints carry it."""
         variant = {} if self.variant == "deepseek" else {"variant": self.variant}
         return {
             **variant,  # the first variant needs no name: checkpoints older than the others
@@ -158,7 +158,7 @@ class NgramHash:
     def row_ids(self, ids_BT: jax.Array | np.ndarray, layer: int,
                 history: jax.Array | np.ndarray | None = None,
                 reach_BT: jax.Array | np.ndarray | None = None) -> jax.Array:
-        """Row of each head's own table for the n-grams that end at each token; jitted, uint32.
+        """Hash the n-grams that end at each token to rows of each head's own table; jitted.
 
         Args:
           ids_BT: canonical ids, any integer dtype.
@@ -181,7 +181,7 @@ class NgramHash:
     def table_ids(self, ids_BT: jax.Array | np.ndarray, layer: int,
                   history: jax.Array | np.ndarray | None = None,
                   reach_BT: jax.Array | np.ndarray | None = None) -> jax.Array:
-        """Row of the layer's one table: `row_ids` plus `offsets`, int32 [B, T, H]; -1 stays -1."""
+        """Hash to rows of the layer's one table, int32 [B, T, H]: `row_ids` + `offsets`, or -1."""
         offsets_11H = self._offsets_11H(layer)
         rows_BTH = self.row_ids(ids_BT, layer, history, reach_BT)
         return jnp.where(rows_BTH < 0, rows_BTH, rows_BTH + offsets_11H)
@@ -189,7 +189,7 @@ class NgramHash:
     def row_ids_numpy(self, ids_BT: jax.Array | np.ndarray, layer: int,
                       history: jax.Array | np.ndarray | None = None,
                       reach_BT: jax.Array | np.ndarray | None = None) -> np.ndarray:
-        """`row_ids` in NumPy's int64, for hosts and tests; the same ids, int32 [B, T, H].
+        """Do as `row_ids` does, in NumPy's int64 for hosts and tests: the same int32 [B, T, H].
 
         Raises:
           UserError: as `row_ids`, and for an id that is not in 0..vocab_size - 1.
@@ -214,7 +214,7 @@ class NgramHash:
     def table_ids_numpy(self, ids_BT: jax.Array | np.ndarray, layer: int,
                         history: jax.Array | np.ndarray | None = None,
                         reach_BT: jax.Array | np.ndarray | None = None) -> np.ndarray:
-        """`table_ids` in NumPy; the same ids, int32 [B, T, H]."""
+        """Do as `table_ids` does in NumPy: the same ids, int32 [B, T, H]."""
         offsets_11H = self._offsets_11H(layer)
         return self.row_ids_numpy(ids_BT, layer, history, reach_BT) + offsets_11H
 
@@ -233,7 +233,7 @@ class NgramHash:
                         "must be a whole-number type")
 
     def _joined(self, ids_BT: np.ndarray, history: Any) -> np.ndarray:
-        """int64 [B, N-1+T], the chunk after its history; refuses ids that do not exist."""
+        """Put the chunk after its history, int64 [B, N-1+T]; ids that do not exist are refused."""
         before = self.max_order - 1
         x_BS = np.full((ids_BT.shape[0], before + ids_BT.shape[1]), self.pad_id, np.int64)
         x_BS[:, before:] = ids_BT
@@ -251,7 +251,7 @@ class NgramHash:
 
 def reach_from_documents(first_BT: jax.Array | np.ndarray,
                          history_first: jax.Array | np.ndarray | None = None) -> jax.Array:
-    """Reach that stops at the first token of the document that a token is in.
+    """Let each token see back to the first token of its document, and no further.
 
     Where positions inside documents are known, the reach is position + 1.
 
@@ -268,7 +268,7 @@ def reach_from_documents(first_BT: jax.Array | np.ndarray,
 
 def reach_from_dead(dead_BT: jax.Array | np.ndarray,
                     history_dead: jax.Array | np.ndarray | None = None) -> jax.Array:
-    """Reach that stops after the last dead token, such as an image token (V4.1).
+    """Let each token see back to the last dead token, such as an image token (V4.1), without it.
 
     A dead token hides itself and everything older: it sees nothing at all (reach 0, all pad).
 
@@ -283,7 +283,7 @@ def reach_from_dead(dead_BT: jax.Array | np.ndarray,
 
 
 def _since_last(mark_BT: Any, history: Any) -> jax.Array:
-    """int32 [B, T]: how many tokens back the last mark is; very far where there is none."""
+    """Count how many tokens back the last mark is, int32 [B, T]; very far where there is none."""
     mark_BT = jnp.asarray(mark_BT, bool)
     before = 0 if history is None else np.shape(history)[1]
     if history is not None:
@@ -296,7 +296,7 @@ def _since_last(mark_BT: Any, history: Any) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _row_ids(hashing: NgramHash, layer: int, ids_BT: Any, history: Any,
              reach_BT: Any) -> jax.Array:
-    """`NgramHash.row_ids`, its arguments checked."""
+    """Hash as `NgramHash.row_ids` does, its arguments checked."""
     time, before = np.shape(ids_BT)[1], hashing.max_order - 1
     x_BS = jnp.asarray(ids_BT).astype(jnp.uint32)
     if history is None:
@@ -327,13 +327,13 @@ def _row_ids(hashing: NgramHash, layer: int, ids_BT: Any, history: Any,
 
 
 def _multiply(x: jax.Array, multiplier: int) -> tuple[jax.Array, jax.Array]:
-    """(high, low) words of x * multiplier, modulo 2**64."""
+    """Multiply modulo 2**64; the words (high, low) of x * multiplier."""
     high, low = np.uint32(multiplier >> 32), np.uint32(multiplier & 0xFFFFFFFF)
     return _multiply_high(x, low) + x * high, x * low
 
 
 def _multiply_high(x: Any, y: Any) -> jax.Array:
-    """High word of the product of two uint32, by 16-bit limbs (none of the sums overflows)."""
+    """Take the high word of the product of two uint32, by 16-bit limbs; no sum overflows."""
     x0, x1, y0, y1 = x & _LOW16, x >> _16, y & _LOW16, y >> _16
     middle = x1 * y0 + ((x0 * y0) >> _16)
     other = x0 * y1 + (middle & _LOW16)
@@ -341,7 +341,7 @@ def _multiply_high(x: Any, y: Any) -> jax.Array:
 
 
 def _modulo(high_BTO1: jax.Array, low_BTO1: jax.Array, primes_OK: np.ndarray) -> jax.Array:
-    """uint32 [B, T, O, K]: (high * 2**32 + low) mod each prime, which must be in 2..2**31 - 1.
+    """Take (high * 2**32 + low) mod each prime, uint32 [B, T, O, K]; primes are in 2..2**31 - 1.
 
     High mod prime by a reciprocal of the prime, then that and low by `_divide_step` with the
     divisor shifted until its top bit is set. Nothing divides: XLA's CPU division is no vector
@@ -361,7 +361,7 @@ def _modulo(high_BTO1: jax.Array, low_BTO1: jax.Array, primes_OK: np.ndarray) ->
 
 
 def _floored(rest_BTOK: jax.Array, high_BTO1: jax.Array, primes_OK: np.ndarray) -> jax.Array:
-    """The floor's remainder of signed words, from the remainder of the same bits without a sign.
+    """Turn the remainder of words without a sign into the floored one of the same bits with a sign.
 
     A negative number is its bits less 2**64.
     """
@@ -374,7 +374,7 @@ def _floored(rest_BTOK: jax.Array, high_BTO1: jax.Array, primes_OK: np.ndarray) 
 
 def _divide_step(high: jax.Array, low: jax.Array, divisor: np.ndarray,
                  inverse: np.ndarray) -> jax.Array:
-    """(high * 2**32 + low) mod divisor, for divisor >= 2**31 and high < divisor.
+    """Take (high * 2**32 + low) mod divisor, for divisor >= 2**31 and high < divisor.
 
     Algorithm 4 of Moller and Granlund, "Improved division by invariant integers" (2011), with
     inverse = (2**64 - 1) // divisor - 2**32.
@@ -388,7 +388,7 @@ def _divide_step(high: jax.Array, low: jax.Array, divisor: np.ndarray,
 
 
 def _starts(primes_OK: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """np.int64 [H], read-only: the running sum of the heads' rows, from 0."""
+    """Sum up the heads' rows from 0, np.int64 [H], read-only."""
     rows_H = np.array(primes_OK, np.int64).reshape(-1)
     starts_H = np.cumsum(rows_H) - rows_H
     starts_H.setflags(write=False)

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ import numpy as np
 
 from engram_jax.config import require
 from engram_jax.errors import MachineError, UserError
-from engram_jax.storage import is_local, refusals
+from engram_jax.storage import WholeFile, is_local, refusals
 
 INDEX = "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype] = {name: np.dtype(kind) for name, kind in {
@@ -254,7 +253,7 @@ def _require_tiled(path: Path, tensors: list[Tensor], start: int, size: int) -> 
         raise UserError(f"{path}: has {size} bytes, its header promises {start}: it is {cut}")
 
 
-class Writer:
+class Writer(WholeFile):
     """Writes one file, tensor after tensor; it appears whole or not at all.
 
     Use as a context manager; leaving it with an exception leaves no file.
@@ -280,27 +279,16 @@ class Writer:
             fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
         header = json.dumps(fields, separators=(",", ":")).encode()
         header = header.ljust(-(-len(header) // 8) * 8)
-        self.path, self.sha256 = path, ""
+        self.sha256 = ""
         self._left, self._sum = stop, hashlib.sha256()
-        self._part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         with refusals(path, "written"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._part.open("wb")
+        super().__init__(path)
         try:
-            self._put(struct.pack("<Q", len(header)) + header)
+            self.put(struct.pack("<Q", len(header)) + header)
         except BaseException:
-            self._discard()
+            self.discard()
             raise
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                self._finish()
-        finally:
-            self._discard()
 
     def write(self, array: np.ndarray) -> None:
         """Append the bytes of an array: the next of a tensor, or of the one after it.
@@ -312,25 +300,18 @@ class Writer:
         assert data.size <= self._left, "more than the header promises"
         self._left -= data.size
         for start in range(0, data.size, _AT_ONCE):
-            self._put(data[start:start + _AT_ONCE].data)
+            self.put(data[start:start + _AT_ONCE].data)
 
-    def _put(self, data: bytes | memoryview) -> None:
+    def put(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
         self._sum.update(data)
-        with refusals(self.path, "written"):
-            self._file.write(data)
+        super().put(data)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Put the file in its place."""
         assert self._left == 0, "less than the header promises"
-        with refusals(self.path, "written"):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._part.replace(self.path)
+        super().finish()
         self.sha256 = self._sum.hexdigest()
-
-    def _discard(self) -> None:
-        self._file.close()
-        self._part.unlink(missing_ok=True)
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray],

@@ -4,8 +4,9 @@ What is named here is for other people's networks, too, and stays: the fusion al
 function, as a Linen module and (in `engram_jax.model.nnx`) as an NNX module.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engram_jax.faces import face
 
 if TYPE_CHECKING:
     from engram_jax.model.engram import Fused, fuse, init_engram
@@ -21,12 +22,4 @@ _MODULES = {
 
 __all__ = ["Engram", "EngramFusion", "Fused", "fuse", "init_engram"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = face(__name__, _MODULES)

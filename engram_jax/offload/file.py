@@ -14,7 +14,6 @@ Shapes: R rows of the table, U rows, B bytes of a packed row, K blocks.
 import dataclasses
 import json
 import os
-import secrets
 import shutil
 import struct
 import zlib
@@ -28,7 +27,7 @@ from engram_jax.config import MAX_TABLE_ROWS, require
 from engram_jax.errors import MachineError, UserError
 from engram_jax.hashing.addressing import Addressing
 from engram_jax.offload.formats import RowFormat
-from engram_jax.storage import is_local, refusals
+from engram_jax.storage import WholeFile, is_local, refusals
 
 MAGIC, VERSION = b"ENGTABLE", 1
 BLOCK_BYTES = 16 * 1024  # about; whole rows
@@ -215,7 +214,7 @@ def check_serves(path: Path, info: TableInfo, expect: TableInfo) -> None:
             refuse(name, getattr(info, name), getattr(expect, name))
 
 
-class TableWriter:
+class TableWriter(WholeFile):
     """Writes a table from its first row to its last; the file appears whole or not at all.
 
     Use as a context manager; leaving it with an exception leaves no file.
@@ -231,30 +230,20 @@ class TableWriter:
 
     def __init__(self, path: str | os.PathLike[str], info: TableInfo):
         require_local(path)
-        self.path, self.info = Path(path), info
-        self._part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
+        self.info = info
         self._checksums_K = np.zeros(info.blocks, np.uint32)
         self._header = header_bytes(info)
         self._written = 0
-        with refusals(self.path, "written"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._require_space()
-            self._file = self._part.open("wb", buffering=0)
+        path = Path(path)
+        with refusals(path, "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._require_space(path)
+        super().__init__(path)
         try:
-            self._put(self._header)
+            self.put(self._header)
         except MachineError:
-            self._discard()
+            self.discard()
             raise
-
-    def __enter__(self) -> "TableWriter":
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        try:
-            if error is None:
-                self._finish()
-        finally:
-            self._discard()
 
     def write(self, packed_UB: np.ndarray) -> None:
         """Append packed rows, uint8 [U, B].
@@ -269,7 +258,7 @@ class TableWriter:
                 and packed_UB.shape[1] == right[1] and len(packed_UB) <= right[0], "packed",
                 f"{packed_UB.dtype} {packed_UB.shape}", f"must be uint8 [at most {right[0]}, "
                 f"{right[1]}]")
-        self._put(packed_UB.reshape(-1).data)
+        self.put(packed_UB.reshape(-1).data)
         start = 0
         while start < len(packed_UB):
             block, done = divmod(self._written, self.info.block_rows)
@@ -279,30 +268,23 @@ class TableWriter:
             self._written += stop - start
             start = stop
 
-    def _require_space(self) -> None:
-        needed = len(self._header) + self.info.rows * self.info.format.row_bytes
-        if (free := shutil.disk_usage(self.path.parent).free) < needed:
-            raise MachineError(f"{self.path}: needs {needed / 1e9:.1f} GB, the disk has "
-                               f"{free / 1e9:.1f} GB free")
+    def finish(self) -> None:
+        """Write the trailer, and put the file in its place.
 
-    def _put(self, data: bytes | memoryview) -> None:
-        left = memoryview(data)
-        with refusals(self.path, "written"):
-            while left:
-                left = left[self._file.write(left):]
-
-    def _finish(self) -> None:
+        Raises:
+          UserError: rows are missing.
+          MachineError: the disk refuses it.
+        """
         require(self._written == self.info.rows, "rows written", self._written,
                 f"must be {self.info.rows}")
-        self._put(trailer_bytes(self._header, self._checksums_K))
-        with refusals(self.path, "written"):
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._part.replace(self.path)
+        self.put(trailer_bytes(self._header, self._checksums_K))
+        super().finish()
 
-    def _discard(self) -> None:
-        self._file.close()
-        self._part.unlink(missing_ok=True)
+    def _require_space(self, path: Path) -> None:
+        needed = len(self._header) + self.info.rows * self.info.format.row_bytes
+        if (free := shutil.disk_usage(path.parent).free) < needed:
+            raise MachineError(f"{path}: needs {needed / 1e9:.1f} GB, the disk has "
+                               f"{free / 1e9:.1f} GB free")
 
 
 def require_local(path: str | os.PathLike[str]) -> None:

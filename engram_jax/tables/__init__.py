@@ -3,8 +3,9 @@
 The names below stay; what is not among them is free to change. They are imported when asked for.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engram_jax.faces import face
 
 if TYPE_CHECKING:
     from engram_jax.tables.exchange import Exchange
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         row_rmsprop,
     )
 
-_HOMES = {
+_MODULES = {
     "Combined": "lookup",
     "Exchange": "exchange",
     "Lookup": "lookup",
@@ -40,12 +41,4 @@ __all__ = [
     "balanced_momentum", "dense_adam", "row_adagrad", "row_adam", "row_rmsprop",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = face(__name__, _MODULES)

@@ -20,6 +20,8 @@ from engram_jax.hashing.host import HostHash
 from engram_jax.hashing.ngrams import NgramHash, reach_from_dead
 from engram_jax.hashing.token_hash import BEFORE
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "deepseek_v41_hash.json").read_text())
 few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 

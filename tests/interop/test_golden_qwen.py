@@ -10,6 +10,8 @@ from engram_jax.interop.layers import layer_of
 from engram_jax.interop.qwen import open_qwen
 from engram_jax.interop.released import open_released, write_released
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 
 @pytest.mark.parametrize("path", golden_files("qwen_ngram_*.npz"))
 def test_row_ids(path):

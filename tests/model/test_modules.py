@@ -23,6 +23,8 @@ from engram_jax.tables import exchange
 from engram_jax.tables.layout import TableLayout
 from engram_jax.tables.row_optimizers import row_adam
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 BATCH, TIME, WIDTH, VOCAB = 2, 13, 32, 64
 CONFIG = EngramConfig(layers=(1, 3), rows_per_head=(31, 37), heads=2, head_dim=8, shards=4,
                       table_std=1.0, vocab_size=VOCAB)

@@ -20,6 +20,8 @@ from engram_jax.offload.host_cache import CachedTable
 from engram_jax.offload.prefetch import HostRows
 from engram_jax.tables.layout import layout_of
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 VOCAB, END = 300, 7
 CONFIG = EngramConfig(layers=(2, 5), rows_per_head=(64, 128), heads=2, head_dim=8, shards=4,
                       vocab_size=VOCAB)
