@@ -25,8 +25,8 @@ LARGEST_JSON = 64 * 2**20  # bytes of a file that is read as one JSON object
 
 def scheme(path: epath.PathLike) -> str:
     """"gs", "s3" and so on; "" for a disk."""
-    before, found, _ = os.fspath(path).partition("://")
-    return before if found else ""
+    before, sign, _ = os.fspath(path).partition("://")
+    return before if sign else ""
 
 
 def is_local(path: epath.PathLike) -> bool:
@@ -144,7 +144,7 @@ class WholeFile:
 
 
 def keep(path: os.PathLike[str]) -> None:
-    """Until what is in a local file, or which files a local folder has, survives a power cut."""
+    """Wait until a local file, or the list of a local folder's files, survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

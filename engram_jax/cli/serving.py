@@ -126,7 +126,7 @@ def _verified_table(path: str) -> tuple[list[str], Any, bool]:
 
 
 def _verified_run(path: str) -> tuple[list[str], Any, bool]:
-    """As `_verified_table`."""
+    """See `_verified_table`."""
     from engram_jax.runs.verify import verify_run
 
     findings = list(verify_run(path))

@@ -96,7 +96,7 @@ class _Worker:
             self._send({"bytes": len(data)}, data)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As `encoding_worker.encode`.
+        """See `encoding_worker.encode`.
 
         Raises:
           MachineError: the process has ended.

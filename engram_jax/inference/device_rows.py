@@ -41,7 +41,7 @@ class DeviceRows(RowSource):
         self, tokens: Tokens, history: np.ndarray | None = None,
         positions: np.ndarray | None = None, count: np.ndarray | None = None,
     ) -> Mapping[str, jax.Array]:
-        """As `RowSource.request`; tokens that are on the device must be known to be right."""
+        """See `RowSource.request`; tokens that are on the device must be known to be right."""
         if not self._tables:
             return {}
         self.check_shapes(tokens, history, positions)
@@ -51,7 +51,7 @@ class DeviceRows(RowSource):
         return rows
 
     def close(self) -> None:
-        """As `RowSource.close`: there is nothing to close."""
+        """See `RowSource.close`: there is nothing to close."""
 
 
 def _gathered(

@@ -194,7 +194,7 @@ class OverlaidTable:
         self.below, self.overlay = below, overlay
 
     def lookup(self, ids_N: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """As `Home.lookup`."""
+        """See `Home.lookup`."""
         rows_NB, ids_U = self.below.lookup(ids_N, out), self.overlay.ids_U
         at_N = np.searchsorted(ids_U, ids_N)
         at_N[at_N == len(ids_U)] = 0
@@ -203,15 +203,15 @@ class OverlaidTable:
         return rows_NB
 
     def fill(self, ids_GK: np.ndarray) -> None:
-        """As `Home.fill`."""
+        """See `Home.fill`."""
         self.below.fill(ids_GK)
 
     def tiers(self) -> dict[str, TierCounts]:
-        """As `Home.tiers`: those below."""
+        """See `Home.tiers`: those below."""
         return self.below.tiers()
 
     def close(self) -> None:
-        """As `Home.close`."""
+        """See `Home.close`."""
         self.below.close()
 
 
@@ -248,7 +248,7 @@ def _check_base(digest: str, overlay: Overlay, rows: int) -> None:
 
 
 class _OnDevice:
-    """As much of a home as a digest needs, over a table on the device."""
+    """Offers as much of a home as a digest needs, over a table on the device."""
 
     group, fingerprint = 1, ""
 

@@ -83,7 +83,7 @@ class _Saved:
         self.stretch_bytes = self.shape[0] * self.chunk[1] * self.shard_row_bytes
 
     def read(self, shards: slice, rows: slice) -> np.ndarray:
-        """As it is stored, [shards, rows, D]."""
+        """Read the table as it is stored, [shards, rows, D]."""
         part: np.ndarray = self._result(self._array[shards, rows, :].read())
         return part
 

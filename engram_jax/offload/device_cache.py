@@ -54,11 +54,11 @@ class Sender:
         return Sent(jax.device_put(packed_UB), packed_UB.nbytes)
 
     def fill(self, ids_GK: np.ndarray) -> None:
-        """As `Home.fill`."""
+        """See `Home.fill`."""
         self._home.fill(ids_GK)
 
     def tiers(self) -> dict[str, TierCounts]:
-        """As `Home.tiers`."""
+        """See `Home.tiers`."""
         return self._home.tiers()
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class DeviceCache:
         return Sent(rows_GX.reshape(-1, format.row_bytes), travelled)
 
     def fill(self, ids_GK: np.ndarray) -> None:
-        """As `Home.fill`; what it held before goes. The home below keeps what it has room for."""
+        """See `Home.fill`; what it held before goes. The home below keeps what it has room for."""
         self._below.fill(ids_GK)
         kept, entries = self._index.claim_all(ids_GK)
         for start in range(0, len(kept), FILLED_AT_ONCE):
@@ -165,7 +165,7 @@ class DeviceCache:
         return jnp.zeros((self._index.entries, entry_bytes), jnp.uint8)
 
     def tiers(self) -> dict[str, TierCounts]:
-        """As `Home.tiers`, the "device cache" first."""
+        """See `Home.tiers`; the "device cache" comes first."""
         return {"device cache": self._meter.counts(), **self._below.tiers()}
 
     def close(self) -> None:

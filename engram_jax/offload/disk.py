@@ -84,7 +84,7 @@ class DiskTable:
         return self._table.checksums_K
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """As `Home.lookup`."""
+        """See `Home.lookup`."""
         started = time.perf_counter()
         wanted_U, inverse_U = np.unique(checked_ids(ids_U, self.rows), return_inverse=True)
         out = room(out, len(inverse_U), self.format)
@@ -100,14 +100,14 @@ class DiskTable:
         return packed_UB
 
     def fill(self, ids_GK: np.ndarray) -> None:
-        """As `Home.fill`: it has them all."""
+        """See `Home.fill`: it has them all."""
 
     def tiers(self) -> dict[str, TierCounts]:
-        """As `Home.tiers`."""
+        """See `Home.tiers`."""
         return {"disk": self._meter.counts()}
 
     def close(self) -> None:
-        """As `Home.close`."""
+        """See `Home.close`."""
         self.rows = 0
         self._file.close()
 

@@ -117,7 +117,7 @@ class HostTable:
         self.packed_RB[start:stop] = packed_UB
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """As `Home.lookup`."""
+        """See `Home.lookup`."""
         started = time.perf_counter()
         ids = checked_ids(ids_U, self.rows)
         # Clipping changes nothing after the check; it is what lets NumPy write to `out` directly.
@@ -128,14 +128,14 @@ class HostTable:
         return packed_UB
 
     def fill(self, ids_GK: np.ndarray) -> None:
-        """As `Home.fill`: it has them all."""
+        """See `Home.fill`: it has them all."""
 
     def tiers(self) -> dict[str, TierCounts]:
-        """As `Home.tiers`."""
+        """See `Home.tiers`."""
         return {"host": self._meter.counts()}
 
     def close(self) -> None:
-        """As `Home.close`: the memory goes when nobody holds a view of it any more."""
+        """See `Home.close`: the memory goes when nobody holds a view of it any more."""
         self.rows, self.packed_RB = 0, np.empty((0, self.format.row_bytes), np.uint8)
 
 

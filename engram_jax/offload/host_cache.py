@@ -51,7 +51,7 @@ class CachedTable:
         self._meter = TierMeter()
 
     def lookup(self, ids_U: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """As `Home.lookup`, of whole groups.
+        """See `Home.lookup`; what is asked for are whole groups.
 
         Raises:
           UserError: also if the ids are no whole number of groups.
@@ -68,7 +68,7 @@ class CachedTable:
         return out
 
     def fill(self, ids_GK: np.ndarray) -> None:
-        """As `Home.fill`; what it held before goes. The home below keeps what it has room for."""
+        """See `Home.fill`; what it held before goes. The home below keeps what it has room for."""
         self._below.fill(ids_GK)
         with self._lock:
             kept, entry_M = self._index.claim_all(ids_GK)
@@ -80,11 +80,11 @@ class CachedTable:
                 self._index.enter(part_MK, entry_M[part], first_stay=True)
 
     def tiers(self) -> dict[str, TierCounts]:
-        """As `Home.tiers`."""
+        """See `Home.tiers`."""
         return {_TIER: self._meter.counts(), **self._below.tiers()}
 
     def close(self) -> None:
-        """As `Home.close`."""
+        """See `Home.close`."""
         self._below.close()
         self.rows = 0
 

@@ -152,13 +152,13 @@ class HostRows(RowSource):
         self, tokens: Tokens, history: np.ndarray | None = None,
         positions: np.ndarray | None = None, count: np.ndarray | None = None,
     ) -> Mapping[str, jax.Array]:
-        """As `RowSource.request`."""
+        """See `RowSource.request`."""
         rows = _RowsOnTheWay(self._formats, self._counters)
         self._submit(self._serve, _Chunk(tokens, history, positions, count), rows)
         return rows
 
     def close(self) -> None:
-        """As `RowSource.close`; what was asked for before still comes."""
+        """See `RowSource.close`; what was asked for before still comes."""
         self._closed = True
         self._worker.shutdown()
         for sender in self._senders.values():

@@ -34,7 +34,7 @@ class Interval:
         return f"{self.mean:.4f}{self._ends('.4f')}"
 
     def signed(self) -> str:
-        """As text with signs, for differences."""
+        """Write it with signs, for differences."""
         return f"{self.mean:+.4f}{self._ends('+.4f')}"
 
     def _ends(self, form: str) -> str:

@@ -122,13 +122,13 @@ class Checkpoints:
             self._saving = (step, self._background.submit(self._finish, step, response))
 
     def _finish(self, step: int, response: Any) -> None:
-        """In a thread: until the checkpoint is whole, and then its digests."""
+        """Wait, in a thread, until the checkpoint is whole, and write its digests."""
         response.result()
         if distributed.is_first():
             write_digests(self._directory / str(step))
 
     def wait(self) -> None:
-        """Until what is being written is whole.
+        """Wait until what is being written is whole.
 
         Raises:
           MachineError: it could not be written; earlier checkpoints are as they were.
@@ -170,13 +170,13 @@ class Checkpoints:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # of a private orbax API
-                found = self._checkpointer.load_checkpointables(step, wanted)
+                saved = self._checkpointer.load_checkpointables(step, wanted)
         except Exception as error:  # as in `wait`
             raise MachineError(f"{self._directory / str(step)}: cannot be read: "
                                f"{first_line(error)}") from error
         if batches is not None:
-            batches.set_state(jax.tree.map(int, found["batches"]))
-        return found["state"]
+            batches.set_state(jax.tree.map(int, saved["batches"]))
+        return saved["state"]
 
     def restore_last(
         self, abstract: TrainState, batches: Any, say: Callable[[str], None] = lambda line: None
@@ -255,7 +255,7 @@ class Checkpoints:
         return step
 
     def _steps(self) -> list[int]:
-        return [found.step for found in self._checkpointer.checkpoints]
+        return [saved.step for saved in self._checkpointer.checkpoints]
 
     def _is_whole(self, step: int) -> bool:
         # Written last; where renaming a folder is not atomic, the name alone proves nothing.
@@ -295,17 +295,17 @@ class Checkpoints:
         place, metadata = self._directory / str(step), self._metadata(step)
         self._check_fingerprints(step, metadata)
         saved = metadata.metadata["state"]
-        expected, found = _leaves(abstract), _leaves(saved)
-        for path in sorted(expected.keys() | found.keys()):
+        expected, there = _leaves(abstract), _leaves(saved)
+        for path in sorted(expected.keys() | there.keys()):
             if only and path.partition(".")[0] not in only:
                 continue
             none = "none", "none"
-            for what, has, wants in zip(("shape", "dtype"), found.get(path, none),
+            for what, has, wants in zip(("shape", "dtype"), there.get(path, none),
                                         expected.get(path, none), strict=True):
                 if has != wants:  # another dtype, bits of bfloat16 too, orbax would cast by value
                     raise UserError(f"{place}: {path} has {what} {has}, the model wants {wants}"
                                     + (_right_dtype(path, str(has)) if what == "dtype" else ""))
-        return {path.partition(".")[0] for path in found}
+        return {path.partition(".")[0] for path in there}
 
     def _failed(self, step: int, error: Exception) -> MachineError:
         kept = self.latest
@@ -357,8 +357,9 @@ def _storage(path: Sequence[Any], array: Any) -> Any:
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    """Of `number`, not above `most`; 0 if there is none."""
-    return next((found for found in range(min(number, most), 0, -1) if number % found == 0), 0)
+    """Find the largest divisor of `number` that is not above `most`; 0 if there is none."""
+    return next((divisor for divisor in range(min(number, most), 0, -1)
+                 if number % divisor == 0), 0)
 
 
 def _ends(digest: str | None) -> str:

@@ -24,8 +24,8 @@ def write_digests(folder: epath.Path) -> None:
     Raises:
       MachineError: something cannot be read or written.
     """
-    found = {name: _digest(folder / name) for name in sorted(_files(folder))}
-    write_text(folder / FILE, json_text({"files": found}, indent=0) + "\n")
+    sums = {name: _digest(folder / name) for name in sorted(_files(folder))}
+    write_text(folder / FILE, json_text({"files": sums}, indent=0) + "\n")
 
 
 def has_digests(folder: epath.Path) -> bool:

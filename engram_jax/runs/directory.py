@@ -216,8 +216,8 @@ class RunDirectory:
     def source(self) -> Mapping[str, Any]:
         """What the first start recorded of the run that this one began from."""
         for start in self.env().get("starts", []):
-            if isinstance(found := start.get("start_from"), dict):
-                return found
+            if isinstance(begun := start.get("start_from"), dict):
+                return begun
         return {}
 
     def _check_text(self, run: RunConfig, env: Mapping[str, Any]) -> None:
@@ -243,7 +243,7 @@ class RunDirectory:
             self._metrics.log(row)
 
     def flush(self) -> None:
-        """Until all logged rows would survive a kill: call it before a checkpoint is saved."""
+        """Wait until all logged rows would survive a kill: call it before a checkpoint is saved."""
         self._metrics.flush()
 
     def metrics(self) -> list[dict[str, Any]]:

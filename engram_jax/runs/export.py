@@ -73,8 +73,8 @@ class SavedTables:
     def __init__(self, records: RunDirectory, reader: Reader):
         self.sites = reader.addressing.sites
         self._addressing, self._run = reader.addressing, records.config().name
-        with last_checkpoint(records, reader) as found:
-            self._saved = found.last_state()
+        with last_checkpoint(records, reader) as last:
+            self._saved = last.last_state()
         self.step = self._saved.step
 
     def info(self, site: Site, dtype: str) -> TableInfo:

@@ -64,7 +64,7 @@ class Metrics:
             self.flush()
 
     def flush(self) -> None:
-        """Until everything that was logged would survive a kill.
+        """Wait until everything that was logged would survive a kill.
 
         Raises:
           MachineError: it cannot be written.
@@ -88,9 +88,9 @@ class Metrics:
         """
         self._part, self._lines, self._waiting = 0, [], False
         for place in reversed(self._places()):
-            found = _rows(place)
-            lines = [_line(row) for row in found if row["step"] <= last_step]
-            if len(lines) < len(found) or self._local:
+            rows = _rows(place)
+            lines = [_line(row) for row in rows if row["step"] <= last_step]
+            if len(lines) < len(rows) or self._local:
                 self._replace(place, lines)
             if lines:
                 break

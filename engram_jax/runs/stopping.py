@@ -87,14 +87,14 @@ class Stopping:
         return self._asked or "another process"
 
     def _hear(self, number: int, frame: types.FrameType | None) -> None:
-        """In the main thread, between two instructions of Python."""
+        """Hear of a signal in the main thread, between two instructions of Python."""
         self._asked = self._asked or signal.Signals(number).name
         if not self._working:
             raise Stopped(f"stopped by {self._asked} before the first step of this start; the same "
                           "command begins again", together=False)
 
     def _listen(self, heard: socket.socket) -> None:
-        """In a thread of its own, as soon as the system has a signal."""
+        """Hear of a signal in a thread of its own, as soon as the system has it."""
         signals = 0
         with heard:
             while data := heard.recv(64):

@@ -52,7 +52,7 @@ def _set(settings: Mapping[str, Any]) -> None:
 
 
 def folder() -> pathlib.Path:
-    """Of this kind of processor: machines that share a disk may not know each other's code."""
+    """Name the folder of this kind of processor; machines that share a disk may have others."""
     return download_folder().parent / "programs" / _processor()
 
 
