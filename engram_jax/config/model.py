@@ -7,6 +7,7 @@ from engram_jax.config.checks import require, require_all_whole, require_at_leas
 
 MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
 KEYS = ("ngrams", "shuffled", "random")
+ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,6 +191,9 @@ class AttentionConfig:
       value_dim: width of a head's value.
       rope_theta: base of the rotary frequencies, theta ** (-2i / rope_dim).
       yarn: the extension of the context; none is the frequencies as they are.
+      implementation: what computes whole sequences, in training and evaluation: "xla" anywhere,
+        "splash" on TPUs, "cudnn" on NVIDIA's GPUs in bfloat16; "auto" is the last two where they
+        can be had, else "xla". None of them keeps scores of a long sequence against itself.
     """
 
     heads: int = 32
@@ -199,8 +203,11 @@ class AttentionConfig:
     value_dim: int = 128
     rope_theta: float = 10_000.0
     yarn: YarnConfig | None = None
+    implementation: str = "auto"
 
     def __post_init__(self) -> None:
+        require(self.implementation in ATTENTIONS, "AttentionConfig.implementation",
+                self.implementation, f"must be one of {', '.join(ATTENTIONS)}")
         require_at_least(self, 1, "AttentionConfig", "heads", "kv_rank", "nope_dim", "value_dim",
                          "rope_theta")
         require(self.rope_dim >= 0 and self.rope_dim % 2 == 0, "AttentionConfig.rope_dim",

@@ -46,6 +46,7 @@ class Account:
       flops_per_token: of training (forward and backward), matrices and attention, at the run's
         sequence length; what is recomputed is not counted.
       table_bytes_per_token: bytes of the rows that one token reads.
+      attention: the implementation that was set; what "auto" stands for, the device decides.
     """
 
     parts: dict[str, Part]
@@ -57,6 +58,7 @@ class Account:
     rho_of: str
     flops_per_token: int
     table_bytes_per_token: int
+    attention: str
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -106,6 +108,7 @@ def account(run: RunConfig) -> Account:
         table_bytes_per_token=sum(
             site.hash_config.total_heads * site.dim
             * rounding.storage(site.hash_config.table_dtype).itemsize for site in sites(model)),
+        attention=model.attention.implementation,
     )
 
 
@@ -151,8 +154,15 @@ def described(run: RunConfig) -> str:
         f"  {'rho (experts of the sparse)':<28}{_rho(numbers, run):>12}",
         f"  {'FLOPs per trained token':<28}{short(numbers.flops_per_token):>12}",
         f"  {'table bytes per token':<28}{numbers.table_bytes_per_token:>12,}",
+        f"  {'attention by':<28}{_attention_by(numbers):>12}",
     ]
     return "\n".join(lines)
+
+
+def _attention_by(numbers: Account) -> str:
+    if numbers.attention != "auto":
+        return numbers.attention
+    return "auto: splash on TPUs, cudnn on GPUs that can, else xla"
 
 
 def _rho(numbers: Account, run: RunConfig) -> str:

@@ -15,12 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import AttentionConfig, YarnConfig
+from engram_jax.model import attention_kernels
 from engram_jax.model.layers import Params, linear, rms_norm
 from engram_jax.model.parameters import Declared, matrix, vector
-
-# Sequences up to this length are attended to in one piece. At 32 heads and 4096 keys the scores of
-# a chunk are 512 MiB of float32 for each sequence; smaller chunks take longer to compile.
-QUERY_CHUNK = 1024
 
 
 def attention_parameters(key: jax.Array, width: int, config: AttentionConfig) -> Declared:
@@ -50,7 +47,8 @@ def attention(
     Args:
       params: the values of `attention_parameters`.
       x_BTD: normalised input.
-      config: sizes; positions are 0..T-1.
+      config: sizes and implementation; "auto" is that of this process's first device. Positions
+        are 0..T-1.
       eps: epsilon of the latent's norm.
       documents_BT: document numbers; attention then stays within a document.
 
@@ -67,7 +65,12 @@ def attention(
     shared = jnp.broadcast_to(
         shared_BTR[:, :, None], (batch, time, heads, config.rope_dim))
     key = jnp.concatenate([key_BSHN, shared], axis=-1)
-    mixed = _mixed(query, key, value_BSHV, documents_BT, config.score_scale)
+    implementation = config.implementation
+    if implementation == "auto":
+        implementation = attention_kernels.chosen(
+            config, str(x_BTD.dtype), documents_BT is not None, jax.local_devices()[0])
+    mixed = attention_kernels.causal_attention(
+        query, key, value_BSHV, documents_BT, config.score_scale, implementation)
     return linear(mixed.reshape(batch, time, heads * v), params["output"])
 
 
@@ -128,53 +131,6 @@ def cached_attention(
     mixed_BTHC = jnp.einsum("bhts,bsc->bthc", weights_BHTS.astype(x_BTD.dtype), latent_BSC)
     mixed_BTHV = jnp.einsum("bthc,chv->bthv", mixed_BTHC, value_CHV)
     return linear(mixed_BTHV.reshape(*x_BTD.shape[:2], -1), params["output"])
-
-
-def _mixed(
-    query_BTHX: jax.Array, key_BSHX: jax.Array, value_BSHV: jax.Array,
-    documents_BT: jax.Array | None, scale: float,
-) -> jax.Array:
-    """What each position takes of the values that it may see, [B, T, H, V].
-
-    Long sequences are cut into chunks of queries, each against the keys up to its own end, whose
-    scores are computed anew in the backward pass: no more than [B, H, QUERY_CHUNK, T] of them are
-    kept at a time, and those of keys that come after the chunk are never computed. Each chunk waits
-    for the one before, or a compiler may run all of them at once.
-    """
-    time = query_BTHX.shape[1]
-    if time <= QUERY_CHUNK:
-        return _mix(query_BTHX, key_BSHX, value_BSHV, documents_BT, 0, scale)
-    mix = jax.checkpoint(_mix, static_argnums=(4, 5))
-    chunks: list[jax.Array] = []
-    for start in range(0, time, QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, time)
-        documents = None if documents_BT is None else documents_BT[:, :stop]
-        query = query_BTHX[:, start:stop]
-        if chunks:
-            query, chunks[-1] = jax.lax.optimization_barrier((query, chunks[-1]))
-        chunks.append(mix(query, key_BSHX[:, :stop], value_BSHV[:, :stop], documents, start, scale))
-    return jnp.concatenate(chunks, axis=1)
-
-
-def _mix(
-    query_BTHX: jax.Array, key_BSHX: jax.Array, value_BSHV: jax.Array,
-    documents_BS: jax.Array | None, start: int, scale: float,
-) -> jax.Array:
-    """`_mixed` for the queries at positions start..S-1."""
-    scores_BHTS = jnp.einsum(
-        "bthx,bshx->bhts", query_BTHX, key_BSHX, preferred_element_type=jnp.float32)
-    scores_BHTS = scores_BHTS * scale
-    mask = visible(key_BSHX.shape[1], documents_BS, start)[:, None]
-    weights_BHTS = jax.nn.softmax(jnp.where(mask, scores_BHTS, -1e30), axis=-1)
-    return jnp.einsum("bhts,bshv->bthv", weights_BHTS.astype(query_BTHX.dtype), value_BSHV)
-
-
-def visible(time: int, documents_BS: jax.Array | None, start: int = 0) -> jax.Array:
-    """bool [B or 1, T, S]: may position t of start..time-1 look at position s of 0..time-1?"""
-    causal_1TS = jnp.tril(jnp.ones((1, time - start, time), bool), start)
-    if documents_BS is None:
-        return causal_1TS
-    return causal_1TS & (documents_BS[:, start:, None] == documents_BS[:, None, :])
 
 
 def frequencies(config: AttentionConfig) -> jax.Array:

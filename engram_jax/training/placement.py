@@ -16,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
-from engram_jax.model import transformer
+from engram_jax.model import attention_kernels, transformer
+from engram_jax.settings import changed
 from engram_jax.tables import collectives
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
@@ -84,6 +85,17 @@ def check(run: RunConfig, mesh: Mesh) -> None:
                 f"leaves each of {devices} devices one sequence, and with shuffled keys each needs "
                 "a neighbour: set at least two for a device")
         layout_of(site).check_divides(devices, f"{site.name}.shards")
+
+
+def settled(run: RunConfig, mesh: Mesh) -> RunConfig:
+    """The run with attention's implementation as it is on the mesh's devices.
+
+    Raises:
+      UserError: the one that the run names does not run there.
+    """
+    model = run.model
+    return changed(run, {"model.attention.implementation": attention_kernels.chosen(
+        model.attention, model.compute_dtype, model.isolate_documents, mesh.devices.flat[0])})
 
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:

@@ -51,6 +51,7 @@ def train_step(
     """
     mesh = mesh or placement.single_mesh()
     placement.check(run, mesh)
+    settled = placement.settled(run, mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
     transform = optimizer(run.optimizer, transformer.declared(run.model), split.by_matrix)
     rate = schedule(run.optimizer, run.training.steps)
@@ -58,7 +59,7 @@ def train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         lookup = memory.lookup(state.tables, row_ids(run, addressing, batch))
         (loss, seen), (grads, row_grads) = gradients(
-            run, state, lookup.rows, batch, split.whole, mesh.size)
+            settled, state, lookup.rows, batch, split.whole, mesh.size)
         grads = split.summed(gradients_of_trained(run, grads))
         combined = memory.combine(lookup.routes, row_grads)
         square = split.square(grads)
@@ -205,11 +206,13 @@ def evaluation_step(
     """
     mesh = mesh or placement.single_mesh()
     placement.check(run, mesh)
+    settled = placement.settled(run, mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         lookup = memory.lookup(state.tables, row_ids(run, addressing, batch))
-        loss_BT, _ = losses(state.params, lookup.rows, state.router_bias, batch, run, split.whole)
+        loss_BT, _ = losses(
+            state.params, lookup.rows, state.router_bias, batch, settled, split.whole)
         return (_everywhere(jnp.sum(loss_BT * batch["weights_BT"])),
                 _everywhere(jnp.sum(batch["weights_BT"])))
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from engram_jax.config import AttentionConfig, ModelConfig
-from engram_jax.model import attention as attention_module
+from engram_jax.model import attention_kernels, transformer
 from engram_jax.model import loss as loss_module
-from engram_jax.model import transformer
 from engram_jax.model.attention import attention, attention_parameters
 from engram_jax.model.loss import cross_entropy, token_losses
 from engram_jax.model.parameters import values
@@ -43,16 +42,19 @@ def attended(documents_BT, time):
 
 
 @pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("keys", [4096, 12])
 @pytest.mark.parametrize("time", [13, 16])
-def test_attention_in_chunks(monkeypatch, isolated, time):
+def test_attention_in_chunks(monkeypatch, isolated, keys, time):
+    """In chunks of 5, or beyond 12 keys in a loop of chunks of 4 and 3."""
     documents_BT = np.cumsum(random(2, time, seed=2) > 0.8, axis=1) if isolated else None
     whole = attended(documents_BT, time)
-    monkeypatch.setattr(attention_module, "QUERY_CHUNK", 5)
+    monkeypatch.setattr(attention_kernels, "QUERY_CHUNK", 5)
+    monkeypatch.setattr(attention_kernels, "KEYS", keys)
     same(attended(documents_BT, time), whole)
 
 
 def test_chunks_compute_no_score_of_the_future(monkeypatch):
-    monkeypatch.setattr(attention_module, "QUERY_CHUNK", 4)
+    monkeypatch.setattr(attention_kernels, "QUERY_CHUNK", 4)
     params = values(attention_parameters(jax.random.key(0), 16, CONFIG))
     traced = jax.make_jaxpr(lambda x: attention(params, x, CONFIG, 1e-6))(random(1, 12, 16))
     for stop in (4, 8, 12):

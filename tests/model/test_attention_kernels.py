@@ -1,0 +1,188 @@
+"""Every implementation of attention is the plain one, forward and backward; which one is chosen."""
+
+import dataclasses
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import micro
+import numpy as np
+import pytest
+
+from engram_jax.config import AttentionConfig, YarnConfig
+from engram_jax.errors import UserError
+from engram_jax.model import attention_kernels
+from engram_jax.model.attention_kernels import chosen, cudnn, in_chunks, splash
+from engram_jax.training import placement
+
+pytestmark = pytest.mark.usefixtures("compilations")
+
+BATCH, HEADS, WIDTH, VALUE = 2, 2, 24, 16
+# As MLA with YaRN has it: neither 1 nor a power of two.
+SCALE = AttentionConfig(nope_dim=16, rope_dim=8, yarn=YarnConfig(
+    factor=8, original_length=32)).score_scale
+INTERPRETED = functools.partial(splash, interpret=True)
+WITH_ALL_SCORES = functools.partial(cudnn, implementation="xla")
+OURS = pytest.mark.parametrize("ours", [INTERPRETED, WITH_ALL_SCORES], ids=["splash", "cudnn"])
+
+
+def inputs(time, dtype=np.float32):
+    draw = np.random.default_rng(0).standard_normal
+    return [jnp.asarray(draw((BATCH, time, HEADS, size)), dtype)
+            for size in (WIDTH, WIDTH, VALUE)]
+
+
+def documents(time):
+    """Many short documents, one of a single token, one across the border of two blocks."""
+    starts = np.random.default_rng(1).random((BATCH, time)) > 0.9
+    starts[:, 120:140] = False
+    starts[:, 60:62] = True
+    return np.cumsum(starts, axis=1).astype(np.int32)
+
+
+def attended(attend, time, documents_BT, dtype=np.float32):
+    """The output and the gradients of all three inputs."""
+    weights = np.random.default_rng(2).standard_normal((BATCH, time, HEADS, VALUE))
+
+    def total(query, key, value):
+        out = attend(query, key, value, documents_BT, SCALE)
+        assert out.dtype == dtype
+        return jnp.sum(out.astype(jnp.float32) * weights.astype(np.float32)), out
+
+    grads, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs(time, dtype))
+    return [np.asarray(part, np.float32) for part in (out, *grads)]
+
+
+@OURS
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("time", [256, 201])
+def test_it_is_the_plain_one(monkeypatch, ours, isolated, time):
+    monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
+    documents_BT = documents(time) if isolated else None
+    expected = attended(in_chunks, time, documents_BT)
+    for part, right in zip(attended(ours, time, documents_BT), expected, strict=True):
+        np.testing.assert_allclose(part, right, rtol=1e-3, atol=1e-4 * np.abs(right).max())
+
+
+@OURS
+def test_documents_do_not_leak(ours):
+    """Not at all: another value in one document changes no bit of the next, whose scores are so
+    much smaller that they would lose against a bad mask."""
+    documents_BT = (np.arange(128)[None] >= 50).astype(np.int32).repeat(BATCH, axis=0)
+    query, key, value = inputs(128)
+    key = key.at[:, :50].multiply(20)
+    attend = jax.jit(lambda value: ours(query, key, value, documents_BT, SCALE))
+    other = attend(value.at[:, 49].add(1e6))
+    before = attend(value)
+    np.testing.assert_array_equal(before[:, 50:], other[:, 50:])
+    assert np.any(before[:, 49] != other[:, 49])
+
+
+@OURS
+def test_nobody_sees_what_comes_later(ours):
+    query, key, value = inputs(130)
+    attend = jax.jit(lambda key, value: ours(query, key, value, None, SCALE))
+    before = attend(key, value)
+    after = attend(key.at[:, 70].add(3), value.at[:, 70].add(1e6))
+    np.testing.assert_array_equal(before[:, :70], after[:, :70])
+    assert np.any(before[:, 70:] != after[:, 70:])
+
+
+@OURS
+def test_in_bfloat16(ours):
+    """As far from float32 as the plain one is, within a factor."""
+    documents_BT = documents(128)
+    exact = attended(in_chunks, 128, documents_BT)
+
+    def error(attend):
+        got = attended(attend, 128, documents_BT, jnp.bfloat16)
+        return np.array([np.abs(part - right).max() / np.abs(right).max()
+                         for part, right in zip(got, exact, strict=True)])
+
+    assert np.all(error(ours) < 3 * error(in_chunks) + 1e-3), (error(ours), error(in_chunks))
+
+
+def squares(program, time):
+    """Arrays of a program with two axes of a sequence's length."""
+    arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"\[([\d,]+)\]", program)}
+    return [dims for dims in arrays if dims.count(time) >= 2]
+
+
+def compiled(attend, time):
+    spec = [jax.ShapeDtypeStruct((1, time, 1, size), jnp.float32) for size in (8, 8, 4)]
+    documents_BT = jax.ShapeDtypeStruct((1, time), jnp.int32)
+    total = jax.grad(lambda *parts: jnp.sum(attend(*parts, SCALE)), argnums=(0, 1, 2))
+    return jax.jit(total).lower(*spec, documents_BT).compile()
+
+
+def test_no_program_has_all_scores():
+    """Neither forward nor backward; the whole of a short sequence is one chunk, and may."""
+    for time in (2048, 8192):
+        assert not squares(compiled(in_chunks, time).as_text(), time)
+    assert squares(compiled(in_chunks, 512).as_text(), 512)
+    assert squares(compiled(WITH_ALL_SCORES, 2048).as_text(), 2048)
+
+
+def test_memory_is_flat():
+    """A sequence of twice the length takes its own inputs and outputs more, and no scores."""
+    short, long = (compiled(in_chunks, time).memory_analysis().temp_size_in_bytes
+                   for time in (8192, 16384))
+    assert long < 1.1 * short
+
+
+def device(platform, kind, version="", capability="0.0"):
+    return types.SimpleNamespace(
+        platform=platform, device_kind=kind, compute_capability=capability,
+        client=types.SimpleNamespace(platform_version=version))
+
+
+CPU = device("cpu", "cpu")
+TPU = device("tpu", "TPU v5p")
+H100 = device("gpu", "NVIDIA H100", "PJRT C API\ncuda 13000", "9.0")
+A100 = device("gpu", "NVIDIA A100", "PJRT C API\ncuda 13000", "8.0")
+AMD = device("gpu", "MI300", "rocm 70000")
+PAPER = AttentionConfig()  # heads of 192 and 128
+NARROW = AttentionConfig(nope_dim=64, rope_dim=32, value_dim=64)
+BROAD = AttentionConfig(nope_dim=192, rope_dim=64, value_dim=128)
+
+
+@pytest.mark.parametrize(("config", "on", "dtype", "isolated", "name"), [
+    (PAPER, CPU, "bfloat16", True, "xla"),
+    (PAPER, TPU, "bfloat16", True, "splash"),
+    (NARROW, TPU, "float32", False, "splash"),
+    (PAPER, H100, "bfloat16", True, "cudnn"),
+    (PAPER, H100, "float32", True, "xla"),
+    (PAPER, A100, "bfloat16", False, "xla"),
+    (NARROW, A100, "bfloat16", True, "cudnn"),
+    (BROAD, H100, "bfloat16", False, "cudnn"),
+    (BROAD, H100, "bfloat16", True, "xla"),
+    (NARROW, AMD, "bfloat16", False, "xla"),
+])
+def test_auto(config, on, dtype, isolated, name):
+    assert chosen(config, dtype, isolated, on) == name
+
+
+@pytest.mark.parametrize(("name", "on", "dtype", "words"), [
+    ("splash", CPU, "bfloat16", "runs on TPUs, and the device is cpu"),
+    ("cudnn", TPU, "bfloat16", "NVIDIA's GPUs, and the device is TPU v5p"),
+    ("cudnn", AMD, "bfloat16", "NVIDIA's GPUs, and the device is MI300"),
+    ("cudnn", H100, "float32", "bfloat16, and model.compute_dtype is float32"),
+    ("cudnn", A100, "bfloat16", "up to 128 wide on NVIDIA A100, and these need 192"),
+])
+def test_what_cannot_be_had(name, on, dtype, words):
+    with pytest.raises(UserError, match="implementation") as refused:
+        chosen(dataclasses.replace(PAPER, implementation=name), dtype, False, on)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(UserError, match="one of auto, xla, splash, cudnn"):
+        AttentionConfig(implementation="flash")
+
+
+def test_a_run_is_settled_by_its_mesh():
+    run = placement.settled(micro.micro("text.txt"), placement.single_mesh())
+    assert run.model.attention.implementation == "xla"
