@@ -13,8 +13,8 @@ UNKNOWN_CYCLES = 10**12  # a number like 2**63 stands where libtpu could not tel
 def flops(program: Program) -> int:
     """Floating-point operations of a device in one call: matrix products, two for each term.
 
-    Counts `dot`, `convolution` (which is what TPUs make of a dot) and the kernels of ragged_dot;
-    other kernels and elementwise work are left out.
+    Counts `dot`, `convolution` (which is what TPUs make of a dot) and the kernels of ragged_dot and
+    splash attention; other kernels and elementwise work are left out.
     """
     return sum(flops_of(site) * site.times for site in program.walk())
 
@@ -114,5 +114,27 @@ def _ragged(site: Site) -> int:
     return 2 * max(dims[0] for dims in slots) * math.prod(experts[0][1:]) if experts else 0
 
 
+def _splash(site: Site) -> int:
+    """The products of queries, keys and values in the blocks that causal attention visits.
+
+    The first operand says for each block of queries and of keys what comes next; then come queries
+    and keys [H, T, X] and values [H, T, V].
+    """
+    kernel = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", site.instruction.name)
+    if kernel is None:
+        return 0
+    arrays = [dims for _, dims in site.computation.operand_shapes(site.instruction)]
+    (heads, time, width), (_, _, wide) = [
+        dims for dims in arrays if len(dims) == 3 and dims[1:] != arrays[0][1:]][:3:2]
+    of_keys, of_values = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}[kernel[1]]
+    blocks = arrays[0][1]
+    pairs = time * time * (blocks + 1) // (2 * blocks)
+    return 2 * heads * pairs * (of_keys * width + of_values * wide)
+
+
+def _kernel(site: Site) -> int:
+    return _ragged(site) or _splash(site)
+
+
 _COUNTS: dict[str, Callable[[Site], int]] = {
-    "dot": _dot, "convolution": _convolution, "custom-call": _ragged}
+    "dot": _dot, "convolution": _convolution, "custom-call": _kernel}

@@ -20,6 +20,7 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations|true_computati
                      r"false_computation|called_computations)=(\{[^}]*\}|%[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
+_CONTINUED = re.compile(r'\n(?="|}})')  # what a Pallas kernel is told stands on lines of its own
 _FORWARDED = ("copy", "copy-start", "copy-done", "bitcast", "get-tuple-element", "convert")
 
 
@@ -147,7 +148,7 @@ def parse(text: str) -> Program:
     """
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _CONTINUED.sub("", text).splitlines():
         if current is None or not line.startswith(" "):
             if (header := _HEADER.match(line)) and not line.startswith("HloModule"):
                 current = Computation(header[1], {})

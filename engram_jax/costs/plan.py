@@ -44,6 +44,7 @@ class Plan:
       temporary_bytes: activations, gradients, gathered weights; None where it does not fit.
       peak_bytes: what is alive at once, the program included; where it does not fit, what the
         compiler asked for, None if it did not say.
+      squares: arrays of the program with two axes as long as a sequence, such as all scores are.
       flops: matrix products, recomputation included; None where it does not fit, as all below.
       collectives: kind -> count, bytes, largest_bytes (`costs.collectives.by_kind`).
       model_flops: of a device's share of the step, nothing recomputed (`costs.accounting`).
@@ -66,6 +67,7 @@ class Plan:
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
     fits: bool = False
+    squares: int | None = None
     flops: int | None = None
     collectives: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     model_flops: float | None = None
@@ -118,6 +120,7 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0) -> Plan:
     model_flops = account(run).flops_per_token * run.data.batch_size * run.data.sequence_length
     program = parse(compiled.as_text() or "")
     return Plan(**{**common, **_memory(compiled, there.chip),
+                   "squares": squares(program, run.data.sequence_length),
                    **_time(program, there, model_flops / count)}, compile_s=took)
 
 
@@ -150,6 +153,12 @@ def _memory(compiled: Any, chip: Chip) -> dict[str, Any]:
     return {"argument_bytes": memory.argument_size_in_bytes,
             "temporary_bytes": memory.temp_size_in_bytes,
             "peak_bytes": peak, "fits": peak <= chip.hbm_gib * GIB}
+
+
+def squares(program: Program, length: int) -> int:
+    """How many arrays of a program, fusions included, have two axes of a length."""
+    return sum(dims.count(length) >= 2 for site in program.walk()
+               for _, dims in site.instruction.shapes)
 
 
 def _time(program: Program, there: Slice, model_flops: float) -> dict[str, Any]:
@@ -190,6 +199,8 @@ def described(plan: Plan) -> str:
         _line("temporaries", _gib(plan.temporary_bytes)),
         _line("peak", _gib(plan.peak_bytes)),
         _line("HBM", _gib(plan.hbm_bytes)),
+        _line("arrays of length x length", "unknown" if plan.squares is None else
+              f"{plan.squares or 'none'}"),
         _line("fits", "yes" if plan.fits else f"no: {plan.reason}" if plan.reason else "no"),
     ]
     if plan.flops is not None:

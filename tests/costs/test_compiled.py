@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from engram_jax.costs import compiled
+from engram_jax.costs.breakdown import by_scope
 from engram_jax.costs.hlo import parse
 
 
@@ -70,3 +71,31 @@ def test_estimated_time():
     """Cycles of what is not inside a fusion, kernels at the peak, and nothing that is absurd."""
     assert compiled.seconds(parse(TPU), clock=1e9, peak_flops=1e14) == pytest.approx(
         3000 / 1e9 + RAGGED / 1e14)
+
+
+SPLASH = """HloModule jit_step
+
+ENTRY %main (n: s8[1,4,4], q: bf16[3,64,24], k: bf16[3,64,24], v: bf16[3,64,16]) -> bf16[3,64,24] {
+  %n = s8[1,4,4]{2,1,0} parameter(0)
+  %q = bf16[3,64,24]{2,1,0} parameter(1)
+  %k = bf16[3,64,24]{2,1,0} parameter(2)
+  %v = bf16[3,64,16]{2,1,0} parameter(3)
+  %l = f32[3,1,64]{2,1,0} broadcast(%v)
+  %splash_mha_fwd_residuals.1 = bf16[3,64,16]{2,1,0} custom-call(%n, %n, %q, %k, %v), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 16
+}}, metadata={op_name="jit(step)/attention/splash_mha_fwd_residuals/pallas_call"}
+  %splash_mha_dkv_no_residuals.1 = (bf16[3,64,24], bf16[3,64,16]) custom-call(%n, %n, %q, %k, \
+%v, %l), custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_dq_no_residuals.1 = bf16[3,64,24]{2,1,0} custom-call(%n, %n, %q, %k, %v, %l), \
+custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_splash_attention():
+    """Ten of sixteen blocks are visited, by two products forward and seven backward."""
+    pairs, program = 3 * 10 * 16 * 16, parse(SPLASH)
+    assert compiled.flops(program) == 2 * pairs * ((24 + 16) + (2 * 24 + 16) + 2 * (24 + 16))
+    forward = by_scope(program, (), clock=1e9, peak_flops=1e14)["attention"]
+    assert forward.flops == 2 * pairs * (24 + 16)

@@ -31,12 +31,13 @@ COMMON = {"name": "tiny", "topology": "v5e:2x2", "mesh": "1x4", "devices": 4,
 
 def test_described():
     text = described(Plan(
-        **COMMON, temporary_bytes=GIB, peak_bytes=2 * GIB, fits=True, flops=12345678,
+        **COMMON, temporary_bytes=GIB, peak_bytes=2 * GIB, fits=True, squares=0, flops=12345678,
         model_flops=1e7, compute_s=0.25, collective_s=0.5, overlapping_s=0.125, step_s=0.625,
         mfu=0.321, by_scope={"attention": {"seconds": 0.2, "flops": 2e6, "sent_bytes": 2**20}},
         by_kind={"copies": 0.0625},
         collectives={"all-to-all": {"count": 1234, "bytes": GIB, "largest_bytes": 2**20}}))
-    for part in ("1x4", "1 MiB", "2.00 GiB", "yes", "1.235e+07, 1.23 times", "0.25 s",
+    for part in ("1x4", "1 MiB", "2.00 GiB", "yes", f"length x length{'none':>15}",
+                 "1.235e+07, 1.23 times", "0.25 s",
                  "0.125 s may", "0.625 s, MFU 32.1%", "copies", "0.0625 s",
                  "attention", "1,234 of 1.00 GiB"):
         assert part in text
@@ -86,6 +87,7 @@ def test_a_tiny_run(capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["devices"], found["mesh"], found["fits"]) == (4, "2x2", True)
     assert found["argument_bytes"] < found["peak_bytes"] < found["hbm_bytes"]
+    assert found["squares"] == 0
     assert found["flops"] > 0
     assert 0 < found["compute_s"] < found["step_s"] < 1
     assert 0 < found["mfu"] < 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
 import types
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from engram_jax.config import AttentionConfig, YarnConfig
+from engram_jax.costs.slices import slice_of
 from engram_jax.errors import UserError
 from engram_jax.model import attention_kernels
 from engram_jax.model.attention_kernels import chosen, cudnn, in_chunks, splash
@@ -130,6 +132,24 @@ def test_memory_is_flat():
     short, long = (compiled(in_chunks, time).memory_analysis().temp_size_in_bytes
                    for time in (8192, 16384))
     assert long < 1.1 * short
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                    reason="libtpu is not installed (extra aot)")
+@pytest.mark.parametrize("topology", ["v5p:1x1x1", "v5e:1x1"])
+@pytest.mark.parametrize("widths", [(192, 128), (48, 32)])
+def test_splash_compiles_for_tpus(topology, widths):
+    """MLA's keys are wider than its values, and a narrow model's narrower than a lane."""
+    time, lies = 2048, jax.sharding.SingleDeviceSharding(slice_of(topology).devices[0])
+    spec = [jax.ShapeDtypeStruct((1, time, 2, size), jnp.bfloat16, sharding=lies)
+            for size in (widths[0], *widths)]
+    documents_BT = jax.ShapeDtypeStruct((1, time), jnp.int32, sharding=lies)
+    total = jax.grad(lambda *parts: jnp.sum(splash(*parts, SCALE).astype(jnp.float32)),
+                     argnums=(0, 1, 2))
+    program = jax.jit(total).lower(*spec, documents_BT).compile().as_text()
+    kernels = set(re.findall(r"%splash_mha_(fwd|dq|dkv)_segmented", program))
+    assert kernels == {"fwd", "dq", "dkv"}
+    assert not squares(program, time)
 
 
 def device(platform, kind, version="", capability="0.0"):
