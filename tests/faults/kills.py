@@ -88,6 +88,12 @@ class Victims:
         return pid in self._ends
 
 
+def signalled(pid, number):
+    """Send a signal to a process that may have come to its end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
 def kept(directory):
     """All that a run leaves which must not depend on what happened to it."""
     records = RunDirectory(directory)
@@ -165,7 +171,7 @@ class Runs:
                 if self.victims.ended(pid):
                     code = self.victims.end(pid)
                     break
-                os.kill(pid, number)
+                signalled(pid, number)
                 code = self.victims.end(pid)
                 if code == 0:  # it was done before it heard
                     break
@@ -203,11 +209,12 @@ class Runs:
         return outcomes
 
     def damaged_cache(self, times):
-        """A file of the packed text is changed, cut, emptied or removed."""
+        """A file of what was made from the text is changed, cut, emptied or removed."""
         outcomes = []
         for _ in range(times):
             out = self.stopped()
-            cache = pathlib.Path(RunDirectory(out).env()["tokens"])
+            kind = self.draw.choice(["tokens", "tokens", "tokenizers", "texts"])
+            cache = self.victims.folder / "cache" / kind
             self.spoil(self.draw.choice(sorted(p for p in cache.rglob("*") if p.is_file())))
             outcomes.append(self.outcome(out))
         return outcomes
@@ -270,7 +277,7 @@ class Pairs(Runs):
             out = self.new()
             pids = self.pair(out)
             time.sleep(self.draw.uniform(self.to_step_s, self.whole_s * 1.1))
-            os.kill(pids[self.draw.randrange(2)], number)
+            signalled(pids[self.draw.randrange(2)], number)
             codes = [self.victims.end(pid) for pid in pids]
             if codes == [0, 0]:
                 continue

@@ -42,6 +42,23 @@ def announced(owner, name, phase):
     return wrapped
 
 
+class Roomy:
+    """Standard error on a disk of its own, with room: lifts the limit while it writes."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, limit[1]))
+        self._stream.write(text)
+        self._stream.flush()
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
 def child(order):
     os.dup2(os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
@@ -49,7 +66,8 @@ def child(order):
         setattr(owner, name, announced(owner, name, phase))
     os.environ.update(order.get("environment", {}))
     if "fsize" in order:  # no file may be longer: a full disk, as far as a file is concerned
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["fsize"], order["fsize"]))
+        sys.stderr = Roomy(sys.stderr)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["fsize"], resource.RLIM_INFINITY))
     config = json.loads(pathlib.Path(order["config"]).read_text())
     runs.named_run = lambda options: from_dict(config)
     sys.stdout = sys.stderr  # the pipe is for what this file tells

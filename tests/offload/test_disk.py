@@ -347,6 +347,15 @@ def test_an_interrupted_writer_leaves_what_was_there(path):
     assert [found.name for found in path.parent.iterdir()] == ["a.table"]
 
 
+def test_a_table_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    happened, flushed, moved = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: happened.append("disk") or flushed(handle))
+    monkeypatch.setattr(os, "replace", lambda source, target: happened.append(
+        os.path.basename(target)) or moved(source, target))
+    write(tmp_path / "a.table", table_info())
+    assert happened == ["disk", "a.table"]
+
+
 def test_a_writer_wants_every_row_once(tmp_path):
     info, rows = table_info(), packed(table_info())
 

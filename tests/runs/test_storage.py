@@ -132,8 +132,8 @@ def test_a_run_in_a_bucket_that_is_killed_goes_on(
     (tmp_path / "config").write_text(json.dumps(to_dict(far)))
     program = (
         "import sys, json, object_store; object_store.use(); "
-        "from engram_jax.settings import from_dict; from engram_jax.training import loop; "
-        "loop.train(from_dict(json.load(open(sys.argv[1]))), sys.argv[2])")
+        "from engram_jax.settings import from_dict; from engram_jax.runs import train; "
+        "train.train(from_dict(json.load(open(sys.argv[1]))), sys.argv[2])")
     here = pathlib.Path(__file__).parents[1]
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(compilations),
            "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
@@ -169,6 +169,31 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(MachineError, match="could not be written"):
         storage.write_text(epath.Path(tmp_path) / "taken", "text")
     assert os.listdir(tmp_path) == ["taken"]
+
+
+@pytest.fixture
+def happened(monkeypatch):
+    """What is flushed to the disk, and what gets its name, in order."""
+    lines, flushed, moved = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: lines.append(
+        os.path.basename(os.readlink(f"/proc/self/fd/{handle}")).split(".")[0]) or flushed(handle))
+    monkeypatch.setattr(os, "replace", lambda source, target: lines.append(
+        f"name {os.path.basename(target)}") or moved(source, target))
+    return lines
+
+
+def test_a_record_is_on_the_disk_before_it_has_its_name(tmp_path, happened):
+    storage.write_text(epath.Path(tmp_path) / "result.json", "{}")
+    assert happened == ["result", "name result.json", tmp_path.name]
+
+
+def test_rows_are_on_the_disk_when_they_are_flushed(tmp_path, happened):
+    log = Metrics(epath.Path(tmp_path))
+    log.log({"step": 1})
+    assert happened == []
+    for _ in range(2):
+        log.flush()
+    assert happened == ["metrics"]
 
 
 def test_a_checkpoint_that_is_not_whole_is_not_gone_on_with(run, whole, store, bucket):
