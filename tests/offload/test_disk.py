@@ -353,7 +353,7 @@ def test_a_table_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda source, target: happened.append(
         os.path.basename(target)) or moved(source, target))
     write(tmp_path / "a.table", table_info())
-    assert happened == ["disk", "a.table"]
+    assert happened == ["disk", "a.table", "disk"]
 
 
 def test_a_writer_wants_every_row_once(tmp_path):

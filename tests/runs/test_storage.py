@@ -175,8 +175,13 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
 def happened(monkeypatch):
     """What is flushed to the disk, and what gets its name, in order."""
     lines, flushed, moved = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: lines.append(
-        os.path.basename(os.readlink(f"/proc/self/fd/{handle}")).split(".")[0]) or flushed(handle))
+
+    def fsync(handle):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))
+        lines.append(name.strip(".").split(".")[0])
+        flushed(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", lambda source, target: lines.append(
         f"name {os.path.basename(target)}") or moved(source, target))
     return lines
