@@ -8,74 +8,101 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from engram_jax.costs.collectives import Collective
+from engram_jax.costs.collectives import Collective, collectives
 from engram_jax.costs.compiled import KERNEL, flops_of, timed
 from engram_jax.costs.hlo import Program, Site
 
 OTHER = "other"
-# Named scopes, as the code has them. Where scopes are nested, an operation is the innermost's.
-SCOPES = ("hash", "lookup", "combine", "row_update", "embedding", "attention", "experts", "ffn",
-          "hyper_connections", "fusion", "norm", "head", "loss", "gather_weights", "optimizer")
+# Named scopes, as the code has them; an operation is the innermost's.
+OF_TABLES = ("hash", "lookup", "check_exchange", "combine", "row_update")
+OF_FUSIONS = ("fusion", "gate", "convolution")
+SCOPES = (*OF_TABLES, *OF_FUSIONS, "embed", "over_encoding", "attention", "experts", "router",
+          "ffn", "hyper_connection", "mixing", "sinkhorn", "rms_norm", "head", "loss",
+          "gather_weights", "sum_gradients", "optimizer")
+_SMALL = ("rms_norm", "gather_weights")  # inside a fusion they are the fusion's
 _COPIES = ("copy", "transpose", "bitcast", "copy-start", "dynamic-slice", "dynamic-update-slice",
            "concatenate", "pad", "slice", "reshape")
+WORK = ("matrix products", "kernels", "copies", "memory-bound")
 
-
-@dataclasses.dataclass
-class Part:
-    """What one part of the network takes of a device's step.
-
-    Attributes:
-      seconds: of computing, as the compiler estimates it.
-      flops: of its matrix products, recomputation included.
-      sent_bytes: that its collectives are given.
-    """
-
-    seconds: float = 0.0
-    flops: int = 0
-    sent_bytes: int = 0
+# For each part of the network what it takes of a device's step: `seconds` of computing, as the
+# compiler estimates it, and of those each of `WORK`; `flops` of matrix products, recomputation
+# included; `sent_bytes` that its collectives are given; `collective_s` that these take, each alone
+# on the links, and `overlapping_s` of those that computing may hide; and for each kind of
+# collective `count KIND` and `bytes KIND`.
+Costs = dict[str, collections.Counter[str]]
 
 
 def scope_of(op_name: str) -> str:
     """The innermost scope in an operation's name, such as "jit(step)/transpose(jvp(head))/dot"."""
     names = [name for name in re.findall(r"[^/()]+", op_name) if name in SCOPES]
+    while len(names) > 1 and names[-1] in _SMALL and names[-2] in (*OF_FUSIONS, *_SMALL):
+        names.pop()
     return names[-1] if names else OTHER
 
 
-def by_scope(
-    program: Program, collectives: Iterable[Collective], clock: float, peak_flops: float
-) -> dict[str, Part]:
-    """For each scope that occurs what it takes, those that take longest first.
+def costs(program: Program, torus: "Torus", clock: float, peak_flops: float) -> Costs:
+    """What each scope that occurs takes.
 
     Args:
       program: compiled.
-      collectives: of the program.
+      torus: the slice that it is compiled for.
       clock, peak_flops: as `compiled.timed` takes them.
     """
-    parts: dict[str, Part] = collections.defaultdict(Part)
+    parts: Costs = collections.defaultdict(collections.Counter)
+    products = {site.computation.name for site in program.walk()
+                if site.instruction.opcode in ("dot", "convolution")}
     for site, seconds in timed(program, clock, peak_flops):
-        parts[_scope(site)].seconds += seconds
+        parts[_scope(site)].update({"seconds": seconds, _kind(site, products): seconds})
     for site in program.walk():
         if operations := flops_of(site):
-            parts[_scope(site)].flops += operations * site.times
-    for one in collectives:
-        parts[scope_of(one.source)].sent_bytes += one.bytes * one.times
-    return dict(sorted(parts.items(), key=lambda item: (-item[1].seconds, item[0])))
+            parts[_scope(site)]["flops"] += operations * site.times
+    for one in collectives(program):
+        seconds, sent = torus.seconds(one) * one.times, one.bytes * one.times
+        parts[scope_of(one.source)].update({
+            "sent_bytes": sent, "collective_s": seconds, "overlapping_s": seconds * one.overlaps,
+            f"count {one.kind}": one.times, f"bytes {one.kind}": sent})
+    return dict(parts)
+
+
+def multiplied(few: Costs, more: Costs, blocks: float, tables: float, fusions: float) -> Costs:
+    """The costs of a deeper network from those of two that differ in nothing but their blocks.
+
+    Args:
+      few, more: of so many blocks and of some more.
+      blocks: times the difference that are missing from `few`.
+      tables, fusions: how many times as many of each the deeper one has.
+    """
+    def of(scope: str) -> collections.Counter[str]:
+        a, b = (each.get(scope, collections.Counter()) for each in (few, more))
+        times = tables if scope in OF_TABLES else fusions if scope in OF_FUSIONS else 1
+        return collections.Counter({
+            what: times * (a[what] + blocks * (b[what] - a[what])) for what in {*a, *b}})
+
+    return {scope: of(scope) for scope in {*few, *more}}
+
+
+def total(parts: Costs, what: str) -> float:
+    """The sum over all parts."""
+    return sum(part[what] for part in parts.values())
+
+
+def by_scope(parts: Costs) -> dict[str, dict[str, float]]:
+    """The parts, those that take longest first, without kinds of work and of collectives."""
+    shown = ("seconds", "flops", "sent_bytes", "collective_s")
+    return {name: {what: part[what] for what in shown}
+            for name, part in sorted(parts.items(), key=lambda item: (-item[1]["seconds"],
+                                                                     item[0]))}
+
+
+def by_kind(parts: Costs) -> dict[str, float]:
+    """Seconds of matrix products, kernels, copies, and all else, which memory bounds."""
+    return {kind: total(parts, kind) for kind in WORK}
 
 
 def _scope(site: Site) -> str:
     return scope_of(site.instruction.attribute(r'op_name="([^"]*)"') or "")
-
-
-def by_kind(program: Program, clock: float, peak_flops: float) -> dict[str, float]:
-    """Seconds of matrix products, kernels, copies, and all else, which memory bounds."""
-    products = {site.computation.name for site in program.walk()
-                if site.instruction.opcode in ("dot", "convolution")}
-    kinds = dict.fromkeys(("matrix products", "kernels", "copies", "memory-bound"), 0.0)
-    for site, seconds in timed(program, clock, peak_flops):
-        kinds[_kind(site, products)] += seconds
-    return kinds
 
 
 def _kind(site: Site, products: set[str]) -> str:
@@ -154,23 +181,16 @@ class Roofline:
     mfu: float
 
 
-def roofline(
-    compute_s: float, collectives: Iterable[Collective], torus: Torus, model_flops: float,
-    peak_flops: float,
-) -> Roofline:
+def roofline(parts: Costs, model_flops: float, peak_flops: float) -> Roofline:
     """The time of a step, and the model FLOPs utilisation that it comes to.
 
     Args:
-      compute_s: seconds of computing.
-      collectives: of the program; one in a loop whose trips depend on data counts once.
-      torus: the slice.
+      parts: of a program; a collective in a loop whose trips depend on data counts once.
       model_flops: of a device's share of the step, nothing recomputed.
       peak_flops: of the chip, FLOPs a second.
     """
-    hidden = shown = 0.0
-    for one in collectives:
-        seconds = torus.seconds(one) * one.times
-        hidden, shown = hidden + seconds * one.overlaps, shown + seconds * (not one.overlaps)
-    step_s = shown + max(compute_s, hidden)
-    return Roofline(compute_s=compute_s, collective_s=hidden + shown, overlapping_s=hidden,
+    compute_s, collective_s, hidden = (
+        total(parts, what) for what in ("seconds", "collective_s", "overlapping_s"))
+    step_s = collective_s - hidden + max(compute_s, hidden)
+    return Roofline(compute_s=compute_s, collective_s=collective_s, overlapping_s=hidden,
                     step_s=step_s, mfu=model_flops / peak_flops / step_s)

@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import RunConfig, require
+from engram_jax.costs import breakdown, depths
 from engram_jax.costs.accounting import account
-from engram_jax.costs.breakdown import by_kind, by_scope, roofline
-from engram_jax.costs.collectives import by_kind as of_kinds
-from engram_jax.costs.collectives import collectives
-from engram_jax.costs.compiled import flops, seconds
-from engram_jax.costs.hlo import Program, parse
+from engram_jax.costs.breakdown import Costs
+from engram_jax.costs.collectives import KINDS, collectives
+from engram_jax.costs.hlo import parse
 from engram_jax.costs.slices import Chip, Slice, slice_of
 from engram_jax.hashing.addressing import address
 from engram_jax.hashing.compression import CompressedVocabulary
@@ -39,6 +38,7 @@ class Plan:
 
     Attributes:
       devices: of the slice, `mesh` (data x fsdp) of them.
+      depth: blocks that were compiled; the rest is multiplied out. 0 is all of them.
       hbm_bytes: that a program may use.
       argument_bytes: state and batch.
       temporary_bytes: activations, gradients, gathered weights; None where it does not fit.
@@ -46,14 +46,14 @@ class Plan:
         compiler asked for, None if it did not say.
       squares: arrays of the program with two axes as long as a sequence, such as all scores are.
       flops: matrix products, recomputation included; None where it does not fit, as all below.
-      collectives: kind -> count, bytes, largest_bytes (`costs.collectives.by_kind`).
+      collectives: kind -> count, bytes, largest_bytes (of one).
       model_flops: of a device's share of the step, nothing recomputed (`costs.accounting`).
-      compute_s: libtpu's own estimate without collectives (`costs.compiled.seconds`).
+      compute_s: libtpu's own estimate without collectives (`costs.compiled.timed`).
       collective_s, overlapping_s: of all collectives by their bytes over the slice's links, and of
         those that computing may hide.
       step_s, mfu: the step's time by both, and the model's FLOPs over what the chip could do in it
         (`costs.breakdown.Roofline`).
-      by_scope: for each part of the network seconds, flops and sent_bytes.
+      by_scope: for each part of the network seconds, flops, sent_bytes and collective_s.
       by_kind: seconds of matrix products, kernels, copies and what memory bounds.
       reason: why it does not fit, in the compiler's words.
     """
@@ -62,6 +62,7 @@ class Plan:
     topology: str
     mesh: str
     devices: int
+    depth: int = 0
     hbm_bytes: int
     argument_bytes: int
     temporary_bytes: int | None = None
@@ -85,16 +86,39 @@ class Plan:
         return json_text(dataclasses.asdict(self), indent=1)
 
 
-def plan(run: RunConfig, topology: str, fsdp: int = 0) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What one compiled program says; None for what a refused one does not.
+
+    Attributes:
+      argument_bytes: state and batch.
+      temporary_bytes, peak_bytes: as `Plan` has them.
+      costs: of its parts.
+      largest: of each kind of collective the bytes of the largest.
+      squares: as `Plan` has it.
+      reason: why it was refused, or "".
+    """
+
+    argument_bytes: int
+    temporary_bytes: int | None = None
+    peak_bytes: int | None = None
+    costs: Costs | None = None
+    largest: dict[str, int] = dataclasses.field(default_factory=dict)
+    squares: int | None = None
+    reason: str = ""
+
+
+def plan(run: RunConfig, topology: str, fsdp: int = 0, depth: int = 0) -> Plan:
     """Compile a step of `run` for a slice.
 
     Args:
       run: the run.
       topology: chip and layout, for example "v5e:16x16" or "v5p:4x4x4".
       fsdp: devices that parameters are split over; 0 means all.
+      depth: blocks to compile, of which the rest follows (`costs.depths`); 0 is all.
 
     Raises:
-      UserError: no libtpu, no such slice, or one that does not divide the run.
+      UserError: no libtpu, no such slice, or one that does not divide the run; no such depth.
     """
     there = slice_of(topology)
     count = len(there.devices)
@@ -102,26 +126,69 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0) -> Plan:
     require(fsdp >= 1 and count % fsdp == 0, "fsdp", fsdp,
             f"does not divide the {count} devices of {topology}")
     mesh = placement.make_mesh(count // fsdp, fsdp, there.devices)
+    start = time.perf_counter()
+    if depth:
+        depths.check(run, depth)
+        few, more = (measured(depths.cut(run, blocks), there, mesh)
+                     for blocks in (depth, 2 * depth))
+        whole = _multiplied(run, mesh, few, more, depth)
+    else:
+        whole = measured(run, there, mesh)
+    common = {"name": run.name, "topology": topology, "mesh": placement.shape_of(mesh),
+              "devices": mesh.size, "depth": depth, "hbm_bytes": int(there.chip.hbm_gib * GIB),
+              "compile_s": time.perf_counter() - start}
+    model_flops = account(run).flops_per_token * run.data.batch_size * run.data.sequence_length
+    return Plan(**common, **_said(whole, there.chip, model_flops / count))
+
+
+def measured(run: RunConfig, there: Slice, mesh: Mesh) -> Measured:
+    """Compile one program, and ask it."""
     state, batch = _arguments(run, mesh)
     step = train_step(run, address(run.model, _vocabulary(run), 0), mesh)
-    common: dict[str, Any] = {
-        "name": run.name, "topology": topology, "mesh": placement.shape_of(mesh),
-        "devices": mesh.size, "hbm_bytes": int(there.chip.hbm_gib * GIB),
-        "argument_bytes": _bytes_of_a_device((state, batch))}
-    start = time.perf_counter()
     try:
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Plan(**common, compile_s=time.perf_counter() - start, reason=_reason(str(error)),
-                    peak_bytes=asked_for(str(error)))
-    took = time.perf_counter() - start
-    model_flops = account(run).flops_per_token * run.data.batch_size * run.data.sequence_length
-    program = parse(compiled.as_text() or "")
-    return Plan(**{**common, **_memory(compiled, there.chip),
-                   "squares": squares(program, run.data.sequence_length),
-                   **_time(program, there, model_flops / count)}, compile_s=took)
+        return Measured(_bytes_of_a_device((state, batch)), peak_bytes=asked_for(str(error)),
+                        reason=_reason(str(error)))
+    memory, program = compiled.memory_analysis(), parse(compiled.as_text() or "")
+    largest: dict[str, int] = {}
+    for one in collectives(program):
+        largest[one.kind] = max(largest.get(one.kind, 0), one.bytes)
+    # What is alive at once. It is by this that libtpu refuses a program: one whose arguments and
+    # temporaries add up to 17.1 GiB compiled for 15.75 GiB, at a peak of 15.47; the next, at 15.80,
+    # was refused with that number.
+    return Measured(
+        memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+        memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
+        breakdown.costs(program, there.torus, *_speed(there.chip)), largest,
+        squares(program, run.data.sequence_length))
+
+
+def _multiplied(
+    run: RunConfig, mesh: Mesh, few: Measured, more: Measured, depth: int
+) -> Measured:
+    """The whole run from `depth` blocks of it and twice as many."""
+    arguments = _bytes_of_a_device(_arguments(run, mesh))
+    refused = next((each for each in (few, more) if each.costs is None), None)
+    if refused is not None:
+        return Measured(arguments, peak_bytes=refused.peak_bytes, reason=refused.reason)
+    assert few.costs is not None
+    assert more.costs is not None
+    times = depths.missing(run, depth)
+
+    def line(what: str) -> int:
+        first, second = getattr(few, what), getattr(more, what)
+        return int(first + times.blocks * (second - first))
+
+    # The state is known; what tables add to it is alive while the step runs, and so are their rows.
+    beyond = arguments - line("argument_bytes")
+    return Measured(
+        arguments, line("temporary_bytes"), line("peak_bytes") + beyond,
+        breakdown.multiplied(few.costs, more.costs, times.blocks, times.tables, times.fusions),
+        {kind: max(few.largest.get(kind, 0), size) for kind, size in more.largest.items()},
+        more.squares)
 
 
 def _vocabulary(run: RunConfig) -> CompressedVocabulary:
@@ -143,16 +210,9 @@ def _bytes_of_a_device(tree: Any) -> int:
                for leaf in jax.tree.leaves(tree))
 
 
-def _memory(compiled: Any, chip: Chip) -> dict[str, Any]:
-    """What a compiled program says of a device's memory."""
-    memory = compiled.memory_analysis()
-    # What is alive at once. It is by this that libtpu refuses a program: one whose arguments and
-    # temporaries add up to 17.1 GiB compiled for 15.75 GiB, at a peak of 15.47; the next, at 15.80,
-    # was refused with that number.
-    peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
-    return {"argument_bytes": memory.argument_size_in_bytes,
-            "temporary_bytes": memory.temp_size_in_bytes,
-            "peak_bytes": peak, "fits": peak <= chip.hbm_gib * GIB}
+def _speed(chip: Chip) -> tuple[float, float]:
+    """Cycles and FLOPs a second."""
+    return chip.clock_ghz * 1e9, chip.peak_teraflops * 1e12
 
 
 def squares(program: Program, length: int) -> int:
@@ -161,17 +221,24 @@ def squares(program: Program, length: int) -> int:
                for _, dims in site.instruction.shapes)
 
 
-def _time(program: Program, there: Slice, model_flops: float) -> dict[str, Any]:
-    """What a compiled program says of a device's time."""
-    clock, peak_flops = there.chip.clock_ghz * 1e9, there.chip.peak_teraflops * 1e12
-    sent = collectives(program)
-    times = roofline(seconds(program, clock, peak_flops), sent, there.torus, model_flops,
-                     peak_flops)
-    scopes = by_scope(program, sent, clock, peak_flops)
-    return {"flops": flops(program), "model_flops": model_flops, **dataclasses.asdict(times),
-            "collectives": of_kinds(sent),
-            "by_scope": {name: dataclasses.asdict(part) for name, part in scopes.items()},
-            "by_kind": by_kind(program, clock, peak_flops)}
+def _said(whole: Measured, chip: Chip, model_flops: float) -> dict[str, Any]:
+    """What is said of a device's memory and time, as fields of `Plan`."""
+    said: dict[str, Any] = {
+        "argument_bytes": whole.argument_bytes, "temporary_bytes": whole.temporary_bytes,
+        "peak_bytes": whole.peak_bytes, "squares": whole.squares, "reason": whole.reason}
+    parts = whole.costs
+    if parts is None:
+        return said
+    assert whole.peak_bytes is not None
+    times = breakdown.roofline(parts, model_flops, _speed(chip)[1])
+    return {**said, **dataclasses.asdict(times), "model_flops": model_flops,
+            "fits": whole.peak_bytes <= chip.hbm_gib * GIB,
+            "flops": round(breakdown.total(parts, "flops")),
+            "collectives": {kind: {
+                "count": round(breakdown.total(parts, f"count {kind}")),
+                "bytes": round(breakdown.total(parts, f"bytes {kind}")),
+                "largest_bytes": whole.largest[kind]} for kind in KINDS if kind in whole.largest},
+            "by_scope": breakdown.by_scope(parts), "by_kind": breakdown.by_kind(parts)}
 
 
 def asked_for(message: str) -> int | None:
@@ -203,6 +270,9 @@ def described(plan: Plan) -> str:
               f"{plan.squares or 'none'}"),
         _line("fits", "yes" if plan.fits else f"no: {plan.reason}" if plan.reason else "no"),
     ]
+    if plan.depth:
+        lines.append(_line("blocks compiled", f"{plan.depth} and {2 * plan.depth}; the rest "
+                                              "multiplied out"))
     if plan.flops is not None:
         lines += _times(plan)
     for kind, total in plan.collectives.items():
@@ -223,10 +293,10 @@ def _times(plan: Plan) -> list[str]:
         _line("a step", f"{plan.step_s:.4g} s, MFU {plan.mfu:.1%} (estimated; never measured)"),
         *(_line(f"  {kind}", f"{seconds:.4g} s") for kind, seconds in plan.by_kind.items()),
         "",
-        f"  {'part':<20}{'seconds':>12}{'FLOPs':>12}{'sent':>14}",
+        f"  {'part':<20}{'seconds':>12}{'FLOPs':>12}{'sent':>14}{'on the wire':>14}",
     ]
     return [*lines, *(f"  {name:<20}{part['seconds']:>12.4g}{part['flops']:>12.3g}"
-                      f"{_gib(int(part['sent_bytes'])):>14}"
+                      f"{_gib(int(part['sent_bytes'])):>14}{part['collective_s']:>12.4g} s"
                       for name, part in plan.by_scope.items()), ""]
 
 

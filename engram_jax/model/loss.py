@@ -3,6 +3,7 @@
 Shapes: B batch, T time, M streams, D width, V vocabulary; C chunks of N tokens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,8 +25,7 @@ def token_losses(
     """Cross-entropy of every target in nats, float32 [B, T].
 
     Beyond `MAX_LOGITS` the logits are computed chunk after chunk of tokens, and once more in the
-    backward pass. The gradient of the head's weight then adds up over the chunks in the weight's
-    dtype.
+    backward pass. The gradient of the head's weight adds up over the chunks in float32.
 
     Args:
       params: what `transformer.head` reads: final_gain, and head or embedding.
@@ -67,16 +67,49 @@ def _by_chunks(
         return of(transformer.head(params, x_BTMD, config), targets_BT)
     tokens = max(1, MAX_LOGITS // config.vocab_size)
 
-    def chunk(_: None, part: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
-        x_NMD, targets_N = part
+    def chunk(params: dict[str, Any], x_NMD: jax.Array, targets_N: jax.Array) -> Any:
         logits_1NV = transformer.head(params, x_NMD[None], config)
-        return None, jax.tree.map(lambda one: one[0], of(logits_1NV, targets_N[None]))
+        return jax.tree.map(lambda one: one[0], of(logits_1NV, targets_N[None]))
 
-    parts = (_chunks(x_BTMD.reshape(-1, *x_BTMD.shape[2:]), tokens),
-             _chunks(targets_BT.reshape(-1), tokens))
-    _, made_CN = jax.lax.scan(jax.checkpoint(chunk), None, parts)
+    made_CN = _each_chunk(
+        chunk, params, _chunks(x_BTMD.reshape(-1, *x_BTMD.shape[2:]), tokens),
+        _chunks(targets_BT.reshape(-1), tokens))
     return jax.tree.map(
         lambda one: one.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape), made_CN)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _each_chunk(
+    chunk: Callable[..., Any], params: dict[str, Any], x_CNMD: jax.Array, targets_CN: jax.Array
+) -> Any:
+    """`chunk` of one chunk after another; in the backward pass computed anew, and gradients of
+    `params` add up over the chunks in float32."""
+    _, made_CN = jax.lax.scan(
+        lambda _, part: (None, chunk(params, *part)), None, (x_CNMD, targets_CN))
+    return made_CN
+
+
+def _each_chunk_backward(
+    chunk: Callable[..., Any], saved: tuple[dict[str, Any], jax.Array, jax.Array], grads_CN: Any
+) -> tuple[dict[str, Any], jax.Array, None]:
+    params, x_CNMD, targets_CN = saved
+
+    def add(sums: dict[str, Any], part: tuple[jax.Array, ...]) -> tuple[dict[str, Any], jax.Array]:
+        x_NMD, targets_N, grads_N = part
+        _, back = jax.vjp(lambda params, x_NMD: chunk(params, x_NMD, targets_N), params, x_NMD)
+        of_params, of_x_NMD = back(grads_N)
+        return jax.tree.map(lambda total, one: total + one, sums, of_params), of_x_NMD
+
+    start = jax.tree.map(lambda weight: jnp.zeros(weight.shape, jnp.float32), params)
+    # From the last to the first, as `jax.lax.scan` does it.
+    sums, grads_CNMD = jax.lax.scan(add, start, (x_CNMD, targets_CN, grads_CN), reverse=True)
+    return (jax.tree.map(lambda total, weight: total.astype(weight.dtype), sums, params),
+            grads_CNMD, None)
+
+
+_each_chunk.defvjp(
+    lambda chunk, params, x, targets: (_each_chunk(chunk, params, x, targets),
+                                       (params, x, targets)), _each_chunk_backward)
 
 
 def _chunks(array: jax.Array, limit: int) -> jax.Array:

@@ -186,7 +186,9 @@ def run_segment(
     if segment.engram:
         assert config.engram is not None
         assert rows_BTHC is not None
-        fused = fuse(whole(params["engram"], "engram"), x_BTMD, rows_BTHC, config.engram,
+        with jax.named_scope("fusion"):
+            weights = whole(params["engram"], "engram")
+        fused = fuse(weights, x_BTMD, rows_BTHC, config.engram,
                      None if docs is None else docs.position_BT)
         x_BTMD, gate_BTM = x_BTMD + fused.delta_BTMD, fused.gate_BTM
 

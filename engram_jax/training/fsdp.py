@@ -49,10 +49,12 @@ class Split:
         axes = self.axes
         for key in path:
             axes = axes[key]
-        return jax.tree.map(
-            lambda leaf, axis: gathered(leaf, axis, self.dtype, self.near) if axis else leaf,
-            params, axes)
+        with jax.named_scope("gather_weights"):
+            return jax.tree.map(
+                lambda leaf, axis: gathered(leaf, axis, self.dtype, self.near) if axis else leaf,
+                params, axes)
 
+    @jax.named_scope("sum_gradients")
     def summed(self, grads: Any) -> Any:
         """Gradients summed over all devices that hold the same part."""
         return jax.tree.map(

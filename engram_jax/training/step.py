@@ -71,11 +71,14 @@ def train_step(
         if run.training.check_exchange and lookup.routes:
             checks = _exchange_checks(memory.agrees(lookup.routes), combined)
             finite &= checks["exchange/disagreements"] == 0
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = transform.update(grads, state.opt_state, state.params)
-
         learning_rate = rate(state.step)
-        updates = jax.tree.map(lambda u: u * learning_rate, updates)
+        with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda g: g * scale, grads)
+            updates, opt_state = transform.update(grads, state.opt_state, state.params)
+            updates = jax.tree.map(lambda u: u * learning_rate, updates)
+            params = _if(finite, only_trained(
+                run, optax.apply_updates(state.params, updates), state.params), state.params)
+            opt_state = _if(finite, opt_state, state.opt_state)
         moved, moments = state.tables, state.table_state
         if run.training.freeze != "tables":
             moved, moments = memory.update(
@@ -84,11 +87,10 @@ def train_step(
         seen = jax.lax.psum(seen, AXES)
         new = TrainState(
             step=state.step + 1,
-            params=_if(finite, only_trained(
-                run, optax.apply_updates(state.params, updates), state.params), state.params),
+            params=params,
             router_bias=_if(
                 finite, _rebalanced(run, state.router_bias, seen.loads), state.router_bias),
-            opt_state=_if(finite, opt_state, state.opt_state),
+            opt_state=opt_state,
             tables=moved,
             table_state=moments,
         )

@@ -1,13 +1,43 @@
 """Scopes are found in compiled programs; the wire's time is that of a torus."""
 
+import ast
+from collections import Counter
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.costs.breakdown import OTHER, Torus, by_kind, by_scope, roofline, scope_of
+import engram_jax
+from engram_jax.costs.breakdown import (
+    OTHER,
+    SCOPES,
+    Torus,
+    by_kind,
+    by_scope,
+    costs,
+    multiplied,
+    roofline,
+    scope_of,
+    total,
+)
 from engram_jax.costs.collectives import Collective
 from engram_jax.costs.hlo import parse
+
+TORUS = Torus(sizes=(4, 4), link=1.0)
+
+
+def scopes_of_the_code():
+    """The names that the package gives with `jax.named_scope`."""
+    for path in Path(engram_jax.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "jax.named_scope":
+                yield ast.literal_eval(node.args[0])
+
+
+def test_every_scope_of_the_code_is_known_here_and_no_other():
+    assert set(scopes_of_the_code()) == set(SCOPES)
 
 
 def one(kind, size, group=0, **fields):
@@ -18,7 +48,9 @@ def one(kind, size, group=0, **fields):
 @pytest.mark.parametrize(("name", "scope"), [
     ("jit(step)/jit(main)/attention/dot_general", "attention"),
     ("jit(step)/transpose(jvp(experts))/mul", "experts"),
-    ("jit(step)/attention/norm/mul", "norm"),
+    ("jit(step)/attention/rms_norm/mul", "rms_norm"),
+    ("jit(step)/fusion/gate/rms_norm/mul", "gate"),
+    ("jit(step)/fusion/gather_weights/all_gather", "fusion"),
     ("jit(step)/attentions/mul", OTHER),
     ("", OTHER),
 ])
@@ -36,10 +68,9 @@ def test_products_of_a_program_go_to_their_scopes_gradients_too():
     shapes = [np.ones((16, 8), np.float32), np.ones((8, 32), np.float32)]
     program = parse(jax.jit(jax.grad(loss)).lower(
         shapes, np.ones((4, 16), np.float32)).compile().as_text())
-    parts = by_scope(program, [one("all-gather", 100)], 1e9, 1e12)
-    assert parts["attention"].flops == 2 * (2 * 4 * 16 * 8)  # forward, and the weight's gradient
-    assert parts["head"].flops >= 2 * 4 * 8 * 32
-    assert parts[OTHER].sent_bytes == 100
+    parts = costs(program, TORUS, 1e9, 1e12)
+    assert parts["attention"]["flops"] == 2 * (2 * 4 * 16 * 8)  # forward, the weight's gradient
+    assert parts["head"]["flops"] >= 2 * 4 * 8 * 32
 
 
 TPU = """HloModule jit_step
@@ -69,14 +100,34 @@ metadata={op_name="jit(step)/add"}, backend_config={"estimated_cycles":"70"}
 
 
 def test_time_by_scope_and_by_kind():
-    program = parse(TPU)
-    parts = by_scope(program, [], 1e9, 1e12)
-    assert {name: round(part.seconds * 1e9) for name, part in parts.items()} == {
+    costs_of = costs(parse(TPU), TORUS, 1e9, 1e12)
+    parts = by_scope(costs_of)
+    assert {name: round(part["seconds"] * 1e9) for name, part in parts.items()} == {
         "attention": 430, "experts": 200, OTHER: 70}
     assert list(parts) == ["attention", "experts", OTHER]
-    kinds = by_kind(program, 1e9, 1e12)
-    assert {name: round(seconds * 1e9) for name, seconds in kinds.items()} == {
+    assert {name: round(seconds * 1e9) for name, seconds in by_kind(costs_of).items()} == {
         "matrix products": 400, "kernels": 200, "copies": 30, "memory-bound": 70}
+
+
+def test_a_collective_is_its_scopes():
+    gather = ("%g = f32[32,8]{1,0} all-gather(%k), replica_groups=[4,4]<=[16], dimensions={0}, "
+              'metadata={op_name="jit(step)/gather_weights/all_gather"}')
+    text = TPU.replace("ROOT %s =", f"{gather}\n  ROOT %s =")
+    part = costs(parse(text), TORUS, 1e9, 1e12)["gather_weights"]
+    assert part["sent_bytes"] == part["bytes all-gather"] == 8 * 8 * 4
+    assert part["count all-gather"] == 1
+    assert part["collective_s"] == pytest.approx(256 * 3 / 2)
+    assert part["overlapping_s"] == 0
+
+
+def test_what_is_missing_is_multiplied_out():
+    few = {"ffn": Counter(seconds=3.0, flops=10), "fusion": Counter(seconds=1.0),
+           "lookup": Counter(seconds=2.0), "head": Counter(seconds=5.0)}
+    more = {**few, "ffn": Counter(seconds=5.0, flops=20), "router": Counter(seconds=0.5)}
+    whole = multiplied(few, more, blocks=2.5, tables=2, fusions=3)
+    assert {name: part["seconds"] for name, part in whole.items()} == {
+        "ffn": 8.0, "fusion": 3.0, "lookup": 4.0, "head": 5.0, "router": 1.25}
+    assert total(whole, "flops") == 35
 
 
 def test_the_wire_of_a_ring_of_sixteen():
@@ -93,10 +144,9 @@ def test_the_wire_of_a_ring_of_sixteen():
 
 
 def test_what_overlaps_hides_behind_computing():
-    torus = Torus(sizes=(4, 4), link=1.0)
-    shown = one("all-gather", 2, 4)  # 3 s
-    hidden = one("all-gather", 4, 4, overlaps=True)  # 6 s
-    times = roofline(10.0, [shown, hidden], torus, model_flops=26.0, peak_flops=5.0)
+    parts = {"ffn": Counter(seconds=10.0, collective_s=9.0, overlapping_s=6.0)}
+    times = roofline(parts, model_flops=26.0, peak_flops=5.0)
     assert (times.collective_s, times.overlapping_s, times.step_s) == (9, 6, 13)
     assert times.mfu == pytest.approx(0.4)
-    assert roofline(1.0, [shown, hidden], torus, 1.0, 1.0).step_s == 9
+    parts["ffn"]["seconds"] = 1.0
+    assert roofline(parts, 1.0, 1.0).step_s == 9

@@ -33,7 +33,8 @@ def test_described():
     text = described(Plan(
         **COMMON, temporary_bytes=GIB, peak_bytes=2 * GIB, fits=True, squares=0, flops=12345678,
         model_flops=1e7, compute_s=0.25, collective_s=0.5, overlapping_s=0.125, step_s=0.625,
-        mfu=0.321, by_scope={"attention": {"seconds": 0.2, "flops": 2e6, "sent_bytes": 2**20}},
+        mfu=0.321, by_scope={"attention": {"seconds": 0.2, "flops": 2e6, "sent_bytes": 2**20,
+                                "collective_s": 0.5}},
         by_kind={"copies": 0.0625},
         collectives={"all-to-all": {"count": 1234, "bytes": GIB, "largest_bytes": 2**20}}))
     for part in ("1x4", "1 MiB", "2.00 GiB", "yes", f"length x length{'none':>15}",
@@ -116,3 +117,30 @@ def test_a_run_that_does_not_fit(capsys):
 def test_unknown_recipe(capsys):
     assert main.main(["plan", "huge", "--topology", "v5e:2x2"]) == 2
     assert "no such recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("depth", ["-1", "2", "5"])
+@needs_libtpu
+def test_a_depth_of_which_nothing_follows(capsys, depth):
+    error = refused(capsys, "v5e:2x2", "--set", "model.depth=10", "--depth", depth)
+    assert f"depth = {depth}" in error
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_few_blocks_tell_of_all(capsys):
+    """Two Engram layers, experts, streams, accumulation: what differs between the cuts."""
+    words = ["plan", "tiny", "--topology", "v5e:2x2", "--json", *(word for setting in (
+        "model.depth=11", "model.engram.layers=1,5", "model.streams=2", "model.remat=block",
+        "training.accumulate=2") for word in ("--set", setting))]
+    assert main.main(words) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert main.main([*words, "--depth", "3"]) == 0
+    cut = json.loads(capsys.readouterr().out)
+    assert (whole["depth"], cut["depth"]) == (0, 3)
+    assert cut["argument_bytes"] == pytest.approx(whole["argument_bytes"], rel=1e-3)
+    for what in ("flops", "compute_s", "collective_s", "step_s", "mfu", "peak_bytes"):
+        assert cut[what] == pytest.approx(whole[what], rel=0.05), what
+    assert set(cut["by_scope"]) == set(whole["by_scope"])
+    for kind, sent in whole["collectives"].items():
+        assert cut["collectives"][kind]["bytes"] == pytest.approx(sent["bytes"], rel=0.05), kind
