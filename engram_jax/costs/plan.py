@@ -134,9 +134,10 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0, depth: int = 0) -> Plan:
         whole = _multiplied(run, mesh, few, more, depth)
     else:
         whole = measured(run, there, mesh)
-    common = {"name": run.name, "topology": topology, "mesh": placement.shape_of(mesh),
-              "devices": mesh.size, "depth": depth, "hbm_bytes": int(there.chip.hbm_gib * GIB),
-              "compile_s": time.perf_counter() - start}
+    common: dict[str, Any] = {
+        "name": run.name, "topology": topology, "mesh": placement.shape_of(mesh),
+        "devices": mesh.size, "depth": depth, "hbm_bytes": int(there.chip.hbm_gib * GIB),
+        "compile_s": time.perf_counter() - start}
     model_flops = account(run).flops_per_token * run.data.batch_size * run.data.sequence_length
     return Plan(**common, **_said(whole, there.chip, model_flops / count))
 
@@ -146,7 +147,7 @@ def measured(run: RunConfig, there: Slice, mesh: Mesh) -> Measured:
     state, batch = _arguments(run, mesh)
     step = train_step(run, address(run.model, _vocabulary(run), 0), mesh)
     try:
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+        compiled: Any = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

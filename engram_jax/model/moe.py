@@ -8,6 +8,7 @@ E experts, D width, F expert FFN.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from engram_jax.config import MoEConfig
 from engram_jax.model.layers import Params, ffn, ffn_parameters
-from engram_jax.model.parameters import Declared, counted_as, matrix, router
+from engram_jax.model.parameters import Declared, counted_as, expert_matrix, router
 
 OUTER_WINDOW_PERCENT = 120  # of an expert's even share of the slots; see `ragged_outer`
 
@@ -27,9 +28,9 @@ def moe_parameters(key: jax.Array, width: int, config: MoEConfig) -> Declared:
     declared: Declared = {
         "router": counted_as("routers", router(router_key, width, experts)),
         "experts": counted_as("routed experts", {
-            "gate": matrix(gate_key, experts, width, hidden),
-            "up": matrix(up_key, experts, width, hidden),
-            "down": matrix(down_key, experts, hidden, width),
+            "gate": expert_matrix(gate_key, experts, width, hidden),
+            "up": expert_matrix(up_key, experts, width, hidden),
+            "down": expert_matrix(down_key, experts, hidden, width),
         }),
     }
     if config.shared:
@@ -38,31 +39,44 @@ def moe_parameters(key: jax.Array, width: int, config: MoEConfig) -> Declared:
     return declared
 
 
+# (experts, tokens [N, D], choices [N, K], how many experts there are) -> what each token's choices
+# make of it, [N, K, D], and the assignments of each expert, int32 [E].
+Routed = Callable[[Params, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
+
+
+def experts_here(
+    experts: Params, x_ND: jax.Array, choice_NK: jax.Array, number: int
+) -> tuple[jax.Array, jax.Array]:
+    """The `Routed` of a device that has all experts."""
+    groups = group(choice_NK, number)
+    out_PD = grouped_ffn(experts, to_slots(x_ND, groups), groups)
+    return from_slots(out_PD, groups), groups.count_E
+
+
 @jax.named_scope("experts")
 def moe(
-    params: dict, x_BTD: jax.Array, bias_E: jax.Array, config: MoEConfig
+    params: dict, x_BTD: jax.Array, bias_E: jax.Array, config: MoEConfig,
+    routed: Routed = experts_here,
 ) -> tuple[jax.Array, jax.Array]:
     """Shared experts plus each token's routed experts.
 
     Args:
-      params: the values of `moe_parameters`.
+      params: the values of `moe_parameters`; of "experts" what `routed` takes.
       x_BTD: normalised input.
       bias_E: float32; added to the scores for picking only, never for weighing.
       config: sizes.
+      routed: brings tokens and experts together.
 
     Returns:
       [B, T, D] in x's dtype, and the load of each expert, its assignments, int32 [E].
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     choice_NK, weight_NK = route(params["router"], x_ND, bias_E, config)
-    groups = group(choice_NK, config.experts)
-    slots_PD = to_slots(x_ND, groups)
-    out_PD = grouped_ffn(params["experts"], slots_PD, groups)
-    out_NKD = from_slots(out_PD, groups)
+    out_NKD, load_E = routed(params["experts"], x_ND, choice_NK, config.experts)
     out_ND = jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype))
     if config.shared:
         out_ND = out_ND + ffn(params["shared"], x_ND)
-    return out_ND.reshape(x_BTD.shape), groups.count_E
+    return out_ND.reshape(x_BTD.shape), load_E
 
 
 @jax.named_scope("router")

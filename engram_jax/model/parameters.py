@@ -29,6 +29,7 @@ class Parameter:
       split: a mesh may split it along one of its last two axes.
       cast: it is used in the dtype of the activations, so inference keeps it in that.
       part: which of `PARTS` it counts as.
+      owned: it is [..., experts, in, out], and devices of a mesh may each use some of the experts.
     """
 
     value: Any
@@ -36,6 +37,7 @@ class Parameter:
     split: bool = dataclasses.field(metadata={"static": True})
     cast: bool = dataclasses.field(metadata={"static": True})
     part: str = dataclasses.field(default="", metadata={"static": True})
+    owned: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 Declared = dict[str, Any]  # a tree of `Parameter`
@@ -49,6 +51,11 @@ def normal(key: jax.Array, shape: tuple[int, ...], std: float) -> jax.Array:
 def matrix(key: jax.Array, *shape: int) -> Parameter:
     """A weight [..., in, out] that starts with standard deviation in**-0.5."""
     return Parameter(normal(key, shape, shape[-2] ** -0.5), "matrix", split=True, cast=True)
+
+
+def expert_matrix(key: jax.Array, *shape: int) -> Parameter:
+    """A matrix of each expert, [experts, in, out]."""
+    return dataclasses.replace(matrix(key, *shape), owned=True)
 
 
 def router(key: jax.Array, *shape: int) -> Parameter:

@@ -37,7 +37,7 @@ from engram_jax.model.layers import (
     rows_of,
     wide_linear,
 )
-from engram_jax.model.moe import moe, moe_parameters
+from engram_jax.model.moe import Routed, experts_here, moe, moe_parameters
 from engram_jax.model.parameters import Declared, counted_as, embedding, values, vector
 
 
@@ -177,10 +177,12 @@ def run_segment(
     config: ModelConfig,
     docs: Documents | None,
     whole: Whole = as_they_are,
+    routed: Routed = experts_here,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """One segment: (streams, loads [L, E] or None, gates [B, T, M] or None).
 
-    `whole` knows the segment's own parameters by "engram" and "blocks".
+    `whole` knows the segment's own parameters by "engram" and "blocks"; `routed` brings tokens and
+    experts together.
     """
     gate_BTM = None
     if segment.engram:
@@ -196,7 +198,7 @@ def run_segment(
         params: dict[str, Any], x_BTMD: jax.Array, bias_E: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         params = whole(params, "blocks")
-        x_BTMD, _, load_E = block(params, x_BTMD, bias_E, attend, config)
+        x_BTMD, _, load_E = block(params, x_BTMD, bias_E, attend, config, routed)
         return x_BTMD, load_E
 
     def attend(params: Params, x_BTD: jax.Array) -> tuple[jax.Array, None]:
@@ -215,6 +217,7 @@ def block(
     bias_E: jax.Array | None,
     attend: Callable[[Params, jax.Array], tuple[jax.Array, Any]],
     config: ModelConfig,
+    routed: Routed = experts_here,
 ) -> tuple[jax.Array, Any, jax.Array | None]:
     """Attention and FFN, each wrapped in its hyper-connection.
 
@@ -233,7 +236,7 @@ def block(
         if bias_E is None:
             return ffn(params["ffn"], normed), None
         assert config.moe is not None
-        return moe(params["moe"], normed, bias_E, config.moe)
+        return moe(params["moe"], normed, bias_E, config.moe, routed)
 
     connect = functools.partial(
         hyper_connections.connect, rounds=config.sinkhorn_rounds, eps=config.norm_eps)
@@ -265,6 +268,7 @@ def body(
     config: ModelConfig,
     starts_BT: jax.Array | None = None,
     whole: Whole = as_they_are,
+    routed: Routed = experts_here,
 ) -> tuple[jax.Array, Observed]:
     """Tokens and rows to the streams after the last block, [B, T, M, D]; arguments of `apply`."""
     docs = None
@@ -283,7 +287,8 @@ def body(
             rows_BTHC = rows[engram_site(config.engram, segment.start)]
         x_BTMD, load_LE, gate_BTM = run_segment(
             part, x_BTMD, rows_BTHC, bias_LE, segment, config, docs,
-            lambda tree, *path, number=number: whole(tree, "segments", number, *path))
+            lambda tree, *path, number=number: whole(tree, "segments", number, *path),
+            routed)
         loads.append(load_LE)
         if gate_BTM is not None:
             gates[segment.start] = gate_BTM

@@ -1,9 +1,13 @@
-"""Parameters split over the mesh axis `fsdp`: whole where they are used, split everywhere else.
+"""Parameters split over the mesh axes `fsdp` and `expert`: whole where they are used, split
+everywhere else.
 
 A matrix lies split along one of its last two axes. A block's matrices are gathered (in the dtype
 that they are used in) when the block begins, and their gradients are summed and split again (in
 float32) when its backward pass ends, so that a device never holds more than a block's weights
-whole. Vectors, and matrices that the axis does not divide, are whole on every device.
+whole. Vectors, and matrices that the axes do not divide, are whole on every device.
+
+Where the axis `expert` has more than one device, its devices share the experts: each makes whole
+what all of them hold of its own, and nothing else. How parameters lie does not depend on that.
 
 Everything but `split` runs inside `jax.shard_map`.
 """
@@ -23,36 +27,48 @@ from engram_jax.model.parameters import Parameter
 from engram_jax.tables import collectives
 from engram_jax.training.optimizers import on_matrices
 
-DATA, FSDP = "data", "fsdp"
-AXES = (DATA, FSDP)
+DATA, APART, EXPERT = "data", "fsdp", "expert"
+FSDP = (APART, EXPERT)  # over which parameters are split
+AXES = (DATA, *FSDP)
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How a parameter tree is split over `devices` devices of the axis `fsdp`.
+    """How a parameter tree is split over `devices` devices of the axes `FSDP`.
 
     Attributes:
       axes: for each leaf the axis that is split, counted from the end (-2 or -1), or 0 for none;
         so it also holds for one block's slice of a leaf that is stacked over blocks.
-      devices: along the axis `fsdp`.
+      owned: for each leaf whether it is experts' matrices.
+      devices: along the axes `FSDP`.
+      sharing: of these along the axis `expert`.
       dtype: in which matrices are gathered.
       near: how many of them lie together (`collectives.neighbours`).
+      near_apart: how many of those of the axis `fsdp` alone.
     """
 
     axes: Any
+    owned: Any
     devices: int
+    sharing: int
     dtype: str
     near: int
+    near_apart: int
 
     def whole(self, params: Any, *path: str | int) -> Any:
-        """The subtree `params`, which stands at `path` of the tree, with its matrices whole."""
-        axes = self.axes
+        """The subtree `params`, which stands at `path` of the tree, with its matrices whole; of
+        experts' matrices this device's own, where experts are shared."""
+        axes, owned = self.axes, self.owned
         for key in path:
-            axes = axes[key]
+            axes, owned = axes[key], owned[key]
         with jax.named_scope("gather_weights"):
-            return jax.tree.map(
-                lambda leaf, axis: gathered(leaf, axis, self.dtype, self.near) if axis else leaf,
-                params, axes)
+            return jax.tree.map(self._whole, params, axes, owned)
+
+    def _whole(self, leaf: jax.Array, axis: int, owned: bool) -> jax.Array:
+        if owned and self.sharing > 1:
+            return (own_gathered(leaf, axis, self.dtype, self.sharing, self.near_apart) if axis
+                    else _own_of(leaf, self.sharing))
+        return gathered(leaf, axis, self.dtype, self.near) if axis else leaf
 
     @jax.named_scope("sum_gradients")
     def summed(self, grads: Any) -> Any:
@@ -98,7 +114,9 @@ class Split:
         return jax.tree.map(lambda leaf, axis: _spec(leaf.ndim, axis), params, self.axes)
 
 
-def split(declared: Any, devices: int, dtype: str, near: int = 0) -> Split:
+def split(
+    declared: Any, devices: int, dtype: str, near: int = 0, sharing: int = 1, near_apart: int = 0
+) -> Split:
     """How to split a tree of `Parameter`: along the second-last axis, or else the last.
 
     The second-last first: a TPU keeps the last axis in lanes of 128, and a narrow one wastes them.
@@ -109,7 +127,9 @@ def split(declared: Any, devices: int, dtype: str, near: int = 0) -> Split:
             return 0
         return next((a for a in (-2, -1) if parameter.value.shape[a] % devices == 0), 0)
 
-    return Split(parameters.each(axis, declared), devices, dtype, near)
+    return Split(
+        parameters.each(axis, declared), parameters.each(lambda leaf: leaf.owned, declared),
+        devices, sharing, dtype, near, near_apart)
 
 
 def _spec(ndim: int, axis: int) -> PartitionSpec:
@@ -137,6 +157,53 @@ def _gathered_backward(
 
 gathered.defvjp(
     lambda part, axis, dtype, near: (gathered(part, axis, dtype, near), None), _gathered_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def own_gathered(
+    part: jax.Array, axis: int, dtype: str, sharing: int, near: int
+) -> jax.Array:
+    """Of experts' matrices [E, in, out] this device's own, whole in `dtype`, [X, in, out].
+
+    X is E / `sharing`, rounded up; experts that are not there are zeros. Of each expert its owner
+    gets, from its neighbours along `expert`, what they hold, and then all of it along `fsdp`. The
+    gradient goes the same way back and is summed along `fsdp` in float32.
+    """
+    parts = _packed(_shared_out(part.astype(dtype), sharing))
+    mine = jax.lax.all_to_all(parts, EXPERT, 0, 0)  # from each neighbour, of my experts
+    whole = collectives.all_gather(mine, APART, near)
+    return _joined(whole.reshape(-1, *whole.shape[2:]), axis,
+                   (parts.shape[1], *part.shape[1:]))
+
+
+def _own_gathered_backward(
+    axis: int, dtype: str, sharing: int, near: int, saved: tuple[int, ...], grad: jax.Array
+) -> tuple[jax.Array]:
+    del dtype
+    shape = list(saved)
+    devices = grad.shape[axis] // shape[axis]
+    parts = _cut(grad.astype(jnp.float32), axis, devices)
+    parts = parts.reshape(devices // sharing, sharing, *parts.shape[1:])
+    mine = collectives.reduce_scatter(parts, APART, near)
+    back = jax.lax.all_to_all(mine, EXPERT, 0, 0)
+    return (back.reshape(-1, *shape[1:])[: shape[0]],)
+
+
+def _shared_out(matrices: jax.Array, sharing: int) -> jax.Array:
+    """Matrices [E, in, out] by their owners, [sharing, X, in, out]."""
+    padded = jnp.pad(matrices, ((0, -matrices.shape[0] % sharing), (0, 0), (0, 0)))
+    return padded.reshape(sharing, -1, *padded.shape[1:])
+
+
+def _own_of(matrices: jax.Array, sharing: int) -> jax.Array:
+    """This device's own of matrices that all have."""
+    return jax.lax.dynamic_index_in_dim(
+        _shared_out(matrices, sharing), jax.lax.axis_index(EXPERT), keepdims=False)
+
+
+own_gathered.defvjp(
+    lambda part, axis, dtype, sharing, near: (
+        own_gathered(part, axis, dtype, sharing, near), part.shape), _own_gathered_backward)
 
 
 # Parts travel as `collectives.packed` says, so that a TPU's buffers have no gaps; and libtpu made

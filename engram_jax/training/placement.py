@@ -1,7 +1,8 @@
 """The mesh of a run: its axes, and where each part of the state lies.
 
-Axes `data` and `fsdp`; either may be 1. A batch is split over both, parameters over `fsdp`, tables
-over both. Nothing that is saved depends on the mesh.
+Axes `data`, `fsdp` and `expert`; each may be 1. Batches and tables are split over all, parameters
+over the last two. Along `expert` tokens travel to experts, and not experts to tokens
+(`model.sent_experts`). Nothing that is saved depends on the mesh.
 """
 
 import os
@@ -17,59 +18,76 @@ from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
 from engram_jax.model import attention_kernels, transformer
+from engram_jax.model.moe import Routed, experts_here
+from engram_jax.model.sent_experts import SentExperts
 from engram_jax.settings import changed
 from engram_jax.tables import collectives
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
-from engram_jax.training.fsdp import AXES, DATA, FSDP, Split, split
+from engram_jax.training.fsdp import APART, AXES, EXPERT, Split, split
 from engram_jax.training.state import TrainState, abstract_state, row_optimizer
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh `data` x `fsdp` of the given devices, or of the first of all that there are.
+def make_mesh(
+    data: int, fsdp: int, devices: Sequence[jax.Device] | None = None, expert: int = 1
+) -> Mesh:
+    """A mesh `data` x `fsdp` x `expert` of the given devices, or of the first of all that there
+    are.
 
     Raises:
       UserError: there are fewer devices, or some would be left over on a cluster.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape, wanted = f"{data}x{fsdp}", data * fsdp
-    require(data >= 1 and fsdp >= 1, "mesh", shape, "both sizes must be at least 1")
+    shape, wanted = _written(data, fsdp, expert), data * fsdp * expert
+    require(data >= 1 and fsdp >= 1 and expert >= 1, "mesh", shape,
+            "all sizes must be at least 1")
     require(wanted <= len(devices), "mesh", shape,
             f"needs {wanted} devices, and there are {len(devices)}")
     require(wanted == len(devices) or jax.process_count() == 1, "mesh", shape,
             f"must use all {len(devices)} devices of the {jax.process_count()} processes")
     try:
-        return jax.make_mesh(
-            (data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+        flat = jax.make_mesh(
+            (data, fsdp * expert), AXES[:2], axis_types=(AxisType.Auto,) * 2,
+            devices=devices[:wanted])
     except NotImplementedError as error:  # of a TPU slice
-        raise UserError(f"mesh = {shape!r}: both sizes must be products of the slice's own axes, "
-                        "as 4x16 is on a slice of 4x4x4 chips") from error
+        raise UserError(f"mesh = {shape!r}: sizes must be products of the slice's own axes, as "
+                        "4x16 is on a slice of 4x4x4 chips") from error
+    return _mesh(flat.devices, data, fsdp, expert)
+
+
+def _mesh(devices: np.ndarray, *shape: int) -> Mesh:
+    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def chosen_mesh(shape: str | None = None) -> Mesh:
-    """The mesh of `shape`, "DATAxFSDP"; or else of $ENGRAM_MESH; or else all devices along fsdp.
+    """The mesh of `shape`, "DATAxFSDP" or "DATAxFSDPxEXPERT"; or else of $ENGRAM_MESH; or else all
+    devices along fsdp.
 
     Raises:
-      UserError: as `make_mesh`, or the shape is not two numbers.
+      UserError: as `make_mesh`, or the shape is not two or three numbers.
     """
     shape = shape or os.environ.get("ENGRAM_MESH")
     if not shape:
         return make_mesh(1, len(jax.devices()))
-    sizes = re.fullmatch(r"(\d+)x(\d+)", shape)
+    sizes = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", shape)
     if sizes is None:
-        raise UserError(f"mesh = {shape!r}: write it as DATAxFSDP, for example 1x8")
-    return make_mesh(int(sizes[1]), int(sizes[2]))
+        raise UserError(f"mesh = {shape!r}: write it as DATAxFSDP, for example 1x8, or "
+                        "DATAxFSDPxEXPERT, for example 1x2x4")
+    return make_mesh(int(sizes[1]), int(sizes[2]), expert=int(sizes[3] or 1))
 
 
 def single_mesh() -> Mesh:
     """A mesh of this process's first device."""
-    return jax.make_mesh(
-        (1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1])
+    return _mesh(np.array(jax.local_devices()[:1]), 1, 1, 1)
 
 
 def shape_of(mesh: Mesh) -> str:
-    """ "data x fsdp", as the command line takes it."""
-    return f"{mesh.shape[DATA]}x{mesh.shape[FSDP]}"
+    """ "data x fsdp", as the command line takes it, and "x expert" where experts are shared."""
+    return _written(*(mesh.shape[axis] for axis in AXES))
+
+
+def _written(data: int, fsdp: int, expert: int) -> str:
+    return f"{data}x{fsdp}" + f"x{expert}" * (expert != 1)
 
 
 def check(run: RunConfig, mesh: Mesh) -> None:
@@ -80,6 +98,9 @@ def check(run: RunConfig, mesh: Mesh) -> None:
             f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}")
     require(batch // devices % accumulate == 0, "training.accumulate", accumulate,
             f"does not divide the {batch // devices} sequences that each of {devices} devices has")
+    moe, sharing = run.model.moe, mesh.shape[EXPERT]
+    require(sharing <= (moe.experts if moe else 1), "mesh", shape_of(mesh),
+            f"shares {moe.experts if moe else 'no'} experts among {sharing} devices")
     for site in sites(run.model):
         require(site.hash_config.keys != "shuffled" or batch > devices, "data.batch_size", batch,
                 f"leaves each of {devices} devices one sequence, and with shuffled keys each needs "
@@ -100,8 +121,18 @@ def settled(run: RunConfig, mesh: Mesh) -> RunConfig:
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
     """How the run's parameters are split."""
-    return split(transformer.declared(run.model), mesh.shape[FSDP], run.model.compute_dtype,
-                 collectives.neighbours(list(mesh.devices[0])))
+    sharing = mesh.shape[EXPERT]
+    return split(
+        transformer.declared(run.model), mesh.shape[APART] * sharing, run.model.compute_dtype,
+        collectives.neighbours(list(mesh.devices[0].flat)), sharing,
+        collectives.neighbours(list(mesh.devices[0, :, 0])))
+
+
+def routed(mesh: Mesh) -> Routed:
+    """How tokens and experts come together on a mesh."""
+    if mesh.shape[EXPERT] == 1:
+        return experts_here
+    return SentExperts(axis=EXPERT, devices=mesh.shape[EXPERT], everywhere=AXES)
 
 
 def local_memory(run: RunConfig, mesh: Mesh) -> LocalMemory:

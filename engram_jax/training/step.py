@@ -20,6 +20,7 @@ from engram_jax.hashing.addressing import Addressing
 from engram_jax.model import documents, moe, transformer
 from engram_jax.model.layers import Whole, as_they_are
 from engram_jax.model.loss import token_losses
+from engram_jax.model.moe import Routed, experts_here
 from engram_jax.model.transformer import Observed
 from engram_jax.tables.exchange import RowGradients
 from engram_jax.tables.local import LocalLookup
@@ -53,13 +54,14 @@ def train_step(
     placement.check(run, mesh)
     settled = placement.settled(run, mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
+    routed = placement.routed(mesh)
     transform = optimizer(run.optimizer, transformer.declared(run.model), split.by_matrix)
     rate = schedule(run.optimizer, run.training.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         lookup = memory.lookup(state.tables, row_ids(run, addressing, batch))
         (loss, seen), (grads, row_grads) = gradients(
-            settled, state, lookup.rows, batch, split.whole, mesh.size)
+            settled, state, lookup.rows, batch, split.whole, mesh.size, routed)
         grads = split.summed(gradients_of_trained(run, grads))
         combined = memory.combine(lookup.routes, row_grads)
         square = split.square(grads)
@@ -138,6 +140,7 @@ def gradients(
     batch: Batch,
     whole: Whole,
     devices: int,
+    routed: Routed = experts_here,
 ) -> tuple[tuple[jax.Array, Seen], tuple[Any, dict[str, jax.Array]]]:
     """This device's part of the loss and of the gradients of parameters and rows.
 
@@ -147,7 +150,8 @@ def gradients(
     parts = run.training.accumulate
 
     def loss_of(params: Any, rows: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, Seen]:
-        loss, seen = mean_loss(params, rows, state.router_bias, batch, run, whole)
+        loss, seen = mean_loss(params, rows, state.router_bias, batch, run, whole,
+                               routed)
         gates = [jnp.mean(gate) for gate in seen.gates.values()]
         gate = jnp.mean(jnp.stack(gates)) / (devices * parts) if gates else None
         return loss / (devices * parts), Seen(seen.loads, gate)
@@ -178,10 +182,11 @@ def losses(
     batch: Batch,
     run: RunConfig,
     whole: Whole = as_they_are,
+    routed: Routed = experts_here,
 ) -> tuple[jax.Array, Observed]:
     """Cross-entropy of every target in nats, float32 [B, T], and what could be observed."""
     x_BTMD, seen = transformer.body(params, batch["tokens_BT"], rows, router_bias, run.model,
-                                    batch["starts_BT"], whole)
+                                    batch["starts_BT"], whole, routed)
     head = transformer.head_params(params, run.model, whole)
     return token_losses(head, x_BTMD, batch["targets_BT"], run.model), seen
 
@@ -193,9 +198,10 @@ def mean_loss(
     batch: Batch,
     run: RunConfig,
     whole: Whole = as_they_are,
+    routed: Routed = experts_here,
 ) -> tuple[jax.Array, Observed]:
     """The mean of `losses`."""
-    loss_BT, seen = losses(params, rows, router_bias, batch, run, whole)
+    loss_BT, seen = losses(params, rows, router_bias, batch, run, whole, routed)
     return jnp.mean(loss_BT), seen
 
 
@@ -210,11 +216,12 @@ def evaluation_step(
     placement.check(run, mesh)
     settled = placement.settled(run, mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
+    routed = placement.routed(mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         lookup = memory.lookup(state.tables, row_ids(run, addressing, batch))
         loss_BT, _ = losses(
-            state.params, lookup.rows, state.router_bias, batch, settled, split.whole)
+            state.params, lookup.rows, state.router_bias, batch, settled, split.whole, routed)
         return (_everywhere(jnp.sum(loss_BT * batch["weights_BT"])),
                 _everywhere(jnp.sum(batch["weights_BT"])))
 

@@ -1,0 +1,89 @@
+"""Tokens that travel to their experts get what they would get at home, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from engram_jax.config import MoEConfig
+from engram_jax.model.moe import experts_here, moe, moe_parameters
+from engram_jax.model.parameters import values
+from engram_jax.model.sent_experts import SentExperts
+from engram_jax.training import placement
+from engram_jax.training.fsdp import AXES, own_gathered
+
+pytestmark = pytest.mark.usefixtures("compilations")
+
+CONFIG = MoEConfig(experts=6, top_k=2, shared=0, expert_ffn=8)
+WIDTH = 16
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def outputs_and_gradients(x_BTD, bias_E, room):
+    """Of `moe` on eight devices, four of which share the experts; `room` None has all at home."""
+    mesh = placement.make_mesh(1, 2, expert=4)
+    params = values(moe_parameters(jax.random.key(0), WIDTH, CONFIG))
+    routed = experts_here if room is None else SentExperts(
+        axis="expert", devices=4, everywhere=AXES, room=room)
+
+    def local(params, x_BTD):
+        def loss(params, x_BTD):
+            experts = params["experts"]
+            if room is not None:
+                experts = jax.tree.map(lambda part: own_gathered(part, -2, "float32", 4, 0), {
+                    name: part_of(matrix) for name, matrix in experts.items()})
+            out_BTD, load_E = moe({**params, "experts": experts}, x_BTD, bias_E, CONFIG, routed)
+            return jnp.sum(out_BTD * (1 + x_BTD)), (out_BTD, load_E)
+
+        grads, (out_BTD, load_E) = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
+        return (out_BTD, grads[1], jax.lax.psum(grads[0], AXES),
+                jax.lax.psum(load_E, AXES))
+
+    def part_of(matrix):
+        """This device's rows of every expert, as `fsdp.split` lays them."""
+        rows = matrix.shape[1] // 8
+        return jax.lax.dynamic_slice_in_dim(
+            matrix, jax.lax.axis_index(("fsdp", "expert")) * rows, rows, 1)
+
+    split, everywhere = PartitionSpec(AXES), PartitionSpec()
+    return jax.jit(jax.shard_map(
+        local, mesh=mesh, in_specs=(everywhere, split), out_specs=(split, split, everywhere,
+                                                                   everywhere),
+        check_vma=False))(params, x_BTD)
+
+
+@functools.cache
+def at_home(skewed):
+    bias_E = np.array([0, 0, 9, 0, 0, 9], np.float32) if skewed else np.zeros(6, np.float32)
+    return bias_E, outputs_and_gradients(random(8, 12, WIDTH), bias_E, None)
+
+
+@pytest.mark.parametrize("room", [4.0, 1.25, 0.3])
+@pytest.mark.parametrize("skewed", [False, True])
+def test_sent_is_at_home(skewed, room):
+    """Room for all, for an even share, and so little that it takes many rounds; routers that pick
+    evenly, and ones that pick two experts of all."""
+    bias_E, home = at_home(skewed)
+    sent = outputs_and_gradients(random(8, 12, WIDTH), bias_E, room)
+    for ours, theirs in zip(jax.tree.leaves(sent), jax.tree.leaves(home), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+    np.testing.assert_array_equal(sent[3], home[3])
+    assert int(jnp.sum(sent[3])) == 8 * 12 * 2
+
+
+@pytest.mark.parametrize(("skewed", "room", "rounds"), [(False, 4.0, 1), (True, 1.0, 2)])
+def test_rounds_follow_the_fullest_peer(skewed, room, rounds):
+    """24 assignments a device; of two experts that have all, each owner gets twelve."""
+    mesh = placement.make_mesh(1, 2, expert=4)
+    routed = SentExperts(axis="expert", devices=4, everywhere=AXES, room=room)
+    choice_NK = np.tile([[2, 5]] if skewed else [[0, 5], [2, 3]], (8 * 12 // (2 - skewed), 1))
+    taken = jax.jit(jax.shard_map(
+        lambda choice_NK: routed.way(choice_NK, 6).rounds[None], mesh=mesh,
+        in_specs=PartitionSpec(AXES), out_specs=PartitionSpec(AXES)))(choice_NK.astype(np.int32))
+    assert taken.tolist() == [rounds] * 8
