@@ -10,13 +10,16 @@ from engram_jax.cli.words import (
     add_command,
     add_directory,
     add_json,
+    add_mesh,
     add_set,
     keeping_programs,
 )
 from engram_jax.config import ROW_DTYPES, RunConfig, require
-from engram_jax.settings import json_text, with_settings
+from engram_jax.settings import changed, json_text, with_settings
 
 if typing.TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from engram_jax.inference.serving import Served
     from engram_jax.runs.directory import RunDirectory
     from engram_jax.runs.reader import Reader
@@ -34,6 +37,7 @@ def add(commands: Commands) -> None:
     add_directory(command)
     add_set(command)
     add_json(command)
+    add_mesh(command)
     command.add_argument("--tasks", default="", metavar="NAME,...",
                          help="of lm-evaluation-harness (extra eval), or with --ruler of RULER")
     command.add_argument("--include", default="", metavar="FOLDER",
@@ -70,25 +74,31 @@ def _loss(options: Options) -> None:
     from engram_jax.runs.directory import RunDirectory
     from engram_jax.runs.evaluate import evaluator
     from engram_jax.runs.reader import open_inputs
+    from engram_jax.training.placement import reading_mesh
 
     records = RunDirectory(options.directory)
     own = f"data.tokenizer={records.tokenizer_path}"
     run = with_settings(records.config(), [own, *options.settings])
     inputs = open_inputs(run, artifact=records.artifact())  # in silence: the answer is printed
-    loss, per_byte, tokens = evaluator(run, inputs)(_restored(records, run, inputs))
+    run = changed(run, {"training.accumulate": 1})
+    mesh = reading_mesh(run, options.mesh)
+    loss, per_byte, tokens = evaluator(run, inputs, mesh)(_restored(records, run, inputs, mesh))
     if options.json:
         print(json_text({"loss": loss, "bits_per_byte": per_byte, "tokens": tokens}))
     else:
         print(f"loss {loss:.4f} nats a token, {per_byte:.4f} bits per byte, {tokens:,} tokens")
 
 
-def _restored(records: "RunDirectory", run: RunConfig, reader: "Reader") -> "TrainState":
-    """The last checkpoint of a run, on this process's first device."""
+def _restored(
+    records: "RunDirectory", run: RunConfig, reader: "Reader", mesh: "Mesh"
+) -> "TrainState":
+    """What a forward pass reads of a run's last checkpoint, split over the mesh."""
     from engram_jax.runs.checkpoints import last_checkpoint
-    from engram_jax.training.placement import placed_state, single_mesh
+    from engram_jax.training.placement import placed_state
+    from engram_jax.training.state import READ
 
     with last_checkpoint(records, reader) as checkpoint:
-        return checkpoint.restore(placed_state(run, single_mesh()))
+        return checkpoint.restore(placed_state(run, mesh), only=READ)
 
 
 def _tasks(options: Options) -> None:

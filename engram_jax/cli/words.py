@@ -60,9 +60,10 @@ def add_json(command: Parser) -> None:
 
 
 def add_mesh(command: Parser) -> None:
-    command.add_argument("--mesh", metavar="DATAxFSDP", default=None,
-                         help="split batches over both, parameters over the second, tables over "
-                         "both; default $ENGRAM_MESH, or else all devices as 1xN")
+    command.add_argument("--mesh", metavar="DATAxFSDP[xEXPERT]", default=None,
+                         help="split batches and tables over all axes, parameters over all but the "
+                         "first; tokens travel to experts along the third; default $ENGRAM_MESH, "
+                         "or else all devices as 1xN")
 
 
 def add_directory(command: Parser) -> None:

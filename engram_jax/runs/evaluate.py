@@ -11,7 +11,7 @@ from engram_jax.data.batches import validation_batches
 from engram_jax.runs.directory import bits_per_byte
 from engram_jax.runs.reader import Inputs
 from engram_jax.training.placement import put, single_mesh
-from engram_jax.training.state import TrainState
+from engram_jax.training.state import TrainState, to_be_read
 from engram_jax.training.step import evaluation_step
 
 
@@ -35,7 +35,7 @@ def evaluator(
 ) -> Evaluator:
     """A function that evaluates states that lie on `mesh` (None: on this process's first device).
 
-    It compiles on its first call.
+    It compiles on its first call. Of a state it reads `state.READ` alone.
 
     Raises:
       UserError: there is not enough text to validate on.
@@ -52,7 +52,7 @@ def evaluator(
             inputs.tokens, run.data, run.training.evaluate_batches, **mine)
         for batch in batches:
             before_each()
-            sums = step(state, put(batch, mesh))
+            sums = step(to_be_read(state), put(batch, mesh))
             if waiting:  # read while the next batch is under way; never more than two are
                 total, weight = total + float(waiting[0]), weight + float(waiting[1])
             waiting = sums

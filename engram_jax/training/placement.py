@@ -81,6 +81,23 @@ def single_mesh() -> Mesh:
     return _mesh(np.array(jax.local_devices()[:1]), 1, 1, 1)
 
 
+def reading_mesh(run: RunConfig, shape: str | None = None) -> Mesh:
+    """The mesh on which a trained run is evaluated: as `chosen_mesh`, but one device where nobody
+    named a mesh and all devices do not divide the run.
+
+    Raises:
+      UserError: as `chosen_mesh`.
+    """
+    mesh = chosen_mesh(shape)
+    if shape or os.environ.get("ENGRAM_MESH"):
+        return mesh
+    try:
+        check(run, mesh)
+    except UserError:
+        return single_mesh()
+    return mesh
+
+
 def shape_of(mesh: Mesh) -> str:
     """ "data x fsdp", as the command line takes it, and "x expert" where experts are shared."""
     return _written(*(mesh.shape[axis] for axis in AXES))

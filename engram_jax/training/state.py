@@ -37,6 +37,15 @@ class TrainState:
     table_state: dict[str, Any]
 
 
+# Fields that a forward pass reads; the others are the optimizers'.
+READ = ("step", "params", "router_bias", "tables")
+
+
+def to_be_read(state: TrainState) -> TrainState:
+    """The state, or a tree like it, without what only training needs."""
+    return state.replace(opt_state={}, table_state={})
+
+
 def row_optimizer(run: RunConfig) -> RowOptimizer:
     """The optimizer of the run's tables."""
     return row_optimizers.row_optimizer(run.optimizer)

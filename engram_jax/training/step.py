@@ -28,7 +28,7 @@ from engram_jax.training import placement
 from engram_jax.training.freezing import gradients_of_trained, only_trained
 from engram_jax.training.fsdp import AXES
 from engram_jax.training.optimizers import optimizer, schedule
-from engram_jax.training.state import TrainState, updates_made
+from engram_jax.training.state import TrainState, to_be_read, updates_made
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -210,7 +210,8 @@ def evaluation_step(
 ) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array]]:
     """(state, batch) -> the weighted sum of the losses and the sum of the weights.
 
-    The batch also has weights_BT, float32.
+    The state is without what only training needs (`state.to_be_read`). The batch also has
+    weights_BT, float32.
     """
     mesh = mesh or placement.single_mesh()
     placement.check(run, mesh)
@@ -225,7 +226,7 @@ def evaluation_step(
         return (_everywhere(jnp.sum(loss_BT * batch["weights_BT"])),
                 _everywhere(jnp.sum(batch["weights_BT"])))
 
-    specs = placement.state_specs(run, mesh)
+    specs = to_be_read(placement.state_specs(run, mesh))
     return jax.shard_map(step, mesh=mesh, in_specs=(specs, PartitionSpec(AXES)),
                          out_specs=PartitionSpec(), check_vma=False)
 

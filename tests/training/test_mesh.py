@@ -32,7 +32,7 @@ from engram_jax.runs.reader import open_inputs
 from engram_jax.settings import changed
 from engram_jax.tables.layout import layout_of
 from engram_jax.training import capacity, placement
-from engram_jax.training.state import abstract_state, init_state
+from engram_jax.training.state import abstract_state, init_state, to_be_read
 from engram_jax.training.step import evaluation_step, row_ids, train_step
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -193,7 +193,8 @@ def evaluated(run, shape, state):
 
 def test_evaluation_on_a_mesh_equals_that_on_one_device(run):
     state = trained(run, MANY)[2]
-    one, many = (evaluated(run, shape, placed(run, shape, state)) for shape in (ONE, MANY))
+    one, many = (evaluated(run, shape, to_be_read(placed(run, shape, state)))
+                 for shape in (ONE, MANY))
     np.testing.assert_array_equal(one[:, 1], many[:, 1])
     np.testing.assert_allclose(one[:, 0] / one[:, 1], many[:, 0] / many[:, 1], rtol=0, atol=1e-5)
 
