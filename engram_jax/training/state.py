@@ -1,5 +1,6 @@
 """Everything that a step changes, as one pytree."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -43,7 +44,7 @@ READ = ("step", "params", "router_bias", "tables")
 
 def to_be_read(state: TrainState) -> TrainState:
     """The state, or a tree like it, without what only training needs."""
-    return state.replace(opt_state={}, table_state={})
+    return dataclasses.replace(state, opt_state={}, table_state={})
 
 
 def row_optimizer(run: RunConfig) -> RowOptimizer:
