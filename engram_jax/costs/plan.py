@@ -20,7 +20,7 @@ from engram_jax.costs import breakdown, depths
 from engram_jax.costs.accounting import account
 from engram_jax.costs.breakdown import Costs
 from engram_jax.costs.collectives import KINDS, collectives
-from engram_jax.costs.hlo import parse
+from engram_jax.costs.hlo import Program, parse
 from engram_jax.costs.slices import Chip, Slice, slice_of
 from engram_jax.hashing.addressing import address
 from engram_jax.hashing.compression import CompressedVocabulary
