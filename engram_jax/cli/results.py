@@ -1,5 +1,6 @@
 """Commands that look at trained runs: `compare`, `analyze` and `report`."""
 
+import math
 
 from engram_jax.cli.words import (
     Commands,
@@ -10,6 +11,7 @@ from engram_jax.cli.words import (
     keeping_programs,
     say,
 )
+from engram_jax.config import require
 from engram_jax.settings import json_text
 
 ANALYSES = ("gates", "lens", "cka", "suppression", "patchscope", "tokenizer", "memory")
@@ -32,15 +34,36 @@ def _add_compare(commands: Commands) -> None:
     command.add_argument("--axis", action="append", default=[], metavar="FIELD",
                          help="refuse arms that differ from the baseline in anything else; a field "
                          "or a part of the config, for example model.engram; may be repeated")
+    command.add_argument("--equal-loss", nargs="?", type=float, const=math.nan, default=None,
+                         metavar="LOSS",
+                         help="of each run its own checkpoint whose validation loss is nearest to "
+                         "LOSS (default: the lowest that all runs of a seed reach), with its "
+                         "scores and those of runs that began from it")
+    command.add_argument("--tolerance", type=float, default=0.01, metavar="NATS",
+                         help="that a loss may differ by with --equal-loss (default 0.01)")
     add_json(command)
 
 
 def compare(options: Options) -> None:
+    if options.equal_loss is not None:
+        _compare_at_equal_loss(options)
+        return
     from engram_jax.results import comparing
 
     compared = comparing.comparison(options.directories, options.baseline, options.axis)
     print(json_text(comparing.to_json(compared), indent=1) if options.json
           else comparing.described(compared))
+
+
+def _compare_at_equal_loss(options: Options) -> None:
+    from engram_jax.results import equal_loss
+
+    for name, given in (("baseline", options.baseline), ("axis", options.axis)):
+        require(not given, name, given, "is not of a comparison at equal loss")
+    loss = None if math.isnan(options.equal_loss) else options.equal_loss
+    choices = equal_loss.at_equal_loss(options.directories, loss, options.tolerance)
+    print(json_text(equal_loss.to_json(choices, options.tolerance), indent=1) if options.json
+          else equal_loss.described(choices, options.tolerance))
 
 
 def _add_analyze(commands: Commands) -> None:

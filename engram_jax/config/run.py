@@ -227,3 +227,9 @@ class RunConfig:
     optimizer: OptimizerConfig
     training: TrainingConfig
     baseline: str = ""
+
+    def __post_init__(self) -> None:
+        memory = self.model.engram or self.model.over_encoding
+        require(not self.training.freeze or memory is not None, "training.freeze",
+                self.training.freeze, "the model has no memory: its tables are not there, and the "
+                "rest is all of it")

@@ -14,9 +14,11 @@ import numpy as np
 
 from engram_jax.config import require
 from engram_jax.errors import UserError
+from engram_jax.evaluation.benchmarks import FOLDER, Chosen
 from engram_jax.evaluation.scoring import Scorer
 from engram_jax.inference.engine import Engine, Request
 from engram_jax.inference.serving import Served, served
+from engram_jax.results.scores import Score
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.storage import first_line
 
@@ -175,35 +177,61 @@ def _stops(settings: dict[str, Any]) -> list[str]:
 
 
 def evaluate(
-    model: Served, tasks: Sequence[str], include: str = "", shots: int | None = None,
-    limit: int | None = None, batch_size: int = 8,
+    model: Served, chosen: Chosen, include: str = "", limit: int | None = None,
+    batch_size: int = 8,
 ) -> dict[str, Any]:
     """A run's results on tasks of the harness, as the harness has them.
 
     Args:
       model: the run.
-      tasks: names of tasks or of groups.
+      chosen: tasks or groups, with the examples before each question.
       include: a folder of further task files; "" is none.
-      shots: examples before each question; None is what each task says.
       limit: questions of a task; None is all.
       batch_size: sequences at once.
 
     Raises:
-      UserError: a task that there is not, or one whose data cannot be had.
+      UserError: a task that there is not, one whose data cannot be had, or one that runs what the
+        model writes where that is not allowed.
     """
-    manager = TaskManager(include_path=include or None)
-    for task in tasks:
+    manager = TaskManager(include_path=[str(FOLDER), *([include] if include else [])])
+    for task in chosen.shots:
         if not manager.match_tasks([task]):
             raise UserError(f"tasks = {task!r}: the harness has no such task; `lm_eval ls tasks` "
                             "lists them, and --include FOLDER adds your own")
-    try:
-        results = simple_evaluate(
-            EngramLM(model, batch_size=batch_size), tasks=list(tasks), task_manager=manager,
-            num_fewshot=shots, limit=limit, log_samples=False, verbosity="ERROR")
-    except (OSError, DatasetsError) as error:
-        raise UserError(f"tasks = {','.join(tasks)!r}: the data cannot be had "
-                        f"({first_line(error)})") from error
-    return dict(results or {})
+    lm, parts = EngramLM(model, batch_size=batch_size), []
+    for shots in dict.fromkeys(chosen.shots.values()):
+        tasks = [task for task, of in chosen.shots.items() if of == shots]
+        try:
+            parts.append(simple_evaluate(
+                lm, tasks=tasks, task_manager=manager, num_fewshot=shots, limit=limit,
+                log_samples=False, verbosity="ERROR", confirm_run_unsafe_code=chosen.unsafe))
+        except (OSError, DatasetsError) as error:
+            raise UserError(f"tasks = {','.join(tasks)!r}: the data cannot be had "
+                            f"({first_line(error)})") from error
+        except ValueError as error:
+            require("marked as unsafe" not in str(error), "tasks", ",".join(tasks),
+                    "has one that runs programs that the model writes; --unsafe-code allows it")
+            raise
+    return _together(parts)
+
+
+def _together(parts: Sequence[Any]) -> dict[str, Any]:
+    """Results of several calls of the harness as those of one."""
+    whole: dict[str, Any] = {}
+    for part in parts:
+        for name, values in dict(part or {}).items():
+            whole[name] = {**whole.get(name, {}), **values} if isinstance(values, dict) else values
+    return whole
+
+
+def scores(results: dict[str, Any], step: int, limit: int | None) -> list[Score]:
+    """What scores.json keeps of results: every number but the standard errors."""
+    return [Score(of="harness", task=task, metric=metric.removesuffix(",none"), step=step,
+                  value=float(value),
+                  settings={"shots": results.get("n-shot", {}).get(task), "limit": limit})
+            for task, values in results["results"].items() for metric, value in values.items()
+            if isinstance(value, int | float) and "stderr" not in metric
+            and metric not in ("alias", "sample_len")]
 
 
 def table(results: dict[str, Any]) -> str:

@@ -82,11 +82,15 @@ def perplexities(
     Raises:
       UserError: no text has two tokens.
     """
+    return of_losses((losses(tokens_T), key_N) for tokens_T, key_N in texts)
+
+
+def of_losses(texts: Iterable[tuple[np.ndarray, np.ndarray]]) -> Perplexities:
+    """As `perplexities`, of texts whose losses [T] are known."""
     key_sum, key_count, total, count = 0.0, 0, 0.0, 0
-    for tokens_T, key_N in texts:
-        losses_T = losses(tokens_T)
+    for losses_T, key_N in texts:
         key_sum, key_count = key_sum + float(losses_T[key_N].sum()), key_count + len(key_N)
-        total, count = total + float(losses_T[1:].sum()), count + max(0, len(tokens_T) - 1)
+        total, count = total + float(losses_T[1:].sum()), count + max(0, len(losses_T) - 1)
     require(count > 0, "texts", count, "must have at least two tokens in one of them")
     return Perplexities(math.exp(key_sum / key_count) if key_count else None,
                         math.exp(total / count), key_count, count)

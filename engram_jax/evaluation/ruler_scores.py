@@ -8,6 +8,7 @@ from engram_jax.evaluation import ruler
 from engram_jax.evaluation.haystack import Source
 from engram_jax.inference.engine import Request
 from engram_jax.inference.serving import Served
+from engram_jax.results import scores
 
 
 class Score(NamedTuple):
@@ -57,11 +58,27 @@ def measured(
     return out
 
 
-def described(scores: Sequence[Score]) -> str:
+def kept(answers: Sequence[Score], step: int, seed: int, text: str) -> list[scores.Score]:
+    """What scores.json keeps: the tasks, and the paper's columns whose tasks are all there."""
+    by_task = {(one.task, one.length): one for one in answers}
+    out = []
+    for length in dict.fromkeys(one.length for one in answers):
+        values = {task: one.score for (task, of), one in by_task.items() if of == length}
+        values |= {column: sum(values[part] for part in parts) / len(parts)
+                   for column, parts in ruler.COLUMNS.items()
+                   if len(parts) > 1 and set(parts) <= set(values)}
+        count = next(one.samples for one in answers if one.length == length)
+        settings = {"length": length, "samples": count, "seed": seed, "text": text}
+        out += [scores.Score(of="ruler", task=task, metric="", step=step, value=value,
+                             settings=settings) for task, value in values.items()]
+    return out
+
+
+def described(answers: Sequence[Score]) -> str:
     """Tasks and the paper's columns as rows, lengths as columns."""
-    lengths = sorted({score.length for score in scores})
-    by_task = {(score.task, score.length): score.score for score in scores}
-    tasks = list(dict.fromkeys(score.task for score in scores))
+    lengths = sorted({score.length for score in answers})
+    by_task = {(score.task, score.length): score.score for score in answers}
+    tasks = list(dict.fromkeys(score.task for score in answers))
     rows = [(task, [by_task[task, length] for length in lengths]) for task in tasks]
     for column, parts in ruler.COLUMNS.items():
         if set(parts) <= set(tasks):

@@ -31,6 +31,7 @@ class Served:
 
     Attributes:
       run, reader: its config, and how it reads text.
+      step: of its checkpoint.
       params, router_bias: of the model, on this process's first device; the parameters as
         `stages.serving_params` keeps them.
       rows: where its rows come from.
@@ -38,6 +39,7 @@ class Served:
 
     run: RunConfig
     reader: Reader
+    step: int
     params: dict[str, Any]
     router_bias: list[jax.Array | None]
     rows: RowSource
@@ -78,17 +80,20 @@ def engine(
         raise
 
 
-def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Served:
-    """Load the last checkpoint of a run to be served.
+def served(
+    records: RunDirectory, memory: str = "device", dtype: str = "", step: int | None = None
+) -> Served:
+    """Load a checkpoint of a run to be served.
 
     Args:
       records: of the run.
       memory: "device", as in training; "host", read from the checkpoint into host memory; "disk", a
         file in the run's folder, which is written if it is not there.
       dtype: of the rows on host or disk, one of `config.ROW_DTYPES`; "" is that of training.
+      step: of the checkpoint; None is the last one.
 
     Raises:
-      UserError: no checkpoint, or a setting out of range.
+      UserError: no such checkpoint, or a setting out of range.
       MachineError: what is on disk cannot be read or written.
     """
     require(memory in HOMES, "memory", memory, f"must be one of {', '.join(HOMES)}")
@@ -98,7 +103,7 @@ def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Se
             "is of tables on host or disk; on the device they are as in training")
     run = records.config()
     reader = reader_of(records)
-    saved = SavedTables(records, reader)
+    saved = SavedTables(records, reader, step)
     fields = ("params", "router_bias", *(["tables"] if memory == "device" else []))
     with last_checkpoint(records, reader) as checkpoint:
         state = checkpoint.restore(placed_state(run, single_mesh()), step=saved.step, only=fields)
@@ -108,8 +113,9 @@ def served(records: RunDirectory, memory: str = "device", dtype: str = "") -> Se
         rows = DeviceRows(run.model, reader.addressing, state.tables, end_id)
     else:
         rows = HostRows(reader.addressing, _homes(records, saved, memory, dtype), end_id)
-    return Served(run=run, reader=reader, params=serving_params(state.params, run.model),
-                  router_bias=state.router_bias, rows=rows)
+    return Served(run=run, reader=reader, step=saved.step,
+                  params=serving_params(state.params, run.model), router_bias=state.router_bias,
+                  rows=rows)
 
 
 def _homes(records: RunDirectory, saved: SavedTables, memory: str, dtype: str) -> dict[str, Home]:

@@ -36,7 +36,7 @@ def strip_run(directory: epath.PathLike, out: str | os.PathLike[str],
     records = RunDirectory(directory)
     run, reader = records.config(), reader_of(records)
     with last_checkpoint(records, reader) as checkpoints:
-        step = checkpoints.last_state().step
+        step = checkpoints.saved_state().step
         state = checkpoints.restore(placed_state(run, single_mesh()), step=step, only=SERVED)
     state = dataclasses.replace(state, opt_state={}, table_state={})
     with whole_folder(out) as path:

@@ -236,14 +236,17 @@ class Checkpoints:
                 folder.rmtree()
         return aside
 
-    def last_state(self) -> SavedState:
-        """The last checkpoint.
+    def saved_state(self, step: int | None = None) -> SavedState:
+        """A checkpoint; the last one unless a step is named.
 
         Raises:
-          UserError: no checkpoint, or one of another hash or tokenizer.
+          UserError: no such checkpoint, or one of another hash or tokenizer.
           MachineError: it cannot be read.
         """
-        step = self._latest()
+        if step is not None and step not in (steps := self.steps):
+            raise UserError(f"step = {step}: {self._directory} has no checkpoint of it; there are "
+                            f"{', '.join(map(str, steps))}")
+        step = self._latest() if step is None else step
         metadata = self._metadata(step)
         self._check_fingerprints(step, metadata)
         place = self._directory / str(step) / "state"

@@ -55,11 +55,12 @@ def export_tables(directory: epath.PathLike, dtype: str, out: str | os.PathLike[
 
 
 class SavedTables:
-    """The tables of a run's last checkpoint, read a stretch at a time.
+    """The tables of a run's checkpoint, read a stretch at a time.
 
     Args:
       records: of the run.
       reader: of the run.
+      step: of the checkpoint; None is the last one.
 
     Attributes:
       sites: of the tables.
@@ -70,11 +71,11 @@ class SavedTables:
       MachineError: it cannot be read.
     """
 
-    def __init__(self, records: RunDirectory, reader: Reader):
+    def __init__(self, records: RunDirectory, reader: Reader, step: int | None = None):
         self.sites = reader.addressing.sites
         self._addressing, self._run = reader.addressing, records.config().name
-        with last_checkpoint(records, reader) as last:
-            self._saved = last.last_state()
+        with last_checkpoint(records, reader) as checkpoints:
+            self._saved = checkpoints.saved_state(step)
         self.step = self._saved.step
 
     def info(self, site: Site, dtype: str) -> TableInfo:

@@ -152,7 +152,7 @@ def test_a_checkpoint_has_tables_in_chunks(rows, devices, size, chunk, tmp_path,
     with Checkpoints(epath.Path(tmp_path / "saved"), 2, {}) as found:
         found.save(3, state, SimpleNamespace(get_state=lambda: {"at": 1}))
         found.wait()
-        place = found.last_state().place
+        place = found.saved_state().place
         restored = found.restore(jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             state))

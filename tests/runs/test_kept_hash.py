@@ -33,7 +33,7 @@ def a_library_that_normalises_otherwise(monkeypatch):
 def test_a_run_opens_where_the_library_normalises_otherwise(records, another_library):
     derived = open_reader(records.config(), records.tokenizer())
     with pytest.raises(UserError, match="trained with another tokenizer or hash"):
-        last_checkpoint(records, derived).last_state()  # the trap, where no hash is kept
+        last_checkpoint(records, derived).saved_state()  # the trap, where no hash is kept
     opened = open_run(records)
     assert opened.reader.fingerprints()["layer_0"] != derived.fingerprints()["layer_0"]
 
