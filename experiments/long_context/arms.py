@@ -15,8 +15,8 @@ from engram_jax.settings import changed
 from experiments.long_context.language import LONG, SHORT, TOKENIZER, VOCABULARY, Texts
 
 RHO = 0.6  # of the sparse parameters, what stays with experts
-STEPS, EVERY = 1200, 40  # of the training on short texts, and between its checkpoints
-EXTENSION = 150  # steps of the extension
+STEPS, EVERY = 600, 20  # of the training on short texts, and between its checkpoints
+EXTENSION = 120  # steps of the extension
 TOKENS = 2048  # of a step, in both
 
 
@@ -45,12 +45,13 @@ def _experts(folder: str) -> RunConfig:
 def _data(folder: str, texts: Texts) -> DataConfig:
     return DataConfig(
         path=f"{folder}/{texts.file}", tokenizer=f"{folder}/{TOKENIZER}",
-        sequence_length=texts.length, batch_size=TOKENS // texts.length, validation_fraction=0.02)
+        sequence_length=texts.length, batch_size=TOKENS // texts.length, validation_fraction=0.01)
 
 
 def extension(folder: str) -> list[str]:
     """What an extension is told beside its length."""
     data = _data(folder, LONG)
     return [f"data.path={data.path}", f"data.batch_size={data.batch_size}",
-            f"training.steps={EXTENSION}", "optimizer.warmup_steps=15",
+            f"training.steps={EXTENSION}", "optimizer.warmup_steps=10",
+            "optimizer.learning_rate=8e-3",
             "training.evaluate_every=0", "training.checkpoint_every=0"]

@@ -36,7 +36,7 @@ class Texts:
     Attributes:
       file: of the folder.
       length: tokens of each, its end token included, so that texts and sequences begin together.
-      names: that a text tells and tells again.
+      names: the most that a text tells and tells again; it has from one to so many.
       told: the share of its units that are a name and its value; the others are phrases.
       count: of texts.
     """
@@ -48,7 +48,7 @@ class Texts:
     count: int
 
 
-SHORT = Texts(file="short.jsonl", length=64, names=5, told=0.7, count=24_000)
+SHORT = Texts(file="short.jsonl", length=64, names=6, told=0.7, count=24_000)
 LONG = Texts(file="long.jsonl", length=512, names=12, told=0.5, count=1_200)
 
 
@@ -67,7 +67,8 @@ def documents(texts: Texts, seed: int = 0) -> Iterator[str]:
     """Texts of `texts.length - 1` words each, to which packing adds the end token."""
     draw, known, shares = random.Random(f"{texts.file}/{seed}"), phrases(), phrase_shares()
     for _ in range(texts.count):
-        values = {name: draw.choice(VALUES) for name in draw.sample(NAMES, texts.names)}
+        chosen = draw.sample(NAMES, draw.randint(1, texts.names))
+        values = {name: draw.choice(VALUES) for name in chosen}
         names, words = list(values), list[str]()
         while len(words) < texts.length - 1:
             if draw.random() < texts.told:
