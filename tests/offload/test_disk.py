@@ -169,6 +169,18 @@ def test_altered_rows_are_not_served(path, opened):
     assert (unchecked.lookup(np.array([500])) != rows[500]).any()
 
 
+def test_the_last_rows_are_checked_though_they_fill_no_block(path, opened):
+    info = table_info()
+    assert ROWS % info.block_rows
+    flip(path, 4096 + ROWS * info.format.row_bytes - 1)
+    why = r"rows 780..999 are altered \(block 2 fails its checksum\)"
+    for use in (verify, HostTable.from_file):
+        with pytest.raises(MachineError, match=why):
+            use(path)
+    with pytest.raises(MachineError, match=why):
+        opened(DiskTable.open, path, check="read").lookup(np.array([ROWS - 1]))
+
+
 def test_a_block_is_checked_once(path, opened, monkeypatch):
     home = opened(DiskTable.open, path, check="read")
     sizes, real = [], os.preadv

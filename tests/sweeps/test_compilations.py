@@ -64,3 +64,39 @@ def test_a_cache_of_the_user_s_own_is_left(tmp_path):
     with compilations.kept_compilations():
         assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path)
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+def flip(program):
+    data = bytearray(program.read_bytes())
+    data[len(data) // 2] ^= 1
+    program.write_bytes(data)
+
+
+def left_by_a_kill(program):
+    program.write_bytes(program.read_bytes()[:100])
+    program.with_name(f"{program.name}.sha256").unlink()
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("spoil", [flip, left_by_a_kill])
+def test_a_program_that_is_not_whole_is_compiled_again(spoil, tmp_path, monkeypatch):
+    """As it is, the first may end the process, and the second be warned of at every start."""
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
+
+    def run():
+        jax.clear_caches()
+        with compilations.kept_compilations():
+            return float(jax.jit(lambda x: (x * 19).sum())(jnp.arange(3)))
+
+    before = run()
+    programs = list(compilations.folder().glob("jit*-cache"))
+    whole = {program: program.stat().st_mtime_ns for program in programs}
+    assert run() == before
+    assert {program: program.stat().st_mtime_ns for program in programs} == whole
+    spoilt = max(programs, key=lambda program: program.stat().st_size)
+    spoil(spoilt)
+    assert run() == before
+    kept = {program: program.stat().st_mtime_ns for program in programs}
+    assert {program for program in programs if kept[program] != whole[program]} == {spoilt}
+    assert run() == before
+    assert {program: program.stat().st_mtime_ns for program in programs} == kept
