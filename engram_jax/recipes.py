@@ -33,7 +33,7 @@ def _paper(name: str, moe: MoEConfig | None, engram: EngramConfig | None) -> Run
         name=name,
         model=ModelConfig(
             vocab_size=129_280, width=2560, depth=30, ffn=12_288, attention=AttentionConfig(),
-            moe=moe, streams=4, engram=engram),
+            moe=moe, streams=4, engram=engram, remat="outputs"),
         data=DataConfig(path="hf:HuggingFaceFW/fineweb-edu", tokenizer="deepseek-ai/DeepSeek-V3",
                         sequence_length=4096, batch_size=1280),
         optimizer=OptimizerConfig(),

@@ -61,6 +61,9 @@ def _add_plan(commands: Commands) -> None:
                          help="a slice, for example v5e:16x16 or v5p:4x4x4")
     command.add_argument("--fsdp", type=int, default=0, metavar="N",
                          help="devices that parameters are split over (default: all)")
+    command.add_argument("--expert", type=int, default=0, metavar="N",
+                         help="devices of those that share the experts, to which tokens then "
+                         "travel; 1 gathers experts (default: what takes less time by its bytes)")
     command.add_argument("--depth", type=int, default=0, metavar="N",
                          help="compile cuts of N and 2 N blocks and multiply out what the whole "
                          "takes: minutes in the place of half an hour (default: all blocks)")
@@ -70,5 +73,6 @@ def _add_plan(commands: Commands) -> None:
 def plan(options: Options) -> None:
     from engram_jax.costs import plan as plans
 
-    planned = plans.plan(named_run(options), options.topology, options.fsdp, options.depth)
+    planned = plans.plan(named_run(options), options.topology, options.fsdp, options.depth,
+                         options.expert)
     print(planned.to_json() if options.json else plans.described(planned))

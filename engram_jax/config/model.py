@@ -7,6 +7,7 @@ from engram_jax.config.checks import require, require_all_whole, require_at_leas
 
 MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
 KEYS = ("ngrams", "shuffled", "random")
+REMAT = ("none", "block", "outputs")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 
 
@@ -270,7 +271,9 @@ class ModelConfig:
       embedding_std: standard deviation of the token embedding at the start (not published).
       norm_eps: epsilon of the backbone's norms.
       compute_dtype: dtype of activations; parameters are kept in float32.
-      remat: "none" keeps every activation, "block" recomputes each block in the backward pass.
+      remat: "none" keeps every activation for the backward pass; "block" keeps what each block was
+        given and computes the rest anew; "outputs" keeps what each sub-layer gave, too, so that its
+        last products are not computed again.
       isolate_documents: attention, n-grams and convolution stop at document boundaries. Off is
         the reference's behaviour.
     """
@@ -297,8 +300,8 @@ class ModelConfig:
         require_at_least(self, 0, "model", "sinkhorn_rounds", "norm_eps", "embedding_std")
         require(self.compute_dtype in ("float32", "bfloat16"), "model.compute_dtype",
                 self.compute_dtype, "must be float32 or bfloat16")
-        require(self.remat in ("none", "block"), "model.remat", self.remat,
-                "must be none or block")
+        require(self.remat in REMAT, "model.remat", self.remat,
+                f"must be one of {', '.join(REMAT)}")
         if self.engram is not None:
             require(self.engram.layers[-1] < self.depth, "model.engram.layers", self.engram.layers,
                     f"has a layer out of range: the model has blocks 0..{self.depth - 1}")

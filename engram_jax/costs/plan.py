@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engram_jax.config import RunConfig, require
-from engram_jax.costs import breakdown, depths
+from engram_jax.costs import breakdown, depths, sharing
 from engram_jax.costs.accounting import account
 from engram_jax.costs.breakdown import Costs
 from engram_jax.costs.collectives import KINDS, collectives
@@ -37,7 +37,8 @@ class Plan:
     """What the compiler says of a run on a slice. Everything is of one device and one step.
 
     Attributes:
-      devices: of the slice, `mesh` (data x fsdp) of them.
+      devices: of the slice, `mesh` (data x fsdp, x expert where experts are shared) of them.
+      experts: how tokens and experts come together, and why; "" without experts.
       depth: blocks that were compiled; the rest is multiplied out. 0 is all of them.
       hbm_bytes: that a program may use.
       argument_bytes: state and batch.
@@ -62,6 +63,7 @@ class Plan:
     topology: str
     mesh: str
     devices: int
+    experts: str = ""
     depth: int = 0
     hbm_bytes: int
     argument_bytes: int
@@ -108,7 +110,9 @@ class Measured:
     reason: str = ""
 
 
-def plan(run: RunConfig, topology: str, fsdp: int = 0, depth: int = 0) -> Plan:
+def plan(
+    run: RunConfig, topology: str, fsdp: int = 0, depth: int = 0, expert: int = 0
+) -> Plan:
     """Compile a step of `run` for a slice.
 
     Args:
@@ -116,6 +120,8 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0, depth: int = 0) -> Plan:
       topology: chip and layout, for example "v5e:16x16" or "v5p:4x4x4".
       fsdp: devices that parameters are split over; 0 means all.
       depth: blocks to compile, of which the rest follows (`costs.depths`); 0 is all.
+      expert: devices of those that share the experts; 1 gathers them, 0 takes what is faster by
+        the bytes (`costs.sharing`).
 
     Raises:
       UserError: no libtpu, no such slice, or one that does not divide the run; no such depth.
@@ -125,7 +131,12 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0, depth: int = 0) -> Plan:
     fsdp = fsdp or count
     require(fsdp >= 1 and count % fsdp == 0, "fsdp", fsdp,
             f"does not divide the {count} devices of {topology}")
-    mesh = placement.make_mesh(count // fsdp, fsdp, there.devices)
+    if expert == 0:
+        way = sharing.chosen(run, there.torus, fsdp)
+        expert = 1 if way is None else way.devices
+    require(expert >= 1 and fsdp % expert == 0, "expert", expert,
+            f"does not divide the {fsdp} devices that parameters are split over")
+    mesh = placement.make_mesh(count // fsdp, fsdp // expert, there.devices, expert)
     start = time.perf_counter()
     if depth:
         depths.check(run, depth)
@@ -136,7 +147,9 @@ def plan(run: RunConfig, topology: str, fsdp: int = 0, depth: int = 0) -> Plan:
         whole = measured(run, there, mesh)
     common: dict[str, Any] = {
         "name": run.name, "topology": topology, "mesh": placement.shape_of(mesh),
-        "devices": mesh.size, "depth": depth, "hbm_bytes": int(there.chip.hbm_gib * GIB),
+        "devices": mesh.size, "depth": depth,
+        "experts": sharing.reason(run, there.torus, fsdp, expert),
+        "hbm_bytes": int(there.chip.hbm_gib * GIB),
         "compile_s": time.perf_counter() - start}
     model_flops = account(run).flops_per_token * run.data.batch_size * run.data.sequence_length
     return Plan(**common, **_said(whole, there.chip, model_flops / count))
@@ -260,7 +273,7 @@ def _reason(message: str) -> str:
 def described(plan: Plan) -> str:
     """The plan as a table for people."""
     lines = [
-        f"{plan.name} on {plan.topology}: {plan.devices} devices, mesh data x fsdp "
+        f"{plan.name} on {plan.topology}: {plan.devices} devices, mesh data x fsdp (x expert) "
         f"{plan.mesh}; of each device, in one step:",
         "",
         _line("arguments (state and batch)", _gib(plan.argument_bytes)),
@@ -271,6 +284,8 @@ def described(plan: Plan) -> str:
               f"{plan.squares or 'none'}"),
         _line("fits", "yes" if plan.fits else f"no: {plan.reason}" if plan.reason else "no"),
     ]
+    if plan.experts:
+        lines.append(_line("experts", plan.experts))
     if plan.depth:
         lines.append(_line("blocks compiled", f"{plan.depth} and {2 * plan.depth}; the rest "
                                               "multiplied out"))

@@ -32,6 +32,7 @@ CUDNN_WIDTH, CUDNN_WIDE, HOPPER = 128, 256, 9.0
 # Bits of a document's number, so there may be 2**24 in a sequence, and by how many nats at least
 # the scores of two documents are held apart.
 DOCUMENT_BITS, APART = 24, 256
+RESIDUALS = "attended"  # what splash keeps for its backward pass, by the name of `jax.checkpoint`
 
 
 def chosen(config: AttentionConfig, dtype: str, isolated: bool, device: jax.Device) -> str:
@@ -224,7 +225,8 @@ def _splash_kernel(time: int, heads: int, block: int, interpret: bool) -> Any:
         block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((time, time))] * heads)
     return splash_attention.make_splash_mha(
-        mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+        mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret,
+        residual_checkpoint_name=RESIDUALS)
 
 
 def _lengthened(x_BT: jax.Array, block: int, value: int = 0) -> jax.Array:

@@ -6,14 +6,18 @@ each token, and H_res is doubly stochastic. One stream is the plain residual x +
 Shapes: B batch, T time, M streams, D width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from engram_jax.model.layers import Params, rms_norm
+from engram_jax.model.layers import Params, rms_norm, wide_linear
 from engram_jax.model.parameters import Declared, matrix, vector
+
+OUTPUT = "output"  # of a sub-layer and of what mixes the streams, by the name of `jax.checkpoint`
 
 
 def mixing_parameters(key: jax.Array, width: int, streams: int) -> Declared:
@@ -47,27 +51,60 @@ def mixing(params: Params, x_BTMD: jax.Array, rounds: int, eps: float) -> Mixing
     """The mixing matrices of each token; `rounds` of Sinkhorn normalisation."""
     streams = x_BTMD.shape[2]
     flat_BTZ = x_BTMD.reshape(*x_BTMD.shape[:2], -1)
-    raw = (rms_norm(flat_BTZ, None, eps) @ params["project"].astype(x_BTMD.dtype))
+    raw = jax.lax.platform_dependent(
+        flat_BTZ, params["project"], tpu=functools.partial(_projected_at_once, eps),
+        default=functools.partial(_projected, eps))
     scale = jnp.repeat(params["scale"], jnp.array([streams, streams, streams * streams]),
                        total_repeat_length=raw.shape[-1])
-    raw = raw.astype(jnp.float32) * scale[None, None] + params["bias"][None, None]
+    raw = raw * scale[None, None] + params["bias"][None, None]
     pre, post, keep = jnp.split(raw, [streams, 2 * streams], axis=-1)
     residual = sinkhorn(jnp.exp(keep.reshape(*keep.shape[:2], streams, streams)), rounds)
     return Mixing(jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), residual)
+
+
+def _projected(eps: float, flat_BTZ: jax.Array, project: jax.Array) -> jax.Array:
+    """The normalised streams times `project`, float32."""
+    normed_BTZ = rms_norm(flat_BTZ, None, eps)
+    return (normed_BTZ @ project.astype(flat_BTZ.dtype)).astype(jnp.float32)
+
+
+def _projected_at_once(eps: float, flat_BTZ: jax.Array, project: jax.Array) -> jax.Array:
+    """The same, divided by the norm afterwards: what is normalised is never in memory."""
+    wide = flat_BTZ.astype(jnp.float32)
+    square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    return wide_linear(flat_BTZ, project) * jax.lax.rsqrt(square + eps)
 
 
 @jax.named_scope("sinkhorn")
 def sinkhorn(positive: jax.Array, rounds: int) -> jax.Array:
     """Rounds of column, then row normalisation of positive matrices [..., M, M].
 
-    A scan: unrolled, twenty rounds and their gradients are most of what there is to compile.
+    A scan: unrolled, twenty rounds and their gradients are most of what there is to compile. A TPU
+    keeps the last two axes in tiles of 8 x 128, so there the tokens come last.
     """
+    return jax.lax.platform_dependent(
+        positive, tpu=functools.partial(_rounds_of_lanes, rounds),
+        default=functools.partial(_rounds, rounds))
 
+
+def _rounds(rounds: int, positive: jax.Array) -> jax.Array:
     def round_(positive: jax.Array, _: None) -> tuple[jax.Array, None]:
         positive = positive / jnp.sum(positive, axis=-2, keepdims=True)
         return positive / jnp.sum(positive, axis=-1, keepdims=True), None
 
     return jax.lax.scan(round_, positive, length=rounds)[0]
+
+
+def _rounds_of_lanes(rounds: int, positive: jax.Array) -> jax.Array:
+    lead, matrix = positive.shape[:-2], positive.shape[-2:]
+
+    def round_(positive_MMN: jax.Array, _: None) -> tuple[jax.Array, None]:
+        positive_MMN = positive_MMN / jnp.sum(positive_MMN, axis=0, keepdims=True)
+        return positive_MMN / jnp.sum(positive_MMN, axis=1, keepdims=True), None
+
+    lanes_MMN = jnp.moveaxis(positive.reshape(-1, *matrix), 0, -1)
+    lanes_MMN = jax.lax.scan(round_, lanes_MMN, length=rounds)[0]
+    return jnp.moveaxis(lanes_MMN, -1, 0).reshape(*lead, *matrix)
 
 
 def connect(
@@ -80,17 +117,57 @@ def connect(
     """The streams after one wrapped sub-layer, which maps [B, T, D] to ([B, T, D], extra)."""
     if not params:
         out_BTD, extra = sub_layer(x_BTMD[:, :, 0])
-        return x_BTMD + out_BTD[:, :, None], extra
+        return x_BTMD + checkpoint_name(out_BTD, OUTPUT)[:, :, None], extra
     with jax.named_scope("hyper_connection"):
         mix = jax.checkpoint(mixing, static_argnums=(2, 3))(params, x_BTMD, rounds, eps)
+        mix = Mixing(*(checkpoint_name(part, OUTPUT) for part in mix))
         pre_BTM, post_BTM = (part.astype(x_BTMD.dtype) for part in mix[:2])
-        read_BTD = jnp.einsum("btm,btmd->btd", pre_BTM, x_BTMD)
+        read_BTD = jax.lax.platform_dependent(pre_BTM, x_BTMD, tpu=_read_as_sums, default=_read)
     out_BTD, extra = sub_layer(read_BTD)
+    out_BTD = checkpoint_name(out_BTD, OUTPUT)
     with jax.named_scope("hyper_connection"):
-        # Rounded to bfloat16, H_res would not be doubly stochastic, and the streams would grow.
-        kept_BTMD = jnp.einsum("btij,btjd->btid", mix.residual_BTMM, x_BTMD.astype(jnp.float32),
-                               precision=jax.lax.Precision.HIGHEST).astype(x_BTMD.dtype)
-        return kept_BTMD + post_BTM[..., None] * out_BTD[:, :, None], extra
+        written_BTMD = jax.lax.platform_dependent(
+            mix.residual_BTMM, post_BTM, x_BTMD, out_BTD, tpu=_written_as_sums, default=_written)
+        return written_BTMD, extra
+
+
+def _read(pre_BTM: jax.Array, x_BTMD: jax.Array) -> jax.Array:
+    """What a sub-layer reads of the streams, [B, T, D]."""
+    return jnp.einsum("btm,btmd->btd", pre_BTM, x_BTMD)
+
+
+def _written(
+    residual_BTMM: jax.Array, post_BTM: jax.Array, x_BTMD: jax.Array, out_BTD: jax.Array
+) -> jax.Array:
+    """The streams after it, [B, T, M, D]."""
+    # Rounded to bfloat16, H_res would not be doubly stochastic, and the streams would grow.
+    kept_BTMD = jnp.einsum("btij,btjd->btid", residual_BTMM, x_BTMD.astype(jnp.float32),
+                           precision=jax.lax.Precision.HIGHEST).astype(x_BTMD.dtype)
+    return kept_BTMD + post_BTM[..., None] * out_BTD[:, :, None]
+
+
+# On a TPU a product with a matrix of M x M for each token is no work for the matrix unit: as sums
+# of M streams it is elementwise, in float32, and reads and writes the streams once.
+
+
+def _read_as_sums(pre_BTM: jax.Array, x_BTMD: jax.Array) -> jax.Array:
+    wide = (pre_BTM[:, :, m, None].astype(jnp.float32) * x_BTMD[:, :, m].astype(jnp.float32)
+            for m in range(x_BTMD.shape[2]))
+    return functools.reduce(jnp.add, wide).astype(x_BTMD.dtype)
+
+
+def _written_as_sums(
+    residual_BTMM: jax.Array, post_BTM: jax.Array, x_BTMD: jax.Array, out_BTD: jax.Array
+) -> jax.Array:
+    streams = [x_BTMD[:, :, m].astype(jnp.float32) for m in range(x_BTMD.shape[2])]
+    wide_BTD = out_BTD.astype(jnp.float32)
+
+    def stream(i: int) -> jax.Array:
+        kept = (residual_BTMM[:, :, i, j, None] * x_BTD for j, x_BTD in enumerate(streams))
+        given = post_BTM[:, :, i, None].astype(jnp.float32) * wide_BTD
+        return functools.reduce(jnp.add, kept, given).astype(x_BTMD.dtype)
+
+    return jnp.stack([stream(i) for i in range(len(streams))], axis=2)
 
 
 def split(x_BTD: jax.Array, streams: int) -> jax.Array:

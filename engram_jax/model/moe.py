@@ -39,18 +39,21 @@ def moe_parameters(key: jax.Array, width: int, config: MoEConfig) -> Declared:
     return declared
 
 
-# (experts, tokens [N, D], choices [N, K], how many experts there are) -> what each token's choices
-# make of it, [N, K, D], and the assignments of each expert, int32 [E].
-Routed = Callable[[Params, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
+# (experts, tokens [N, D], choices [N, K], their weights float32 [N, K], how many experts there are)
+# -> what each token's choices make of it, weighed and added up, [N, D], and the assignments of each
+# expert, int32 [E].
+Routed = Callable[
+    [Params, jax.Array, jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
 
 
 def experts_here(
-    experts: Params, x_ND: jax.Array, choice_NK: jax.Array, number: int
+    experts: Params, x_ND: jax.Array, choice_NK: jax.Array, weight_NK: jax.Array, number: int
 ) -> tuple[jax.Array, jax.Array]:
     """The `Routed` of a device that has all experts."""
     groups = group(choice_NK, number)
     out_PD = grouped_ffn(experts, to_slots(x_ND, groups), groups)
-    return from_slots(out_PD, groups), groups.count_E
+    out_NKD = from_slots(out_PD, groups)
+    return jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype)), groups.count_E
 
 
 @jax.named_scope("experts")
@@ -72,8 +75,7 @@ def moe(
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     choice_NK, weight_NK = route(params["router"], x_ND, bias_E, config)
-    out_NKD, load_E = routed(params["experts"], x_ND, choice_NK, config.experts)
-    out_ND = jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype))
+    out_ND, load_E = routed(params["experts"], x_ND, choice_NK, weight_NK, config.experts)
     if config.shared:
         out_ND = out_ND + ffn(params["shared"], x_ND)
     return out_ND.reshape(x_BTD.shape), load_E
@@ -179,10 +181,14 @@ to_slots.defvjp(lambda x, groups: (to_slots(x, groups), groups), _to_slots_backw
 from_slots.defvjp(lambda out, groups: (from_slots(out, groups), groups), _from_slots_backward)
 
 
-def grouped_ffn(experts: Params, x_PD: jax.Array, groups: Groups) -> jax.Array:
-    """The gated FFN of each slot's expert, [P, D]."""
+def grouped_ffn(
+    experts: Params, x_PD: jax.Array, groups: Groups, weight_P: jax.Array | None = None
+) -> jax.Array:
+    """The gated FFN of each slot's expert, [P, D]; times `weight_P`, float32, if there is one."""
     times = functools.partial(grouped_matmul, groups=groups)
     hidden_PF = jax.nn.silu(times(x_PD, experts["gate"])) * times(x_PD, experts["up"])
+    if weight_P is not None:
+        hidden_PF = (hidden_PF.astype(jnp.float32) * weight_P[:, None]).astype(x_PD.dtype)
     return times(hidden_PF, experts["down"])
 
 

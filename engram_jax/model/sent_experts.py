@@ -6,6 +6,9 @@ stretches travel by all_to_all, meet their experts, and travel back. Shapes are 
 takes C assignments to each peer, and where somebody has more, all do another round. Nothing is
 dropped, and every token gets what it would get from a device that had all experts.
 
+The owner of an expert weighs its hidden units. So no gradient asks for what came back, and a
+backward pass that computes anew what it needs sends tokens once more, and no results.
+
 Runs inside `jax.shard_map`.
 
 Shapes: N tokens, K choices, A = N K assignments, P peers, C assignments to each peer in a round,
@@ -75,14 +78,15 @@ class SentExperts:
     room: float = ROOM
 
     def __call__(
-        self, experts: Params, x_ND: jax.Array, choice_NK: jax.Array, number: int
+        self, experts: Params, x_ND: jax.Array, choice_NK: jax.Array, weight_NK: jax.Array,
+        number: int,
     ) -> tuple[jax.Array, jax.Array]:
         """`experts` are this device's own: matrices [X, in, out], X = ceil(E / P)."""
         way = self.way(choice_NK, number)
-        out_NKD = self._round(experts, x_ND, way, jnp.int32(0), choice_NK.shape)
-        out_NKD = _later(self, choice_NK.shape, experts, x_ND, way, out_NKD)
+        out_ND = self._round(experts, x_ND, weight_NK, way, jnp.int32(0))
+        out_ND = _later(self, experts, x_ND, weight_NK, way, out_ND)
         load_E = jnp.bincount(choice_NK.reshape(-1), length=number).astype(jnp.int32)
-        return out_NKD, load_E
+        return out_ND, load_E
 
     def way(self, choice_NK: jax.Array, number: int) -> Way:
         """Lay the assignments out, and agree on the rounds."""
@@ -105,14 +109,13 @@ class SentExperts:
         return min(-(-share // 8) * 8, assignments)
 
     def _round(
-        self, experts: Params, x_ND: jax.Array, way: Way, number: jax.Array,
-        shape: tuple[int, ...],
+        self, experts: Params, x_ND: jax.Array, weight_NK: jax.Array, way: Way, number: jax.Array
     ) -> jax.Array:
-        """What the assignments of one round get from their experts, [N, K, D]; zeros for others."""
-        here = self._slots(way, number, shape, experts["gate"].shape[0])
-        got_SD = self._swap(_sent(x_ND, here))
-        expert_S = self._swap(here.expert_S)
-        return _returned(self._swap(_own(experts, got_SD, expert_S)), here)
+        """What the assignments of one round get from their experts, [N, D]."""
+        here = self._slots(way, number, weight_NK.shape, experts["gate"].shape[0])
+        got_SD, expert_S = self._swap(_sent(x_ND, here)), self._swap(here.expert_S)
+        weight_S = self._swap(_weights(weight_NK, here))
+        return _received(self._swap(_own(experts, got_SD, expert_S, weight_S)), here)
 
     def _slots(self, way: Way, number: jax.Array, shape: tuple[int, ...], each: int) -> Round:
         size = way.order_A.size
@@ -135,17 +138,20 @@ class SentExperts:
         return jax.lax.all_to_all(slots, self.axis, 0, 0, tiled=True)
 
 
-def _own(experts: Params, x_SD: jax.Array, expert_S: jax.Array) -> jax.Array:
-    """The FFN of each slot's expert, one of this device's; zeros in empty slots."""
+def _own(
+    experts: Params, x_SD: jax.Array, expert_S: jax.Array, weight_S: jax.Array
+) -> jax.Array:
+    """The weighed FFN of each slot's expert, one of this device's; zeros in empty slots."""
     each = experts["gate"].shape[0]
     # Empty slots are those of one more expert, which comes last and has no matrix.
     groups = moe.group(expert_S[:, None], each + 1)
-    mine = groups._replace(padded_E=groups.padded_E[:each])
-    out_SD = moe.from_slots(moe.grouped_ffn(experts, moe.to_slots(x_SD, groups), mine), groups)
-    return jnp.where((expert_S < each)[:, None], out_SD[:, 0], 0)
+    weight_P1, mine = (moe.to_slots(weight_S[:, None], groups),
+                       groups._replace(padded_E=groups.padded_E[:each]))
+    out_PD = moe.grouped_ffn(experts, moe.to_slots(x_SD, groups), mine, weight_P1[:, 0])
+    return jnp.where((expert_S < each)[:, None], moe.from_slots(out_PD, groups)[:, 0], 0)
 
 
-# As with `moe.to_slots` and its inverse, each is the other's gradient, and both are gathers.
+# Each of the two is the other's gradient, and both are gathers: the same bits each run.
 
 
 @jax.custom_vjp
@@ -155,61 +161,67 @@ def _sent(x_ND: jax.Array, here: Round) -> jax.Array:
 
 
 @jax.custom_vjp
-def _returned(out_SD: jax.Array, here: Round) -> jax.Array:
-    """What came back for each assignment, [N, K, D]; zeros for those of other rounds."""
-    return out_SD.at[here.slot_NK].get(mode="fill", fill_value=0)
+def _received(out_SD: jax.Array, here: Round) -> jax.Array:
+    """What came back for each token, added up in float32, [N, D]."""
+    out_NKD = out_SD.at[here.slot_NK].get(mode="fill", fill_value=0)
+    return jnp.sum(out_NKD, axis=1, dtype=jnp.float32).astype(out_SD.dtype)
 
 
-def _sent_backward(here: Round, grad_SD: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.sum(_returned(grad_SD, here), axis=1), None
+_sent.defvjp(lambda x, here: (_sent(x, here), here),
+             lambda here, grad_SD: (_received(grad_SD, here), None))
+_received.defvjp(lambda out, here: (_received(out, here), here),
+                 lambda here, grad_ND: (_sent(grad_ND, here), None))
 
 
-def _returned_backward(here: Round, grad_NKD: jax.Array) -> tuple[jax.Array, None]:
-    grad_AD = grad_NKD.reshape(-1, grad_NKD.shape[-1])
-    return grad_AD.at[here.source_S].get(mode="fill", fill_value=0), None
+@jax.custom_vjp
+def _weights(weight_NK: jax.Array, here: Round) -> jax.Array:
+    """Each slot's weight, [S]; 0 in empty slots."""
+    return weight_NK.reshape(-1).at[here.source_S].get(mode="fill", fill_value=0)
 
 
-_sent.defvjp(lambda x, here: (_sent(x, here), here), _sent_backward)
-_returned.defvjp(lambda out, here: (_returned(out, here), here), _returned_backward)
+_weights.defvjp(
+    lambda weight, here: (_weights(weight, here), here),
+    lambda here, grad_S: (grad_S.at[here.slot_NK].get(mode="fill", fill_value=0), None))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+Given = tuple[Params, jax.Array, jax.Array]  # experts, tokens, weights: what has gradients
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _later(
-    routed: SentExperts, shape: tuple[int, ...], experts: Params, x_ND: jax.Array, way: Way,
-    out_NKD: jax.Array,
+    routed: SentExperts, experts: Params, x_ND: jax.Array, weight_NK: jax.Array, way: Way,
+    out_ND: jax.Array,
 ) -> jax.Array:
-    """`out_NKD` with what the rounds after the first add to it."""
+    """`out_ND` with what the rounds after the first add to it."""
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        number, out_NKD = carry
-        return number + 1, out_NKD + routed._round(experts, x_ND, way, number, shape)
+        number, out_ND = carry
+        return number + 1, out_ND + routed._round(experts, x_ND, weight_NK, way, number)
 
     return jax.lax.while_loop(
-        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), out_NKD))[1]
+        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), out_ND))[1]
 
 
 def _later_backward(
-    routed: SentExperts, shape: tuple[int, ...], saved: tuple[Params, jax.Array, Way],
-    grad_NKD: jax.Array,
-) -> tuple[Params, jax.Array, None, jax.Array]:
-    """Rounds are computed anew; the gradients of experts and tokens add up in float32."""
-    experts, x_ND, way = saved
+    routed: SentExperts, saved: tuple[Given, Way], grad_ND: jax.Array
+) -> tuple[Params, jax.Array, jax.Array, None, jax.Array]:
+    """Rounds are computed anew; gradients add up over them in float32."""
+    given, way = saved
 
-    def again(carry: tuple[jax.Array, Params, jax.Array]) -> tuple[jax.Array, Params, jax.Array]:
-        number, of_experts, of_x_ND = carry
-        _, back = jax.vjp(lambda experts, x_ND: routed._round(
-            experts, x_ND, way, number, shape), experts, x_ND)
-        more = back(grad_NKD)
-        return number + 1, jax.tree.map(jnp.add, of_experts, more[0]), of_x_ND + more[1]
+    def again(carry: tuple[jax.Array, Given]) -> tuple[jax.Array, Given]:
+        number, sums = carry
+        _, back = jax.vjp(lambda experts, x_ND, weight_NK: routed._round(
+            experts, x_ND, weight_NK, way, number), *given)
+        return number + 1, jax.tree.map(jnp.add, sums, back(grad_ND))
 
-    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), (experts, x_ND))
-    _, *sums = jax.lax.while_loop(
-        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), *zeros))
-    of_experts, of_x_ND = jax.tree.map(
-        lambda total, array: total.astype(array.dtype), tuple(sums), (experts, x_ND))
-    return of_experts, of_x_ND, None, grad_NKD
+    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), given)
+    _, sums = jax.lax.while_loop(
+        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), zeros))
+    grads = jax.tree.map(lambda total, array: total.astype(array.dtype), sums, given)
+    return *grads, None, grad_ND
 
 
 _later.defvjp(
-    lambda routed, shape, experts, x, way, out: (
-        _later(routed, shape, experts, x, way, out), (experts, x, way)), _later_backward)
+    lambda routed, experts, x, weight, way, out: (
+        _later(routed, experts, x, weight, way, out), ((experts, x, weight), way)),
+    _later_backward)

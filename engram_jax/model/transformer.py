@@ -25,6 +25,7 @@ from engram_jax.config import ModelConfig
 from engram_jax.hashing.addressing import INPUT_SITE, engram_site
 from engram_jax.model import hyper_connections, over_encoding
 from engram_jax.model.attention import attention, attention_parameters
+from engram_jax.model.attention_kernels import RESIDUALS
 from engram_jax.model.documents import Documents, documents
 from engram_jax.model.engram import engram_parameters, fuse
 from engram_jax.model.layers import (
@@ -190,8 +191,9 @@ def run_segment(
         assert rows_BTHC is not None
         with jax.named_scope("fusion"):
             weights = whole(params["engram"], "engram")
-        fused = fuse(weights, x_BTMD, rows_BTHC, config.engram,
-                     None if docs is None else docs.position_BT)
+        fuse_here = jax.checkpoint(fuse, static_argnums=3) if config.remat == "outputs" else fuse
+        fused = fuse_here(weights, x_BTMD, rows_BTHC, config.engram,
+                          None if docs is None else docs.position_BT)
         x_BTMD, gate_BTM = x_BTMD + fused.delta_BTMD, fused.gate_BTM
 
     def plain(
@@ -205,10 +207,19 @@ def run_segment(
         number_BT = None if docs is None else docs.number_BT
         return attention(params, x_BTD, config.attention, config.norm_eps, number_BT), None
 
-    run = jax.checkpoint(plain) if config.remat == "block" else plain
+    run = plain
+    if config.remat != "none":
+        run = jax.checkpoint(plain, policy=_KEPT[config.remat])
     x_BTMD, load_LE = jax.lax.scan(
         lambda x, inputs: run(inputs[0], x, inputs[1]), x_BTMD, (params["blocks"], bias_LE))
     return x_BTMD, load_LE, gate_BTM
+
+
+# What is kept for the backward pass, beside each block's input.
+_KEPT: dict[str, Any] = {
+    "block": None,
+    "outputs": jax.checkpoint_policies.save_only_these_names(hyper_connections.OUTPUT, RESIDUALS),
+}
 
 
 def block(

@@ -1,0 +1,80 @@
+"""What TPUs compute in another order than CPUs, and what a backward pass keeps, is the same."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig
+from engram_jax.hashing.addressing import sites
+from engram_jax.model import hyper_connections, transformer
+
+pytestmark = pytest.mark.usefixtures("compilations")
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+PRE, POST = abs(random(2, 5, 4)), abs(random(2, 5, 4, seed=1))
+RESIDUAL, X = abs(random(2, 5, 4, 4, seed=2)), random(2, 5, 4, 8, seed=3)
+PAIRS = {
+    "read": (hyper_connections._read, hyper_connections._read_as_sums, (PRE, X)),
+    "written": (hyper_connections._written, hyper_connections._written_as_sums,
+                (RESIDUAL, POST, X, random(2, 5, 8, seed=4))),
+    "projected": (functools.partial(hyper_connections._projected, 1e-6),
+                  functools.partial(hyper_connections._projected_at_once, 1e-6),
+                  (random(2, 5, 32, seed=5), random(32, 24, seed=6))),
+    "rounds": (functools.partial(hyper_connections._rounds, 20),
+               functools.partial(hyper_connections._rounds_of_lanes, 20), (RESIDUAL + 0.1,)),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_streams_on_a_tpu_are_those_on_a_cpu_and_so_are_gradients(name):
+    here, there, arguments = PAIRS[name]
+
+    def with_gradients(function):
+        out, back = jax.vjp(function, *arguments)
+        return out, back(jnp.cos(jnp.arange(out.size, dtype=jnp.float32)).reshape(out.shape))
+
+    ours, theirs = (jax.jit(functools.partial(with_gradients, f))() for f in (there, here))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), ours, theirs)
+
+
+MODEL = ModelConfig(
+    vocab_size=40, width=16, depth=3, ffn=16, streams=2, compute_dtype="float32", remat="none",
+    attention=AttentionConfig(heads=1, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8),
+    moe=MoEConfig(experts=4, top_k=2, expert_ffn=8, dense_layers=1),
+    engram=EngramConfig(layers=(1,), rows_per_head=(31, 37), heads=2, head_dim=8, shards=4))
+
+
+@functools.cache
+def gradients(remat):
+    model = dataclasses.replace(MODEL, remat=remat)
+    params, site = transformer.init(model, jax.random.key(0)), sites(model)[0]
+    rows = {site.name: random(1, 8, site.hash_config.total_heads, site.dim)}
+
+    def loss(params, rows):
+        logits, _ = transformer.apply(params, jnp.arange(8)[None], rows,
+                                      transformer.init_router_bias(model), model)
+        return jnp.sum(logits * jnp.sin(logits))
+
+    program = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    products = str(jax.make_jaxpr(jax.grad(loss))(params, rows)).count("dot_general")
+    return program(params, rows), products
+
+
+@pytest.mark.parametrize("remat", ["block", "outputs"])
+def test_what_is_kept_changes_no_gradient(remat):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+                 gradients(remat)[0], gradients("none")[0])
+
+
+def test_what_is_kept_is_not_computed_again():
+    """Of a block attention's last product, the FFN's and the experts' are spared."""
+    none, outputs, block = (gradients(remat)[1] for remat in ("none", "outputs", "block"))
+    assert none < outputs < block
