@@ -65,7 +65,7 @@ def milliseconds(compared: list[Callable[[Batch], Any]], steps: int) -> list[flo
     """
     run, times = recipes.tiny(), []
     for number in range(steps + 1):
-        batch = jax.block_until_ready(jax.device_put(_batch(run, number)))
+        batch = jax.block_until_ready(jax.device_put(zipf_batch(run, number)))
         times.append([_seconds(step, batch) for step in compared])
     return [1e3 * statistics.median(column) for column in zip(*times[1:], strict=True)]
 
@@ -76,7 +76,7 @@ def _seconds(step: Callable[[Batch], Any], batch: Batch) -> float:
     return time.perf_counter() - start
 
 
-def _batch(run: RunConfig, seed: int) -> dict[str, np.ndarray]:
+def zipf_batch(run: RunConfig, seed: int) -> dict[str, np.ndarray]:
     """Tokens with the frequencies of text (Zipf), so that rows repeat as they do there."""
     shape = (run.data.batch_size, run.data.sequence_length + 1)
     drawn = np.random.default_rng(seed).zipf(1.2, shape)

@@ -4,6 +4,7 @@ import os
 import typing
 
 from engram_jax.cli.words import Commands, Options, add_command, add_json
+from engram_jax.config import require
 from engram_jax.errors import UserError
 from engram_jax.settings import json_text
 
@@ -13,17 +14,23 @@ def add(commands: Commands) -> None:
         commands, bench,
         "measure this machine: hash (jitted against NumPy), table (row updates against the table's "
         "size), optimizers (of tables), exchange (rows on eight devices against a sharded gather), "
+        "step (the real training step: tokens/s, MFU, time by part), experts (one token among many "
+        "experts, against the picked ones alone), "
         "gather (tokens to packed rows from a table in host memory), offload (inference with the "
         "table on the device, the host and a disk, against no memory), pack (a text on one core "
         "and on all)", "bench hash --json")
     command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather",
-                                          "offload", "pack"])
+                                          "offload", "pack", "step", "experts"])
     command.add_argument("--megabytes", type=int, default=0, metavar="N",
                          help="of bench pack: size of the gzipped text (default 64); 2000 is the "
                          "text that has to fit 1 GiB of memory, and takes half an hour")
-    command.add_argument("--size", choices=["tiny", "4b"], default="",
-                         help="of bench offload: the demo's model (default), or a dense model of "
-                         "4.1B parameters with a table of 42 GB, for an accelerator")
+    command.add_argument("--size", choices=["tiny", "small", "4b", "27b"], default="",
+                         help="of bench offload: tiny (default), or 4b, a dense model of 4.1B "
+                         "parameters with a table of 42 GB, for an accelerator; of bench step: "
+                         "tiny (default on a CPU), small (default elsewhere), or 27b, four blocks "
+                         "of engram-27b, for a device of 80 GB")
+    command.add_argument("--mesh", default="", metavar="DATAxFSDP[xEXPERT]",
+                         help="of bench step: as train takes it")
     command.add_argument("--trace", default="", metavar="DIR",
                          help="of bench offload: write a trace of a few requests, for Perfetto")
     add_json(command)
@@ -38,11 +45,20 @@ def bench(options: Options) -> None:
             print(f"{name:<28} {value:,.4g}" if isinstance(value, float) else f"{name:<28} {value}")
 
 
+def _workload(
+    options: Options, workloads: dict[str, typing.Callable[[], typing.Any]], default: str
+) -> typing.Any:
+    size = options.size or default
+    require(size in workloads, "size", size,
+            f"must be one of {', '.join(workloads)} for bench {options.what}")
+    return workloads[size]()
+
+
 def _measured(options: Options) -> dict[str, typing.Any]:
     what = options.what
-    for name in ("size", "trace"):
-        if getattr(options, name) and what != "offload":
-            raise UserError(f"--{name} is of bench offload, not of bench {what}")
+    for name, of in (("size", ("offload", "step")), ("trace", ("offload",)), ("mesh", ("step",))):
+        if getattr(options, name) and what not in of:
+            raise UserError(f"--{name} is of bench {' and '.join(of)}, not of bench {what}")
     if options.megabytes and what != "pack":
         raise UserError(f"--megabytes is of bench pack, not of bench {what}")
     match what:
@@ -50,7 +66,16 @@ def _measured(options: Options) -> dict[str, typing.Any]:
             from engram_jax.benchmarks import offload
 
             return offload.offload_benchmark(
-                offload.WORKLOADS[options.size or "tiny"](), options.trace)
+                _workload(options, offload.WORKLOADS, "tiny"), options.trace)
+        case "step":
+            import jax
+
+            from engram_jax.benchmarks import step
+            from engram_jax.training.placement import chosen_mesh
+
+            mesh = chosen_mesh(options.mesh or None)
+            small = "tiny" if jax.default_backend() == "cpu" else "small"
+            return step.step_benchmark(_workload(options, step.WORKLOADS, small), mesh)
         case "hash":
             from engram_jax.benchmarks.hashing import hash_benchmark
 
@@ -67,6 +92,10 @@ def _measured(options: Options) -> dict[str, typing.Any]:
             from engram_jax.benchmarks.packing import packing_benchmark
 
             return packing_benchmark(options.megabytes or 64)
+        case "experts":
+            from engram_jax.benchmarks.experts import expert_benchmark
+
+            return expert_benchmark()
         case "gather":
             from engram_jax.benchmarks.gather import gather_benchmark
 
