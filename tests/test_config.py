@@ -211,7 +211,7 @@ def test_every_path_leads_to_a_field():
     ("model.width=0", ["model.width", "0", "at least 1"]),
     ("model.streams=0", ["model.streams", "0", "at least 1"]),
     ("model.compute_dtype=float16", ["model.compute_dtype", "'float16'", "bfloat16"]),
-    ("model.remat=all", ["model.remat", "'all'", "none or block"]),
+    ("model.remat=all", ["model.remat", "'all'", "none, block, outputs"]),
     ("data.sequence_length=0", ["data.sequence_length", "0", "at least 1"]),
     ("data.batch_size=-8", ["data.batch_size", "-8", "at least 1"]),
     ("data.validation_fraction=1", ["data.validation_fraction", "1.0", "between 0 and 1"]),
