@@ -18,6 +18,7 @@ from engram_jax.config import AttentionConfig, YarnConfig
 from engram_jax.model import attention_kernels
 from engram_jax.model.layers import Params, linear, rms_norm
 from engram_jax.model.parameters import Declared, matrix, vector
+from engram_jax.model.sequence import Stretch, alone
 
 
 def attention_parameters(key: jax.Array, width: int, config: AttentionConfig) -> Declared:
@@ -40,38 +41,50 @@ def attention(
     x_BTD: jax.Array,
     config: AttentionConfig,
     eps: float,
-    documents_BT: jax.Array | None = None,
+    documents_BS: jax.Array | None = None,
+    stretch: Stretch = alone,
 ) -> jax.Array:
     """Causal attention of every position to itself and what came before.
 
     Args:
       params: the values of `attention_parameters`.
       x_BTD: normalised input.
-      config: sizes and implementation; "auto" is that of this process's first device. Positions
-        are 0..T-1.
+      config: sizes and implementation; "auto" is that of this process's first device.
       eps: epsilon of the latent's norm.
-      documents_BT: document numbers; attention then stays within a document.
+      documents_BS: document numbers of the whole sequence; attention then stays within a document.
+      stretch: of the sequence that x is; S is T where it is all of it.
 
     Returns:
       [B, T, D] in x's dtype; scores and softmax are float32.
     """
     batch, time, _ = x_BTD.shape
-    n, v, heads = config.nope_dim, config.value_dim, config.heads
-    positions_1T = jnp.arange(time, dtype=jnp.int32)[None]
-    query = jnp.concatenate(_queries(params, x_BTD, positions_1T, config), axis=-1)
-    latent_BTC, shared_BTR = latents(params, x_BTD, positions_1T, config, eps)
-    expanded = linear(latent_BTC, params["expand"]).reshape(batch, time, heads, n + v)
+    n, v, heads = config.nope_dim, config.value_dim, config.heads // stretch.count
+    positions_1T = stretch.positions(time)
+    query = stretch.by_heads(
+        jnp.concatenate(_queries(params, x_BTD, positions_1T, config), axis=-1))
+    latent_BSC, shared_BSR = map(
+        stretch.everywhere, latents(params, x_BTD, positions_1T, config, eps))
+    expand = _expansion(params["expand"], config, stretch)
+    expanded = linear(latent_BSC, expand).reshape(batch, -1, heads, n + v)
     key_BSHN, value_BSHV = jnp.split(expanded, [n], axis=-1)
     shared = jnp.broadcast_to(
-        shared_BTR[:, :, None], (batch, time, heads, config.rope_dim))
+        shared_BSR[:, :, None], (*key_BSHN.shape[:3], config.rope_dim))
     key = jnp.concatenate([key_BSHN, shared], axis=-1)
     implementation = config.implementation
     if implementation == "auto":
         implementation = attention_kernels.chosen(
-            config, str(x_BTD.dtype), documents_BT is not None, jax.local_devices()[0])
+            config, str(x_BTD.dtype), documents_BS is not None, jax.local_devices()[0])
     mixed = attention_kernels.causal_attention(
-        query, key, value_BSHV, documents_BT, config.score_scale, implementation)
-    return linear(mixed.reshape(batch, time, heads * v), params["output"])
+        query, key, value_BSHV, documents_BS, config.score_scale, implementation)
+    return linear(stretch.by_time(mixed).reshape(batch, time, -1), params["output"])
+
+
+def _expansion(expand: jax.Array, config: AttentionConfig, stretch: Stretch) -> jax.Array:
+    """The columns of the weight [C, H(N+V)] that make the own heads' keys and values."""
+    if stretch.count == 1:
+        return expand
+    by_head = expand.reshape(config.kv_rank, config.heads, -1)
+    return stretch.own_heads(by_head).reshape(config.kv_rank, -1)
 
 
 def _queries(

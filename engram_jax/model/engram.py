@@ -15,6 +15,7 @@ import numpy as np
 from engram_jax.config import EngramConfig, require
 from engram_jax.model.layers import Params, rms_norm
 from engram_jax.model.parameters import Declared, counted_as, matrix, taps, values, vector
+from engram_jax.model.sequence import Stretch, alone
 
 GATE_CLAMP = 1e-6
 
@@ -83,6 +84,7 @@ def fuse(
     config: EngramConfig,
     position_BT: jax.Array | None = None,
     before_BPMD: jax.Array | None = None,
+    stretch: Stretch = alone,
 ) -> Fused:
     """Y of H <- H + Y (paper eq. 4 to 6).
 
@@ -95,6 +97,8 @@ def fuse(
         document's start.
       before_BPMD: what the convolution read at the P = `config.conv_reach` positions before these,
         oldest first; None where there were none.
+      stretch: of the sequence that these tokens are; what the convolution reads before them is then
+        the stretch before's.
 
     Raises:
       UserError: what is no array, shapes or dtypes that do not go together, rows that are bits and
@@ -113,6 +117,8 @@ def fuse(
     if not config.kernel:
         return Fused(gated_BTMD, gate_BTM, None)
     normed_BTMD = rms_norm(gated_BTMD, params["conv_gain"], config.conv_norm_eps)
+    if before_BPMD is None:
+        before_BPMD = stretch.before(normed_BTMD, config.conv_reach)
     mixed_BTMD = causal_conv(
         normed_BTMD, params["conv"], config.conv_dilation, position_BT, before_BPMD)
     return Fused(jax.nn.silu(mixed_BTMD) + gated_BTMD, gate_BTM, normed_BTMD)

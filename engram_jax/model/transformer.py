@@ -40,6 +40,7 @@ from engram_jax.model.layers import (
 )
 from engram_jax.model.moe import Routed, experts_here, moe, moe_parameters
 from engram_jax.model.parameters import Declared, counted_as, embedding, values, vector
+from engram_jax.model.sequence import Stretch, alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +180,12 @@ def run_segment(
     docs: Documents | None,
     whole: Whole = as_they_are,
     routed: Routed = experts_here,
+    stretch: Stretch = alone,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """One segment: (streams, loads [L, E] or None, gates [B, T, M] or None).
 
     `whole` knows the segment's own parameters by "engram" and "blocks"; `routed` brings tokens and
-    experts together.
+    experts together; `docs` are of whole sequences, of which these are a `stretch`.
     """
     gate_BTM = None
     if segment.engram:
@@ -191,9 +193,12 @@ def run_segment(
         assert rows_BTHC is not None
         with jax.named_scope("fusion"):
             weights = whole(params["engram"], "engram")
-        fuse_here = jax.checkpoint(fuse, static_argnums=3) if config.remat == "outputs" else fuse
-        fused = fuse_here(weights, x_BTMD, rows_BTHC, config.engram,
-                          None if docs is None else docs.position_BT)
+        fuse_here = fuse
+        if config.remat == "outputs":
+            fuse_here = jax.checkpoint(fuse, static_argnums=(3, 6))
+        position_BT = None if docs is None else stretch.own(docs.position_BT)
+        fused = fuse_here(
+            weights, x_BTMD, rows_BTHC, config.engram, position_BT, None, stretch)
         x_BTMD, gate_BTM = x_BTMD + fused.delta_BTMD, fused.gate_BTM
 
     def plain(
@@ -205,7 +210,8 @@ def run_segment(
 
     def attend(params: Params, x_BTD: jax.Array) -> tuple[jax.Array, None]:
         number_BT = None if docs is None else docs.number_BT
-        return attention(params, x_BTD, config.attention, config.norm_eps, number_BT), None
+        return attention(
+            params, x_BTD, config.attention, config.norm_eps, number_BT, stretch), None
 
     run = plain
     if config.remat != "none":
@@ -280,12 +286,16 @@ def body(
     starts_BT: jax.Array | None = None,
     whole: Whole = as_they_are,
     routed: Routed = experts_here,
+    stretch: Stretch = alone,
 ) -> tuple[jax.Array, Observed]:
-    """Tokens and rows to the streams after the last block, [B, T, M, D]; arguments of `apply`."""
+    """Tokens and rows to the streams after the last block, [B, T, M, D]; arguments of `apply`.
+
+    `stretch` is of the sequences that the tokens, rows and starts are.
+    """
     docs = None
     if config.isolate_documents:
         assert starts_BT is not None, "a model that isolates documents needs starts_BT"
-        docs = documents(starts_BT)
+        docs = documents(stretch.everywhere(starts_BT))
     x_BTMD = embed(params, tokens_BT, rows, config, whole)
     loads: list[jax.Array | None] = []
     gates: dict[int, jax.Array] = {}
@@ -299,7 +309,7 @@ def body(
         x_BTMD, load_LE, gate_BTM = run_segment(
             part, x_BTMD, rows_BTHC, bias_LE, segment, config, docs,
             lambda tree, *path, number=number: whole(tree, "segments", number, *path),
-            routed)
+            routed, stretch)
         loads.append(load_LE)
         if gate_BTM is not None:
             gates[segment.start] = gate_BTM

@@ -17,10 +17,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from engram_jax.config import RunConfig
 from engram_jax.hashing.addressing import Addressing
+from engram_jax.hashing.token_hash import BEFORE
 from engram_jax.model import documents, moe, transformer
 from engram_jax.model.layers import Whole, as_they_are
 from engram_jax.model.loss import token_losses
 from engram_jax.model.moe import Routed, experts_here
+from engram_jax.model.sequence import Stretch, alone
 from engram_jax.model.transformer import Observed
 from engram_jax.tables.exchange import RowGradients
 from engram_jax.tables.local import LocalLookup
@@ -112,13 +114,20 @@ def train_step(
                          out_specs=(specs, PartitionSpec()), check_vma=False)
 
 
-def row_ids(run: RunConfig, addressing: Addressing, batch: Batch) -> dict[str, jax.Array]:
-    """For each site, the row ids int32 [B, T, H] that the batch asks for."""
+def row_ids(
+    run: RunConfig, addressing: Addressing, batch: Batch, stretch: Stretch = alone
+) -> dict[str, jax.Array]:
+    """For each site, the row ids int32 [B, T, H] that the batch, a stretch of its sequences, asks
+    for."""
     position_BT = None
     if run.model.isolate_documents:
-        position_BT = documents.documents(batch["starts_BT"]).position_BT
+        whole = documents.documents(stretch.everywhere(batch["starts_BT"]))
+        position_BT = stretch.own(whole.position_BT)
     with jax.named_scope("hash"):
-        return addressing.ids(batch["tokens_BT"], position_BT)
+        history_BP = stretch.before(batch["tokens_BT"] - BEFORE, addressing.history_length)
+        if history_BP is not None:
+            history_BP += BEFORE  # what comes before the first stretch has been 0
+        return addressing.ids(batch["tokens_BT"], position_BT, history_BP)
 
 
 class Seen(NamedTuple):
@@ -183,10 +192,11 @@ def losses(
     run: RunConfig,
     whole: Whole = as_they_are,
     routed: Routed = experts_here,
+    stretch: Stretch = alone,
 ) -> tuple[jax.Array, Observed]:
     """Cross-entropy of every target in nats, float32 [B, T], and what could be observed."""
     x_BTMD, seen = transformer.body(params, batch["tokens_BT"], rows, router_bias, run.model,
-                                    batch["starts_BT"], whole, routed)
+                                    batch["starts_BT"], whole, routed, stretch)
     head = transformer.head_params(params, run.model, whole)
     return token_losses(head, x_BTMD, batch["targets_BT"], run.model), seen
 
@@ -199,9 +209,10 @@ def mean_loss(
     run: RunConfig,
     whole: Whole = as_they_are,
     routed: Routed = experts_here,
+    stretch: Stretch = alone,
 ) -> tuple[jax.Array, Observed]:
     """The mean of `losses`."""
-    loss_BT, seen = losses(params, rows, router_bias, batch, run, whole, routed)
+    loss_BT, seen = losses(params, rows, router_bias, batch, run, whole, routed, stretch)
     return jnp.mean(loss_BT), seen
 
 
