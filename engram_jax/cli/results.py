@@ -1,6 +1,8 @@
 """Commands that look at trained runs: `compare`, `analyze` and `report`."""
 
+import contextlib
 import math
+import typing
 
 from engram_jax.cli.words import (
     Commands,
@@ -85,6 +87,15 @@ def _add_analyze(commands: Commands) -> None:
     command.add_argument("--tasks", metavar="FILE",
                          help="of suppression: also answers to prompts, a line of JSON each with "
                          "task, prompt and answer")
+    command.add_argument("--harness", default="", metavar="NAME,...",
+                         help="of suppression: also tasks of lm-evaluation-harness (extra eval), "
+                         "with the share of each score that is left without memory")
+    command.add_argument("--include", default="", metavar="FOLDER",
+                         help="of task files of your own, for --harness")
+    command.add_argument("--shots", type=int, default=None, metavar="N",
+                         help="examples before each question of --harness; default the task's")
+    command.add_argument("--limit", type=int, default=None, metavar="N",
+                         help="questions of a task of --harness (default all)")
     command.add_argument("--out", metavar="FOLDER", help="gets WHAT.json (default: printed)")
 
 
@@ -92,13 +103,32 @@ def _add_analyze(commands: Commands) -> None:
 def analyze(options: Options) -> None:
     from engram_jax.insides import analyses
 
+    require(not options.harness or options.what == "suppression", "--harness", options.harness,
+            f"is of analyze suppression, not of analyze {options.what}")
     findings = analyses.analyze(options.what, options.directories, options.text, options.spans,
                                 options.tasks)
+    if options.harness:
+        _add_retained(options, findings)
     text = json_text(findings, indent=1)
     if options.out:
         analyses.write(text, options.what, options.out)
     else:
         print(text)
+
+
+def _add_retained(options: Options, findings: dict[str, typing.Any]) -> None:
+    """What each run keeps of its scores on the harness's tasks, into its findings."""
+    from engram_jax.evaluation import benchmarks, retained
+    from engram_jax.inference.serving import served
+    from engram_jax.runs.directory import RunDirectory
+
+    names = [name.strip() for name in options.harness.split(",") if name.strip()]
+    chosen = benchmarks.chosen(names, options.shots)
+    for directory in options.directories:
+        model = served(RunDirectory(directory))
+        with contextlib.closing(model.rows):
+            findings[model.run.name]["harness"] = retained.retained(
+                model, chosen, options.include, options.limit)
 
 
 def _add_report(commands: Commands) -> None:

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 from engram_jax import __version__
 from engram_jax.config import require
 from engram_jax.costs.accounting import short
-from engram_jax.report import insides, looks, memories, outcomes
+from engram_jax.report import insides, looks, memories, outcomes, scores
 from engram_jax.report.blocks import Folded, Section
 from engram_jax.report.findings import Material, material
 from engram_jax.report.looks import signed
@@ -25,9 +25,10 @@ from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import json_text, to_dict
 from engram_jax.storage import is_local, write_text
 
-SECTIONS: tuple[Callable[[Material], Section], ...] = (
-    outcomes.outcomes, outcomes.curves, outcomes.costs, insides.gates, insides.lens, insides.cka,
-    insides.suppression, insides.patchscope, memories.tokenizer, memories.memory)
+SECTIONS: tuple[Callable[[Material], Section | None], ...] = (
+    outcomes.outcomes, scores.scores, outcomes.curves, outcomes.costs, insides.gates,
+    insides.lens, insides.cka, insides.suppression, insides.patchscope,
+    memories.tokenizer, memories.memory)
 ALIKE = 0.01  # counts that differ by less are told as one
 
 Say = Callable[[str], None]
@@ -59,8 +60,9 @@ def write_report(
     gathered = material(directories, file)
     sections = []
     for make in SECTIONS:
-        sections.append(make(gathered))
-        say(f"done: {sections[-1].title}")
+        if (section := make(gathered)) is not None:
+            sections.append(section)
+            say(f"done: {section.title}")
     words = ["engram-jax", "report", *map(os.fspath, directories), "--out", os.fspath(out),
              *(["--text", os.fspath(file)] if file else [])]
     title = gathered.arms[0].name if len(gathered.arms) == 1 else ", ".join(

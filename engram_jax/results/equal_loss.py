@@ -115,7 +115,8 @@ def _choice(
         if begun[str(other.path)].get("step") == step:
             theirs = scores_of(RunDirectory(other.path))
             last = max((score.step for score in theirs), default=0)
-            scores |= {f"{name} ({other.config.data.sequence_length:,})": value
+            reads = f"{other.config.data.sequence_length:,}"
+            scores |= {f"{name} (extended to {reads})": value
                        for name, value in at_step(theirs, last).items()}
     return Choice(run=run, wanted=wanted, step=step, loss=loss, nearest=(step, loss),
                   flops=tokens * account(run.config).flops_per_token, scores=scores)

@@ -37,8 +37,8 @@ class Score:
     def name(self) -> str:
         """What tells it from the run's other scores of the same checkpoint, for tables."""
         length = self.settings.get("length")
-        at = f" at {length:,}" if isinstance(length, int) else ""
-        return f"{self.task} {self.metric}{at}".strip()
+        at = f"at {length:,}" if isinstance(length, int) else ""
+        return " ".join(word for word in (self.task, self.metric, at) if word)
 
     @property
     def key(self) -> str:

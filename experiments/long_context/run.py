@@ -1,8 +1,9 @@
 """Train the arms, extend them to eight times their length, ask for needles, and write results.csv.
 
-    python -m experiments.long_context.run FOLDER
+    python -m experiments.long_context.run FOLDER [SEED ...]
 
-FOLDER gets the texts and a folder a run. What is finished is not done again. Of Engram two
+FOLDER gets the texts, a folder a run, a file a seed, and results.csv once all seeds are there. What
+is finished is not done again; seeds may be done by several processes at once. Of Engram two
 checkpoints are extended, as in the paper: the last one, and the one whose validation loss is
 nearest to that of the last one of experts alone.
 """
@@ -26,7 +27,7 @@ from engram_jax.runs.extending import extended
 from engram_jax.runs.train import train
 from engram_jax.settings import changed
 from engram_jax.sweeps.compilations import kept_compilations
-from engram_jax.sweeps.sweep import seeded, to_csv
+from engram_jax.sweeps.sweep import from_csv, seeded, to_csv
 from experiments.long_context import arms, language
 
 SEEDS = (0, 1, 2)
@@ -37,16 +38,22 @@ Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
-def run_all(folder: Path, seeds: Sequence[int] = SEEDS, say: Say = print) -> list[Row]:
-    """Train, extend and ask; the rows of results.csv."""
+def run_all(folder: Path, seeds: Sequence[int] = SEEDS, say: Say = print) -> None:
+    """Train, extend and ask; results.csv of all seeds that are done."""
     if not (folder / language.TOKENIZER).exists():
         language.write(folder)
-    rows: list[Row] = []
     with kept_compilations():
         for seed in seeds:
-            rows += _of_seed(folder, seed, say)
-            (folder / "results.csv").write_text(to_csv(rows))  # of what is done so far
-    return rows
+            if not _file(folder, seed).exists():
+                rows = list(_of_seed(folder, seed, say))
+                _file(folder, seed).write_text(to_csv(rows))
+    done = [from_csv(_file(folder, seed).read_text()) for seed in SEEDS
+            if _file(folder, seed).exists()]
+    (folder / "results.csv").write_text(to_csv([row for rows in done for row in rows]))
+
+
+def _file(folder: Path, seed: int) -> Path:
+    return folder / f"seed{seed}.csv"
 
 
 def _of_seed(folder: Path, seed: int, say: Say) -> Iterator[Row]:
@@ -109,13 +116,13 @@ def answered(model: Served) -> Iterator[Row]:
 
 def main(words: Sequence[str]) -> int:
     """Run the experiment in the folder that the command line names."""
-    if len(words) != 1:
-        print("python -m experiments.long_context.run FOLDER", file=sys.stderr)
+    if not words or not all(word.isdecimal() for word in words[1:]):
+        print("python -m experiments.long_context.run FOLDER [SEED ...]", file=sys.stderr)
         return 2
     try:
         require(not git_revision().endswith("+changes"), "git", "uncommitted changes",
                 "nobody could run this again; commit them")
-        run_all(Path(words[0]))
+        run_all(Path(words[0]), [int(word) for word in words[1:]] or SEEDS)
     except (UserError, MachineError) as error:
         print(f"experiments.long_context.run: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

@@ -1,6 +1,7 @@
 """Runs under lm-evaluation-harness, on tasks with local data of each kind of request."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from lm_eval.tasks import TaskManager
 from engram_jax.cli.main import main
 from engram_jax.errors import UserError
 from engram_jax.evaluation.harness import EngramLM
+from engram_jax.evaluation.retained import NoRows
+from engram_jax.results.scores import scores_of
+from engram_jax.runs.directory import RunDirectory
 
 # The harness and what it imports warn of their own.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -148,8 +152,9 @@ def test_the_harness_makes_its_table(lm, folder):
     assert results["writing"]["exact_match,none"] == 0
 
 
-def test_evaluate_prints_the_table(trained, folder, capsys):
-    words = ["evaluate", str(trained), "--tasks", "choices", "--include", str(folder)]
+def test_evaluate_prints_the_table(trained, folder, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    words = ["evaluate", str(tmp_path / "run"), "--tasks", "choices", "--include", str(folder)]
     assert main(words) == 0
     assert "|choices|" in capsys.readouterr().out
     assert main([*words, "--json", "--limit", "2", "--memory", "host"]) == 0
@@ -157,6 +162,45 @@ def test_evaluate_prints_the_table(trained, folder, capsys):
     words[3] = "choice"
     assert main(words) == 2
     assert "'choice': the harness has no such task" in capsys.readouterr().err
+
+
+def test_scores_are_kept_in_the_runs_folder(trained, folder, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    words = ["evaluate", str(tmp_path / "run"), "--tasks", "choices,rolling", "--include",
+             str(folder), "--limit", "2", "--shots", "0"]
+    assert main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    kept = {(score.task, score.metric): score for score in scores_of(
+        RunDirectory(tmp_path / "run"))}
+    assert kept["choices", "acc"].value == said["choices"]["acc,none"]
+    assert kept["rolling", "bits_per_byte"].step == 7
+    assert kept["choices", "acc"].settings == {"shots": 0, "limit": 2}
+    before = len(kept)
+    assert main([*words, "--step", "6"]) == 0
+    again = scores_of(RunDirectory(tmp_path / "run"))
+    assert len(again) == 2 * before
+    assert {score.step for score in again} == {6, 7}
+
+
+def test_what_a_task_keeps_without_memory(trained, folder, capsys):
+    words = ["analyze", "suppression", str(trained), "--harness", "choices,rolling", "--include",
+             str(folder)]
+    assert main(words) == 0
+    shares = json.loads(capsys.readouterr().out)["micro"]["harness"]
+    assert set(shares) == {"choices"}, "of bits less is better: no share"
+    share = shares["choices"]["acc"]
+    assert share["retained"] in (None, share["without"] / max(share["with"], 1e-9))
+    assert main(["analyze", "gates", str(trained), "--harness", "choices"]) == 2
+    assert "is of analyze suppression, not of analyze gates" in capsys.readouterr().err
+
+
+def test_without_rows_the_network_reads_zeros(lm):
+    tokens = np.arange(8, dtype=np.int32)[None] + 3
+    rows, zeros = dict(lm._model.rows.request(tokens)), NoRows(lm._model.rows).request(tokens)
+    assert {name: array.shape for name, array in rows.items()} == {
+        name: array.shape for name, array in zeros.items()}
+    assert all(np.any(array) for array in rows.values())
+    assert not any(np.any(array) for array in zeros.values())
 
 
 def test_what_there_is_not_is_refused(trained, tmp_path):

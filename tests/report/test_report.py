@@ -15,6 +15,7 @@ from engram_jax.cli import main
 from engram_jax.report import findings, looks, memories, outcomes
 from engram_jax.report.memories import thinned
 from engram_jax.report.page import SECTIONS, headline
+from engram_jax.results.scores import Score, keep_scores
 from engram_jax.runs.train import train
 from engram_jax.settings import to_dict
 
@@ -55,6 +56,10 @@ def page(runs, tmp_path_factory):
         json.dumps(to_dict(dataclasses.replace(begun, name="begun"))))
     for name in ("tokenizer.json", "env.json"):
         shutil.copy(runs / "memory" / name, folder / "runs" / "begun" / name)
+    for name, value in (("memory", 87.5), ("bare", 12.5)):
+        keep_scores(findings.RunDirectory(folder / "runs" / name), [
+            Score(of="ruler", task=EVIL, metric="", step=step, value=value - step,
+                  settings={"length": 2048}) for step in (6, 7)])
     assert main.main(["report", str(folder / "runs"), "--out", str(folder / "page.html")]) == 0
     assert sorted(os.listdir(folder)) == ["page.html", "runs"]
     return folder / "page.html"
@@ -98,13 +103,13 @@ def read(page):
 
 
 def test_the_page_holds_every_section(read):
-    names = ["runs", "curves", "costs", "gates", "lens", "cka", "suppression", "patchscope",
-             "tokenizer", "memory", "records"]
+    names = ["runs", "scores", "curves", "costs", "gates", "lens", "cka", "suppression",
+             "patchscope", "tokenizer", "memory", "records"]
     assert len(names) == len(SECTIONS) + 1
     assert [name for name in read.ids if name != "swap"] == names
     for words in ("nats a token: the loss of", "engram-jax report", '"rows_per_head"',
                   "bare: has no Engram", "bare: has no memory", "begun: has no checkpoint yet",
-                  "Both runs began with the same",
+                  "Both runs began with the same", f"{EVIL} at 2,048", "80.5", "5.5",
                   f"memory-seed1 is not done: step {STEPS} of {STEPS}"):
         assert words in read.said, words
     for name in ("memory", SLOWER, "bare"):
@@ -146,6 +151,7 @@ def test_a_run_without_memory_says_what_it_has_not(runs, tmp_path):
     assert "bare: has no Engram, so there is nothing of it to look at" in read.said
     assert read.said.count("bare: has no memory") == 2
     assert "bits a byte" in read.said
+    assert "scores" not in read.ids, "it has none"
 
 
 def test_what_cannot_be_reported(runs, tmp_path, capsys):
