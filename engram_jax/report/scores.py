@@ -60,8 +60,9 @@ def _name(score: Score) -> str:
 def _table(subjects: Sequence[Subject], title: str, by_arm: Mapping[str, Values]) -> Table:
     shown = [subject for subject in subjects if subject.name in by_arm]
     names = dict.fromkeys(name for values in by_arm.values() for name in values)
-    rows = [[name, *(_cell(by_arm[subject.name].get(name, ())) for subject in shown)]
-            for name in names]
+    rows: list[list[Cell | str]] = [
+        [name, *(_cell(by_arm[subject.name].get(name, ())) for subject in shown)]
+        for name in names]
     return Table(title=title, head=["score", *(f"#{subject.name}" for subject in shown)], rows=rows)
 
 

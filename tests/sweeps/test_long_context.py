@@ -1,6 +1,7 @@
 """The experiment on long contexts: its language, its arms and what is made of their answers."""
 
 import hashlib
+import itertools
 
 import pytest
 
@@ -19,8 +20,7 @@ def test_a_text_has_its_length_and_a_name_one_value(texts):
         assert len(ids) == texts.length - 1
         assert tokenizer.decode(ids) == text
         words = text.split()
-        pairs = {(name, value) for name, value in zip(words, words[1:], strict=False)
-                 if name in NAMES}
+        pairs = {(name, value) for name, value in itertools.pairwise(words) if name in NAMES}
         assert 1 <= len(pairs) == len({name for name, _ in pairs}) <= texts.names
         assert all(value in VALUES for _, value in pairs)
         told.append(dict(pairs))
