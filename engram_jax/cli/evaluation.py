@@ -145,13 +145,19 @@ def _tasks(options: Options) -> None:
     from engram_jax.evaluation import benchmarks, harness
 
     chosen = benchmarks.chosen(_names(options.tasks), options.shots, options.unsafe_code)
+    for line in chosen.told():
+        print(line, file=sys.stderr)
+
+    def each(part: dict[str, typing.Any]) -> None:  # hours later another task may fail
+        _keep(options, harness.scores(part, model.step, options.limit))
+        if not options.json:
+            print(harness.table(part), flush=True)
+
     with _served(options) as model:
-        for name, reason in chosen.left_out.items():
-            print(f"left out: {name}: {reason}", file=sys.stderr)
         results = harness.evaluate(model, chosen, options.include, options.limit,
-                                   options.batch_size)
-        print(json_text(results["results"]) if options.json else harness.table(results))
-        _keep(options, harness.scores(results, model.step, options.limit))
+                                   options.batch_size, each)
+    if options.json:
+        print(json_text(results["results"]))
 
 
 def _ruler(options: Options) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 import typing
 
 from engram_jax.cli.words import (
@@ -124,6 +125,8 @@ def _add_retained(options: Options, findings: dict[str, typing.Any]) -> None:
 
     names = [name.strip() for name in options.harness.split(",") if name.strip()]
     chosen = benchmarks.chosen(names, options.shots)
+    for line in chosen.told():
+        print(line, file=sys.stderr)
     for directory in options.directories:
         model = served(RunDirectory(directory))
         with contextlib.closing(model.rows):

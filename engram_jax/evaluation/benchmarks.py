@@ -82,6 +82,10 @@ class Chosen:
     left_out: Mapping[str, str]
     unsafe: bool = False
 
+    def told(self) -> list[str]:
+        """A line for each benchmark that is left out."""
+        return [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+
 
 def chosen(names: Sequence[str], shots: int | None = None, unsafe: bool = False) -> Chosen:
     """The tasks that a user named; `paper` is every benchmark of the paper with its shots.

@@ -7,7 +7,7 @@ packages by itself.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -178,7 +178,7 @@ def _stops(settings: dict[str, Any]) -> list[str]:
 
 def evaluate(
     model: Served, chosen: Chosen, include: str = "", limit: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = 8, each: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:
     """A run's results on tasks of the harness, as the harness has them.
 
@@ -188,38 +188,45 @@ def evaluate(
       include: a folder of further task files; "" is none.
       limit: questions of a task; None is all.
       batch_size: sequences at once.
+      each: gets the results of each task or group as soon as it is done.
 
     Raises:
-      UserError: a task that there is not, one whose data cannot be had, or one that runs what the
-        model writes where that is not allowed.
+      UserError: a task that there is not; after all others are done, those whose data cannot be
+        had, or that run what the model writes where that is not allowed.
     """
     manager = TaskManager(include_path=[str(FOLDER), *([include] if include else [])])
     for task in chosen.shots:
         if not manager.match_tasks([task]):
             raise UserError(f"tasks = {task!r}: the harness has no such task; `lm_eval ls tasks` "
                             "lists them, and --include FOLDER adds your own")
-    lm, parts = EngramLM(model, batch_size=batch_size), []
-    for shots in dict.fromkeys(chosen.shots.values()):
-        tasks = [task for task, of in chosen.shots.items() if of == shots]
+    lm, parts, failed = EngramLM(model, batch_size=batch_size), [], []
+    for task, shots in chosen.shots.items():
         try:
-            parts.append(simple_evaluate(
-                lm, tasks=tasks, task_manager=manager, num_fewshot=shots, limit=limit,
-                log_samples=False, verbosity="ERROR", confirm_run_unsafe_code=chosen.unsafe))
+            part = dict(simple_evaluate(
+                lm, tasks=[task], task_manager=manager, num_fewshot=shots, limit=limit,
+                log_samples=False, verbosity="ERROR",
+                confirm_run_unsafe_code=chosen.unsafe) or {})
         except (OSError, DatasetsError) as error:
-            raise UserError(f"tasks = {','.join(tasks)!r}: the data cannot be had "
-                            f"({first_line(error)})") from error
+            failed.append(f"tasks = {task!r}: the data cannot be had ({first_line(error)})")
+            continue
         except ValueError as error:
-            require("marked as unsafe" not in str(error), "tasks", ",".join(tasks),
-                    "has one that runs programs that the model writes; --unsafe-code allows it")
-            raise
+            if "marked as unsafe" not in str(error):
+                raise
+            failed.append(f"tasks = {task!r}: runs programs that the model writes; --unsafe-code "
+                          "allows it")
+            continue
+        each(part)
+        parts.append(part)
+    if failed:
+        raise UserError("; ".join(failed))
     return _together(parts)
 
 
-def _together(parts: Sequence[Any]) -> dict[str, Any]:
+def _together(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Results of several calls of the harness as those of one."""
     whole: dict[str, Any] = {}
     for part in parts:
-        for name, values in dict(part or {}).items():
+        for name, values in part.items():
             whole[name] = {**whole.get(name, {}), **values} if isinstance(values, dict) else values
     return whole
 

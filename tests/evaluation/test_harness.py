@@ -182,6 +182,19 @@ def test_scores_are_kept_in_the_runs_folder(trained, folder, tmp_path, capsys):
     assert {score.step for score in again} == {6, 7}
 
 
+def test_a_task_without_data_does_not_lose_the_others(trained, folder, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "tasks")
+    lost = TASKS["choices"].replace("task: choices", "task: lost").replace("DATA", "nowhere.jsonl")
+    (tmp_path / "tasks" / "lost.yaml").write_text(lost)
+    assert main(["evaluate", str(tmp_path / "run"), "--tasks", "lost,choices", "--include",
+                 str(tmp_path / "tasks")]) == 2
+    said = capsys.readouterr()
+    assert "|choices|" in said.out
+    assert "tasks = 'lost': the data cannot be had" in said.err
+    assert {score.task for score in scores_of(RunDirectory(tmp_path / "run"))} == {"choices"}
+
+
 def test_what_a_task_keeps_without_memory(trained, folder, capsys):
     words = ["analyze", "suppression", str(trained), "--harness", "choices,rolling", "--include",
              str(folder)]
