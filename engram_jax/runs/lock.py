@@ -47,6 +47,7 @@ class Lock:
         self._mine = {"host": platform.node(), "pid": os.getpid(), "started": _started(os.getpid()),
                       "machine": _machine(), "token": secrets.token_hex(8)}
         self._over = threading.Event()
+        self._beats = threading.Thread(target=self._beat, daemon=True)
         self._held = False
 
     def __enter__(self) -> "Lock":
@@ -55,7 +56,7 @@ class Lock:
                 while not self._made():
                     self._pass_over(self._read())
             self._held = True
-            threading.Thread(target=self._beat, daemon=True).start()
+            self._beats.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -64,6 +65,8 @@ class Lock:
     def release(self) -> None:
         """Let others in."""
         self._over.set()
+        if self._held:
+            self._beats.join(BEAT_S)  # a beat under way would write the lock anew
         if self._held and self._is_mine():
             self._held = False
             try:

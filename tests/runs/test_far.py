@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+import time
 
 import object_store
 import pytest
@@ -238,6 +239,25 @@ def test_a_lock_of_a_dead_process_is_taken_away(bucket, changes):
     held(bucket, **changes)
     with Lock(epath.Path(bucket)) as mine:
         mine.check()
+    assert not (epath.Path(bucket) / "lock").exists()
+
+
+def test_a_beat_under_way_does_not_bring_a_lock_back(bucket, monkeypatch):
+    begun, text = threading.Event(), lock.json_text
+
+    def slow(values, **named):
+        if "beat" in values:
+            begun.set()
+            time.sleep(0.3)
+        return text(values, **named)
+
+    monkeypatch.setattr(lock, "json_text", slow)
+    before = set(threading.enumerate())
+    with Lock(epath.Path(bucket)):
+        beats = set(threading.enumerate()) - before
+        assert begun.wait(30)
+    for thread in beats:
+        thread.join(30)
     assert not (epath.Path(bucket) / "lock").exists()
 
 
