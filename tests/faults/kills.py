@@ -78,6 +78,11 @@ class Victims:
                 return False
         raise TimeoutError(f"process {pid} does not get to {phase}")
 
+    def pause(self, seconds, pid):
+        """Wait, or until a process has ended: a machine that others use is now quick, now slow."""
+        with self._ended:
+            self._ended.wait_for(lambda: pid in self._ends, seconds)
+
     def end(self, pid):
         """The exit code of a process."""
         with self._ended:
@@ -162,7 +167,7 @@ class Runs:
             while these < chain and kills + these < times:
                 pid = self.victims.start(self.config, out, **order)
                 if phase is None:
-                    time.sleep(self.draw.uniform(self.to_step_s / 2, self.whole_s))
+                    self.victims.pause(self.draw.uniform(self.to_step_s / 2, self.whole_s), pid)
                 elif not self.victims.reaches(pid, phase):
                     code = self.victims.end(pid)
                     break
@@ -276,7 +281,10 @@ class Pairs(Runs):
         while len(outcomes) < times:
             out = self.new()
             pids = self.pair(out)
-            time.sleep(self.draw.uniform(self.to_step_s, self.whole_s * 1.1))
+            if self.draw.random() < 0.3:
+                self.victims.pause(self.draw.uniform(0, self.to_step_s), pids[0])
+            elif self.victims.reaches(pids[0], "stepping"):
+                self.victims.pause(self.draw.uniform(0, self.whole_s - self.to_step_s), pids[0])
             signalled(pids[self.draw.randrange(2)], number)
             codes = [self.victims.end(pid) for pid in pids]
             if codes == [0, 0]:
