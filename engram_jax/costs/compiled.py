@@ -118,18 +118,18 @@ def _splash(site: Site) -> int:
     """The products of queries, keys and values in the blocks that causal attention visits.
 
     The first operand says for each block of queries and of keys what comes next; then come queries
-    and keys [H, T, X] and values [H, T, V].
+    and keys [..., H, T, X] and values [..., H, T, V].
     """
     kernel = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", site.instruction.name)
     if kernel is None:
         return 0
     arrays = [dims for _, dims in site.computation.operand_shapes(site.instruction)]
-    (heads, time, width), (_, _, wide) = [
-        dims for dims in arrays if len(dims) == 3 and dims[1:] != arrays[0][1:]][:3:2]
+    (*heads, time, width), (*_, wide) = [
+        dims for dims in arrays if len(dims) >= 3 and dims[-2:] != arrays[0][-2:]][:3:2]
     of_keys, of_values = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}[kernel[1]]
-    blocks = arrays[0][1]
+    blocks = arrays[0][-2]
     pairs = time * time * (blocks + 1) // (2 * blocks)
-    return 2 * heads * pairs * (of_keys * width + of_values * wide)
+    return 2 * math.prod(heads) * pairs * (of_keys * width + of_values * wide)
 
 
 def _kernel(site: Site) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from engram_jax.costs import compiled
-from engram_jax.costs.breakdown import by_scope
+from engram_jax.costs.breakdown import Torus, costs
 from engram_jax.costs.hlo import parse
 
 
@@ -97,5 +97,11 @@ def test_splash_attention():
     """Ten of sixteen blocks are visited, by two products forward and seven backward."""
     pairs, program = 3 * 10 * 16 * 16, parse(SPLASH)
     assert compiled.flops(program) == 2 * pairs * ((24 + 16) + (2 * 24 + 16) + 2 * (24 + 16))
-    forward = by_scope(program, (), clock=1e9, peak_flops=1e14)["attention"]
-    assert forward.flops == 2 * pairs * (24 + 16)
+    forward = costs(program, Torus(sizes=(1,), link=1.0), 1e9, 1e14)["attention"]
+    assert forward["flops"] == 2 * pairs * (24 + 16)
+
+
+def test_splash_attention_of_several_sequences():
+    """The batch is an axis more of queries, keys and values."""
+    batched = SPLASH.replace("[3,64,", "[2,3,64,").replace("{2,1,0}", "{3,2,1,0}")
+    assert compiled.flops(parse(batched)) == 2 * compiled.flops(parse(SPLASH))

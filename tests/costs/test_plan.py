@@ -131,7 +131,7 @@ def test_a_depth_of_which_nothing_follows(capsys, depth):
 def test_a_few_blocks_tell_of_all(capsys):
     """Two Engram layers, experts, streams, accumulation: what differs between the cuts."""
     words = ["plan", "tiny", "--topology", "v5e:2x2", "--json", *(word for setting in (
-        "model.depth=11", "model.engram.layers=1,5", "model.streams=2", "model.remat=block",
+        "model.depth=11", "model.engram.layers=[1, 5]", "model.streams=2", "model.remat=block",
         "training.accumulate=2") for word in ("--set", setting))]
     assert main.main(words) == 0
     whole = json.loads(capsys.readouterr().out)
