@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from micro import STEPS, with_data, with_model, with_training, write_text
+from micro import STEPS, with_model, with_training, write_text
 
 from engram_jax.cli.main import main
 from engram_jax.config import YarnConfig
@@ -35,15 +35,18 @@ def words(trained, out, *more):
 def test_a_longer_run_begins_from_the_weights_and_leaves_the_other_as_it_was(
         trained, tmp_path, capsys):
     before, other = everything(trained), RunDirectory(trained).config()
-    assert main(words(trained, tmp_path / "long", "--step", "6", "--set",
-                      "training.steps=7")) == 0
+    text = write_text(tmp_path / "other.txt", seed=5)
+    command = words(trained, tmp_path / "long", "--step", "6", "--set", "training.steps=7",
+                    "--set", f"data.path={text}")
+    assert main(command) == 0
     assert f"begins from step 6 of {trained}" in capsys.readouterr().out
     assert everything(trained) == before
     records = RunDirectory(tmp_path / "long")
     run = records.config()
     assert run.model.attention.yarn == YarnConfig(factor=4.0, original_length=16)
     assert (run.data.sequence_length, run.data.batch_size) == (LENGTH, 1)  # as many tokens a step
-    assert run.data.path == other.data.path
+    assert run.data.path == text
+    assert records.tokenizer().to_str() == RunDirectory(trained).tokenizer().to_str()
     assert run.name == f"{other.name}-{LENGTH}"
     [start] = records.env()["starts"]
     assert {name: start["start_from"][name] for name in ("run", "step", "optimizer")} == {
@@ -52,11 +55,11 @@ def test_a_longer_run_begins_from_the_weights_and_leaves_the_other_as_it_was(
     assert model.length == LENGTH
     model.rows.close()
     # The same command again: it is done.
-    assert main(words(trained, tmp_path / "long", "--step", "6", "--set",
-                      "training.steps=7")) == 0
+    assert main(command) == 0
     assert "done before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_first_step_is_that_of_the_other_runs_weights(trained, tmp_path):
     """Of a run that learns nothing the last state is the other's, table for table."""
     run = with_training(extended(trained, LENGTH), steps=1)
@@ -131,12 +134,3 @@ def test_a_folder_with_another_run_is_refused(trained, tmp_path, capsys):
     assert "holds no run" in capsys.readouterr().err
     with pytest.raises(UserError, match="no memory"):
         with_training(with_model(RunDirectory(trained).config(), engram=None), freeze="backbone")
-
-
-def test_other_text_is_read(trained, tmp_path, capsys):
-    """Its own text, cut by the other run's tokenizer."""
-    text = write_text(tmp_path / "other.txt", seed=5)
-    assert main(words(trained, tmp_path / "long", "--set", f"data.path={text}")) == 0
-    records = RunDirectory(tmp_path / "long")
-    assert records.config() == with_data(records.config(), path=text)
-    assert records.tokenizer().to_str() == RunDirectory(trained).tokenizer().to_str()
