@@ -91,13 +91,15 @@ def test_what_is_decided_and_what_may_be_set(trained):
 
 def test_an_extended_run_is_extended_from_the_first_length(trained, tmp_path):
     """Positions are stretched from the length of the first training, however often."""
-    once = extended(trained, LENGTH, settings=["model.attention.yarn.factor=8"])
+    once = extended(trained, LENGTH, settings=["model.attention.yarn.factor=8",
+                                               "training.freeze=tables"])
     RunDirectory(tmp_path / "once").make()
     RunDirectory(tmp_path / "once").claim(once, {}, RunDirectory(trained).tokenizer())
     assert extended(tmp_path / "once", 96).model.attention.yarn == YarnConfig(
         factor=8.0, original_length=16)
     assert extended(tmp_path / "once", 256).model.attention.yarn == YarnConfig(
         factor=16.0, original_length=16)
+    assert extended(tmp_path / "once", 96).training.freeze == "", "frozen there, not here"
 
 
 @pytest.mark.parametrize(("more", "line"), [
