@@ -36,6 +36,8 @@ GIB = 2**30
 class Plan:
     """What the compiler says of a run on a slice. Everything is of one device and one step.
 
+    Rounds that follow where a capacity is short are not counted (`costs.breakdown.costs`).
+
     Attributes:
       devices: of the slice, `mesh` (data x fsdp, x expert where experts are shared) of them.
       experts: how tokens and experts come together, and why; "" without experts.

@@ -120,6 +120,20 @@ def test_a_collective_is_its_scopes():
     assert part["overlapping_s"] == 0
 
 
+def test_what_runs_only_where_a_capacity_is_short_is_not_counted():
+    def step(weights, x, rounds):
+        with jax.named_scope("experts"):
+            x = x @ weights
+            more = jax.lax.while_loop(
+                lambda carry: carry[0] < rounds,
+                lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ weights)), (1, x))
+            return jax.lax.scan(lambda x, _: (x @ weights, None), more[1], length=3)[0]
+
+    matrix = np.ones((8, 8), np.float32)
+    program = parse(jax.jit(step).lower(matrix, matrix, 1).compile().as_text())
+    assert costs(program, TORUS, 1e9, 1e12)["experts"]["flops"] == 4 * 2 * 8**3
+
+
 def test_what_is_missing_is_multiplied_out():
     few = {"ffn": Counter(seconds=3.0, flops=10), "fusion": Counter(seconds=1.0),
            "lookup": Counter(seconds=2.0), "head": Counter(seconds=5.0)}
