@@ -47,6 +47,7 @@ def collectives(program: Any) -> list[Collective]:
     if not isinstance(program, Program):
         program = parse(program if isinstance(program, str) else program.as_text())
     calls: list[Collective] = []
+    begun, channels = _begun(program)
     counted: set[str] = set()  # computations that are the inside of a collective
     started: set[str] = set()  # computations that run beside others
     for site in program.walk():
@@ -56,14 +57,35 @@ def collectives(program: Any) -> list[Collective]:
         kind = _kind(program, instruction)
         if kind is None or computation.name in counted:
             continue
+        if computation.name not in begun and _channel(instruction) in channels:
+            continue  # goes on beside other work, or is waited for
         counted.update(instruction.called)
         sent = _sent(computation, instruction)
         calls.append(Collective(
             kind=kind, shapes=sent, bytes=sum(map(bytes_of, sent)), times=site.times,
             exact=site.exact, group=_group(program, instruction),
             source=instruction.attribute(r'op_name="([^"]*)"') or "",
-            overlaps=instruction.opcode.endswith("-start") or computation.name in started))
+            overlaps=(instruction.opcode.endswith("-start") or computation.name in started
+                      or computation.name in begun)))
     return calls
+
+
+def _begun(program: Program) -> tuple[set[str], set[str]]:
+    """The fusions in which a TPU begins a collective, and the channels of those.
+
+    libtpu cuts such a collective into several fusions, others of which have products in them, and
+    each holds the whole instruction again, on the same channel.
+    """
+    begun = {computation.name for computation in program.computations.values()
+             if any('"AsyncCollectiveStart"' in part.attributes
+                    for part in computation.instructions.values())}
+    return begun, {channel for name in begun
+                   for part in program.computations[name].instructions.values()
+                   if _kind(program, part) and (channel := _channel(part))}
+
+
+def _channel(instruction: Instruction) -> str:
+    return instruction.attribute(r"channel_id=(\d+)") or ""
 
 
 def by_kind(calls: Iterable[Collective]) -> dict[str, dict[str, int]]:

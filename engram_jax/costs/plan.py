@@ -95,14 +95,15 @@ class Measured:
     """What one compiled program says; None for what a refused one does not.
 
     Attributes:
-      argument_bytes: state and batch.
-      temporary_bytes, peak_bytes: as `Plan` has them.
+      given_bytes: of state and batch, without what layouts add.
+      argument_bytes, temporary_bytes, peak_bytes: as `Plan` has them.
       costs: of its parts.
       largest: of each kind of collective the bytes of the largest.
       squares: as `Plan` has it.
       reason: why it was refused, or "".
     """
 
+    given_bytes: int
     argument_bytes: int
     temporary_bytes: int | None = None
     peak_bytes: int | None = None
@@ -160,14 +161,14 @@ def plan(
 def measured(run: RunConfig, there: Slice, mesh: Mesh) -> Measured:
     """Compile one program, and ask it."""
     state, batch = _arguments(run, mesh)
+    given = _bytes_of_a_device((state, batch))
     step = train_step(run, address(run.model, _vocabulary(run), 0), mesh)
     try:
         compiled: Any = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Measured(_bytes_of_a_device((state, batch)), peak_bytes=asked_for(str(error)),
-                        reason=_reason(str(error)))
+        return Measured(given, given, peak_bytes=asked_for(str(error)), reason=_reason(str(error)))
     memory, program = compiled.memory_analysis(), parse(compiled.as_text() or "")
     largest: dict[str, int] = {}
     for one in collectives(program):
@@ -176,7 +177,7 @@ def measured(run: RunConfig, there: Slice, mesh: Mesh) -> Measured:
     # temporaries add up to 17.1 GiB compiled for 15.75 GiB, at a peak of 15.47; the next, at 15.80,
     # was refused with that number.
     return Measured(
-        memory.argument_size_in_bytes, memory.temp_size_in_bytes,
+        given, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
         breakdown.costs(program, there.torus, *_speed(there.chip)), largest,
         squares(program, run.data.sequence_length))
@@ -186,10 +187,10 @@ def _multiplied(
     run: RunConfig, mesh: Mesh, few: Measured, more: Measured, depth: int
 ) -> Measured:
     """The whole run from `depth` blocks of it and twice as many."""
-    arguments = _bytes_of_a_device(_arguments(run, mesh))
+    given = _bytes_of_a_device(_arguments(run, mesh))
     refused = next((each for each in (few, more) if each.costs is None), None)
     if refused is not None:
-        return Measured(arguments, peak_bytes=refused.peak_bytes, reason=refused.reason)
+        return Measured(given, given, peak_bytes=refused.peak_bytes, reason=refused.reason)
     assert few.costs is not None
     assert more.costs is not None
     times = depths.missing(run, depth)
@@ -198,10 +199,11 @@ def _multiplied(
         first, second = getattr(few, what), getattr(more, what)
         return int(first + times.blocks * (second - first))
 
-    # The state is known; what tables add to it is alive while the step runs, and so are their rows.
-    beyond = arguments - line("argument_bytes")
+    # What other tables add to the state is known, but for what layouts add to it.
+    tables = (given - line("given_bytes")) * few.argument_bytes // few.given_bytes
     return Measured(
-        arguments, line("temporary_bytes"), line("peak_bytes") + beyond,
+        given, line("argument_bytes") + tables, line("temporary_bytes"),
+        line("peak_bytes") + tables,
         breakdown.multiplied(few.costs, more.costs, times.blocks, times.tables, times.fusions),
         {kind: max(few.largest.get(kind, 0), size) for kind, size in more.largest.items()},
         more.squares)

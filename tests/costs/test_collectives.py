@@ -189,3 +189,48 @@ def test_shapes(text, expected, size):
 def test_a_text_that_is_no_program():
     with pytest.raises(ValueError, match="ENTRY"):
         parse("HloModule empty\n")
+
+
+CUT = """HloModule jit_step
+
+%start (a: bf16[16,8]) -> (bf16[16,8], bf16[256,8]) {
+  %a = bf16[16,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[256,8]{1,0} all-gather(%a), channel_id=7, replica_groups=[16,16]<=[256], \
+dimensions={0}, metadata={op_name="jit(step)/gather_weights/all_gather"}
+  ROOT %custom-call.1 = (bf16[16,8]{1,0}, bf16[256,8]{1,0}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%between (b: bf16[16,8], x: bf16[8,8]) -> bf16[8,8] {
+  %b = bf16[16,8]{1,0} parameter(0)
+  %x = bf16[8,8]{1,0} parameter(1)
+  %all-gather.2 = bf16[256,8]{1,0} all-gather(%b), channel_id=7, replica_groups=[16,16]<=[256], \
+dimensions={0}
+  ROOT %dot.1 = bf16[8,8]{1,0} convolution(%x, %x), dim_labels=bf_io->bf
+}
+
+%done (c: bf16[16,8]) -> bf16[256,8] {
+  %c = bf16[16,8]{1,0} parameter(0)
+  %all-gather.3 = bf16[256,8]{1,0} all-gather(%c), channel_id=7, replica_groups=[16,16]<=[256], \
+dimensions={0}
+  ROOT %custom-call.2 = bf16[256,8]{1,0} custom-call(%c, %all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: bf16[16,8], x: bf16[8,8]) -> bf16[256,8] {
+  %p = bf16[16,8]{1,0} parameter(0)
+  %x = bf16[8,8]{1,0} parameter(1)
+  %f.1 = (bf16[16,8]{1,0}, bf16[256,8]{1,0}) fusion(%p), kind=kCustom, calls=%start
+  %f.2 = bf16[8,8]{1,0} fusion(%p, %x), kind=kOutput, calls=%between
+  %alone = bf16[256,8]{1,0} all-gather(%p), channel_id=8, replica_groups=[16,16]<=[256], \
+dimensions={0}
+  ROOT %f.3 = bf16[256,8]{1,0} fusion(%p), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_one_that_a_tpu_cuts_into_fusions_counts_once_and_overlaps():
+    calls = collectives(CUT)
+    assert [(one.kind, one.bytes, one.times, one.overlaps) for one in calls] == [
+        ("all-gather", 256, 1, True), ("all-gather", 256, 1, False)]
+    assert "gather_weights" in calls[0].source

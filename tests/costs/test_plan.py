@@ -138,7 +138,7 @@ def test_a_few_blocks_tell_of_all(capsys):
     assert main.main([*words, "--depth", "3"]) == 0
     cut = json.loads(capsys.readouterr().out)
     assert (whole["depth"], cut["depth"]) == (0, 3)
-    assert cut["argument_bytes"] == pytest.approx(whole["argument_bytes"], rel=1e-3)
+    assert cut["argument_bytes"] == pytest.approx(whole["argument_bytes"], rel=0.05)
     for what in ("flops", "compute_s", "collective_s", "step_s", "mfu", "peak_bytes"):
         assert cut[what] == pytest.approx(whole[what], rel=0.05), what
     assert set(cut["by_scope"]) == set(whole["by_scope"])
