@@ -34,10 +34,10 @@ def usage():
 
 
 def assert_flat(looks):
-    """The most that was held in the second quarter and in the last one: what grows with every step
-    or sequence, by 8 KiB or a file in a thousand, is seen."""
+    """The least that was held in the second quarter and in the last one: what grows with every step
+    or sequence, by 8 KiB or a file in a thousand, raises it; a checkpoint under way does not."""
     quarter = len(looks) // 4
-    before, after = (Usage(*map(max, zip(*part, strict=True)))
+    before, after = (Usage(*map(min, zip(*part, strict=True)))
                      for part in (looks[quarter:2 * quarter], looks[-quarter:]))
     print(f"\nresident {before.resident / MIB:.1f} MiB, then {after.resident / MIB:.1f} MiB; "
           f"files {before.handles}, then {after.handles}; threads {before.threads}, then "
