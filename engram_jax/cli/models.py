@@ -64,6 +64,8 @@ def _add_plan(commands: Commands) -> None:
     command.add_argument("--expert", type=int, default=0, metavar="N",
                          help="devices of those that share the experts, to which tokens then "
                          "travel; 1 gathers experts (default: what takes less time by its bytes)")
+    command.add_argument("--sequence", type=int, default=1, metavar="N",
+                         help="devices that each sequence is split over (default: 1)")
     command.add_argument("--depth", type=int, default=0, metavar="N",
                          help="compile cuts of N and 2 N blocks and multiply out what the whole "
                          "takes: minutes in the place of half an hour (default: all blocks)")
@@ -74,5 +76,5 @@ def plan(options: Options) -> None:
     from engram_jax.costs import plan as plans
 
     planned = plans.plan(named_run(options), options.topology, options.fsdp, options.depth,
-                         options.expert)
+                         options.expert, options.sequence)
     print(planned.to_json() if options.json else plans.described(planned))

@@ -60,10 +60,11 @@ def add_json(command: Parser) -> None:
 
 
 def add_mesh(command: Parser) -> None:
-    command.add_argument("--mesh", metavar="DATAxFSDP[xEXPERT]", default=None,
-                         help="split batches and tables over all axes, parameters over all but the "
-                         "first; tokens travel to experts along the third; default $ENGRAM_MESH, "
-                         "or else all devices as 1xN")
+    command.add_argument("--mesh", metavar="DATAxFSDP[xEXPERT[xSEQUENCE]]", default=None,
+                         help="split tables over all axes, batches over the first three, "
+                         "parameters over the second and third; tokens travel to experts along "
+                         "the third, each sequence is split over the fourth; default "
+                         "$ENGRAM_MESH, or else all devices as 1xN")
 
 
 def add_directory(command: Parser) -> None:

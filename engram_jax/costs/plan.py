@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from engram_jax.config import RunConfig, require
 from engram_jax.costs import breakdown, depths, sharing
@@ -26,7 +26,7 @@ from engram_jax.hashing.addressing import address
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.settings import json_text
 from engram_jax.training import placement
-from engram_jax.training.fsdp import AXES
+from engram_jax.training.fsdp import BATCH
 from engram_jax.training.step import train_step
 
 GIB = 2**30
@@ -114,32 +114,39 @@ class Measured:
 
 
 def plan(
-    run: RunConfig, topology: str, fsdp: int = 0, depth: int = 0, expert: int = 0
+    run: RunConfig, topology: str, fsdp: int = 0, depth: int = 0, expert: int = 0,
+    sequence: int = 1,
 ) -> Plan:
     """Compile a step of `run` for a slice.
 
     Args:
       run: the run.
       topology: chip and layout, for example "v5e:16x16" or "v5p:4x4x4".
-      fsdp: devices that parameters are split over; 0 means all.
+      fsdp: devices that parameters are split over; 0 means all, but those of a sequence.
       depth: blocks to compile, of which the rest follows (`costs.depths`); 0 is all.
       expert: devices of those that share the experts; 1 gathers them, 0 takes what is faster by
         the bytes (`costs.sharing`).
+      sequence: devices that each sequence is split over.
 
     Raises:
       UserError: no libtpu, no such slice, or one that does not divide the run; no such depth.
     """
     there = slice_of(topology)
     count = len(there.devices)
-    fsdp = fsdp or count
-    require(fsdp >= 1 and count % fsdp == 0, "fsdp", fsdp,
+    require(sequence >= 1 and count % sequence == 0, "sequence", sequence,
             f"does not divide the {count} devices of {topology}")
+    groups = count // sequence
+    fsdp = fsdp or groups
+    require(fsdp >= 1 and groups % fsdp == 0, "fsdp", fsdp,
+            f"does not divide the {groups} devices of {topology}" + " for each stretch of a "
+            "sequence" * (sequence > 1))
     if expert == 0:
         way = sharing.chosen(run, there.torus, fsdp)
         expert = 1 if way is None else way.devices
     require(expert >= 1 and fsdp % expert == 0, "expert", expert,
             f"does not divide the {fsdp} devices that parameters are split over")
-    mesh = placement.make_mesh(count // fsdp, fsdp // expert, there.devices, expert)
+    mesh = placement.make_mesh(
+        groups // fsdp, fsdp // expert, there.devices, expert, sequence)
     start = time.perf_counter()
     if depth:
         depths.check(run, depth)
@@ -216,7 +223,7 @@ def _vocabulary(run: RunConfig) -> CompressedVocabulary:
 def _arguments(run: RunConfig, mesh: Mesh) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
     """State and batch as shapes that know where they lie."""
     shape = run.data.batch_size, run.data.sequence_length
-    split = NamedSharding(mesh, PartitionSpec(AXES))
+    split = NamedSharding(mesh, BATCH)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in (
         ("tokens_BT", jnp.int32), ("targets_BT", jnp.int32), ("starts_BT", jnp.bool))}
     placement.check(run, mesh)

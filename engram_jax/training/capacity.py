@@ -13,7 +13,8 @@ from engram_jax.config import RunConfig
 from engram_jax.hashing.addressing import Addressing
 from engram_jax.settings import changed
 from engram_jax.training import placement
-from engram_jax.training.fsdp import AXES
+from engram_jax.training.fsdp import AXES, BATCH
+from engram_jax.training.sequence import stretch_of
 from engram_jax.training.step import row_ids
 
 BATCHES = 4
@@ -37,10 +38,11 @@ def with_capacity(
 
     def local(batch: dict[str, jax.Array]) -> jax.Array:
         shares = [jnp.max(tables[name].demand(ids)) * (mesh.size / ids.size)
-                  for name, ids in row_ids(run, addressing, batch).items()]
+                  for name, ids in row_ids(
+                      run, addressing, batch, stretch_of(mesh)).items()]
         return jax.lax.pmax(jnp.max(jnp.stack(shares)), AXES)
 
-    probe = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(AXES),
+    probe = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=BATCH,
                                   out_specs=PartitionSpec(), check_vma=False))
     most = max(float(probe(placement.put(batch, mesh)))
                for batch in itertools.islice(batches, BATCHES))

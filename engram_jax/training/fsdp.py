@@ -27,9 +27,10 @@ from engram_jax.model.parameters import Parameter
 from engram_jax.tables import collectives
 from engram_jax.training.optimizers import on_matrices
 
-DATA, APART, EXPERT = "data", "fsdp", "expert"
+DATA, APART, EXPERT, SEQUENCE = "data", "fsdp", "expert", "sequence"
 FSDP = (APART, EXPERT)  # over which parameters are split
-AXES = (DATA, *FSDP)
+AXES = (DATA, *FSDP, SEQUENCE)
+BATCH = PartitionSpec((DATA, *FSDP), SEQUENCE)  # of what is [B, T, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Split:
     def summed(self, grads: Any) -> Any:
         """Gradients summed over all devices that hold the same part."""
         return jax.tree.map(
-            lambda grad, axis: jax.lax.psum(grad, DATA if axis else AXES), grads, self.axes)
+            lambda grad, axis: jax.lax.psum(grad, (DATA, SEQUENCE) if axis else AXES),
+            grads, self.axes)
 
     def square(self, grads: Any) -> jax.Array:
         """The sum of the squares of all entries of summed gradients, float32."""

@@ -1,7 +1,8 @@
 """The mesh of a run: its axes, and where each part of the state lies.
 
-Axes `data`, `fsdp` and `expert`; each may be 1. Batches and tables are split over all, parameters
-over the last two. Along `expert` tokens travel to experts, and not experts to tokens
+Axes `data`, `fsdp`, `expert` and `sequence`; each may be 1. Tables are split over all, parameters
+over `fsdp` and `expert`, sequences over the first three and each of them over the last
+(`model.sequence`). Along `expert` tokens travel to experts, and not experts to tokens
 (`model.sent_experts`). Nothing that is saved depends on the mesh.
 """
 
@@ -24,61 +25,67 @@ from engram_jax.settings import changed
 from engram_jax.tables import collectives
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
-from engram_jax.training.fsdp import APART, AXES, EXPERT, Split, split
+from engram_jax.training.fsdp import APART, AXES, BATCH, EXPERT, SEQUENCE, Split, split
 from engram_jax.training.state import TrainState, abstract_state, row_optimizer
 
 
 def make_mesh(
-    data: int, fsdp: int, devices: Sequence[jax.Device] | None = None, expert: int = 1
+    data: int, fsdp: int, devices: Sequence[jax.Device] | None = None, expert: int = 1,
+    sequence: int = 1,
 ) -> Mesh:
-    """A mesh `data` x `fsdp` x `expert` of the given devices, or of the first of all that there
-    are.
+    """A mesh `data` x `fsdp` x `expert` x `sequence` of the given devices, or of the first of all
+    that there are.
 
     Raises:
-      UserError: there are fewer devices, or some would be left over on a cluster.
+      UserError: there are fewer devices, or some would be left over on a cluster; sequences would
+        be split on a cluster.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape, wanted = _written(data, fsdp, expert), data * fsdp * expert
-    require(data >= 1 and fsdp >= 1 and expert >= 1, "mesh", shape,
-            "all sizes must be at least 1")
+    shape, wanted = _written(data, fsdp, expert, sequence), data * fsdp * expert * sequence
+    require(min(data, fsdp, expert, sequence) >= 1, "mesh", shape, "all sizes must be at least 1")
+    require(sequence == 1 or jax.process_count() == 1, "mesh", shape,
+            f"splits sequences, which {jax.process_count()} processes cannot yet: each reads whole "
+            "ones")
     require(wanted <= len(devices), "mesh", shape,
             f"needs {wanted} devices, and there are {len(devices)}")
     require(wanted == len(devices) or jax.process_count() == 1, "mesh", shape,
             f"must use all {len(devices)} devices of the {jax.process_count()} processes")
     try:
         flat = jax.make_mesh(
-            (data, fsdp * expert), AXES[:2], axis_types=(AxisType.Auto,) * 2,
+            (data, fsdp * expert * sequence), AXES[:2], axis_types=(AxisType.Auto,) * 2,
             devices=devices[:wanted])
     except NotImplementedError as error:  # of a TPU slice
         raise UserError(f"mesh = {shape!r}: sizes must be products of the slice's own axes, as "
                         "4x16 is on a slice of 4x4x4 chips") from error
-    return _mesh(flat.devices, data, fsdp, expert)
+    return _mesh(flat.devices, data, fsdp, expert, sequence)
 
 
 def _mesh(devices: np.ndarray, *shape: int) -> Mesh:
-    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def chosen_mesh(shape: str | None = None) -> Mesh:
-    """The mesh of `shape`, "DATAxFSDP" or "DATAxFSDPxEXPERT"; or else of $ENGRAM_MESH; or else all
-    devices along fsdp.
+    """The mesh of `shape`, "DATAxFSDP", "DATAxFSDPxEXPERT" or "DATAxFSDPxEXPERTxSEQUENCE"; or else
+    of $ENGRAM_MESH; or else all devices along fsdp.
 
     Raises:
-      UserError: as `make_mesh`, or the shape is not two or three numbers.
+      UserError: as `make_mesh`, or the shape is not two to four numbers.
     """
     shape = shape or os.environ.get("ENGRAM_MESH")
     if not shape:
         return make_mesh(1, len(jax.devices()))
-    sizes = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", shape)
+    sizes = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?(?:x(\d+))?", shape)
     if sizes is None:
         raise UserError(f"mesh = {shape!r}: write it as DATAxFSDP, for example 1x8, or "
-                        "DATAxFSDPxEXPERT, for example 1x2x4")
-    return make_mesh(int(sizes[1]), int(sizes[2]), expert=int(sizes[3] or 1))
+                        "DATAxFSDPxEXPERT, for example 1x2x4, or DATAxFSDPxEXPERTxSEQUENCE, for "
+                        "example 1x4x1x2")
+    return make_mesh(int(sizes[1]), int(sizes[2]), expert=int(sizes[3] or 1),
+                     sequence=int(sizes[4] or 1))
 
 
 def single_mesh() -> Mesh:
     """A mesh of this process's first device."""
-    return _mesh(np.array(jax.local_devices()[:1]), 1, 1, 1)
+    return _mesh(np.array(jax.local_devices()[:1]), 1, 1, 1, 1)
 
 
 def reading_mesh(run: RunConfig, shape: str | None = None) -> Mesh:
@@ -99,20 +106,24 @@ def reading_mesh(run: RunConfig, shape: str | None = None) -> Mesh:
 
 
 def shape_of(mesh: Mesh) -> str:
-    """ "data x fsdp", as the command line takes it, and "x expert" where experts are shared."""
+    """ "data x fsdp", as the command line takes it, and "x expert" where experts are shared or
+    "x expert x sequence" where sequences are split."""
     return _written(*(mesh.shape[axis] for axis in AXES))
 
 
-def _written(data: int, fsdp: int, expert: int) -> str:
-    return f"{data}x{fsdp}" + f"x{expert}" * (expert != 1)
+def _written(data: int, fsdp: int, expert: int, sequence: int) -> str:
+    return (f"{data}x{fsdp}" + f"x{expert}" * (expert != 1 or sequence != 1)
+            + f"x{sequence}" * (sequence != 1))
 
 
 def check(run: RunConfig, mesh: Mesh) -> None:
     """Refuse a run that the mesh does not divide (UserError)."""
-    devices, accumulate = mesh.size, run.training.accumulate
+    devices, accumulate = mesh.size // mesh.shape[SEQUENCE], run.training.accumulate
+    _check_stretches(run, mesh)
     batch = run.data.batch_size
     require(batch % devices == 0, "data.batch_size", batch,
-            f"does not divide among the {devices} devices of the mesh {shape_of(mesh)}")
+            f"does not divide among the {devices} {'devices' * (devices == mesh.size) or 'groups'} "
+            f"of the mesh {shape_of(mesh)}")
     require(batch // devices % accumulate == 0, "training.accumulate", accumulate,
             f"does not divide the {batch // devices} sequences that each of {devices} devices has")
     moe, sharing = run.model.moe, mesh.shape[EXPERT]
@@ -122,7 +133,29 @@ def check(run: RunConfig, mesh: Mesh) -> None:
         require(site.hash_config.keys != "shuffled" or batch > devices, "data.batch_size", batch,
                 f"leaves each of {devices} devices one sequence, and with shuffled keys each needs "
                 "a neighbour: set at least two for a device")
-        layout_of(site).check_divides(devices, f"{site.name}.shards")
+        layout_of(site).check_divides(mesh.size, f"{site.name}.shards")
+
+
+def _check_stretches(run: RunConfig, mesh: Mesh) -> None:
+    """Refuse sequences that the mesh cannot split."""
+    count, length, heads = (
+        mesh.shape[SEQUENCE], run.data.sequence_length, run.model.attention.heads)
+    if count == 1:
+        return
+    require(heads % count == 0, "mesh", shape_of(mesh),
+            f"splits sequences over {count} devices, which do not divide the {heads} heads of "
+            "model.attention")
+    reach = max([0, *(site.hash_config.max_order - 1 for site in sites(run.model))])
+    if run.model.engram is not None:
+        reach = max(reach, run.model.engram.conv_reach)
+    require(length % count == 0 and length // count >= reach, "data.sequence_length", length,
+            f"must be a multiple of the {count} devices of a sequence on the mesh "
+            f"{shape_of(mesh)}, and leave each {reach} tokens, as far back as convolutions and "
+            "n-grams look")
+    for site in sites(run.model):
+        require(site.hash_config.keys == "ngrams", "mesh", shape_of(mesh),
+                f"splits sequences, and {site.name}.keys = {site.hash_config.keys!r} needs whole "
+                "ones")
 
 
 def settled(run: RunConfig, mesh: Mesh) -> RunConfig:
@@ -141,8 +174,8 @@ def param_split(run: RunConfig, mesh: Mesh) -> Split:
     sharing = mesh.shape[EXPERT]
     return split(
         transformer.declared(run.model), mesh.shape[APART] * sharing, run.model.compute_dtype,
-        collectives.neighbours(list(mesh.devices[0].flat)), sharing,
-        collectives.neighbours(list(mesh.devices[0, :, 0])))
+        collectives.neighbours(list(mesh.devices[0, :, :, 0].flat)), sharing,
+        collectives.neighbours(list(mesh.devices[0, :, 0, 0])))
 
 
 def routed(mesh: Mesh) -> Routed:
@@ -158,7 +191,7 @@ def local_memory(run: RunConfig, mesh: Mesh) -> LocalMemory:
     What a device asks of each peer in a round is `training.row_capacity` of the even share of its
     ids (all of the share where it is not set).
     """
-    tokens = run.data.batch_size // mesh.size * run.data.sequence_length
+    tokens = run.data.batch_size * run.data.sequence_length // mesh.size
     return LocalMemory.sized(
         sites(run.model), row_optimizer(run), tokens, axes=AXES, devices=mesh.size,
         near=collectives.neighbours(list(mesh.devices.flat)),
@@ -215,6 +248,6 @@ def placed_state(run: RunConfig, mesh: Mesh) -> TrainState:
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows of a batch as global arrays, split over the whole mesh."""
-    sharding = NamedSharding(mesh, PartitionSpec(AXES))
+    sharding = NamedSharding(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, rows)
             for name, rows in batch.items()}

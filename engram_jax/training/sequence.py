@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from engram_jax.model.sequence import Stretch, alone
-
-SEQUENCE = "sequence"
+from engram_jax.training.fsdp import SEQUENCE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,9 @@ from engram_jax.tables.exchange import RowGradients
 from engram_jax.tables.local import LocalLookup
 from engram_jax.training import placement
 from engram_jax.training.freezing import gradients_of_trained, only_trained
-from engram_jax.training.fsdp import AXES
+from engram_jax.training.fsdp import AXES, BATCH
 from engram_jax.training.optimizers import optimizer, schedule
+from engram_jax.training.sequence import stretch_of
 from engram_jax.training.state import TrainState, to_be_read, updates_made
 
 Batch = dict[str, jax.Array]
@@ -56,14 +57,14 @@ def train_step(
     placement.check(run, mesh)
     settled = placement.settled(run, mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
-    routed = placement.routed(mesh)
+    routed, stretch = placement.routed(mesh), stretch_of(mesh)
     transform = optimizer(run.optimizer, transformer.declared(run.model), split.by_matrix)
     rate = schedule(run.optimizer, run.training.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        lookup = memory.lookup(state.tables, row_ids(run, addressing, batch))
+        lookup = memory.lookup(state.tables, row_ids(run, addressing, batch, stretch))
         (loss, seen), (grads, row_grads) = gradients(
-            settled, state, lookup.rows, batch, split.whole, mesh.size, routed)
+            settled, state, lookup.rows, batch, split.whole, mesh.size, routed, stretch)
         grads = split.summed(gradients_of_trained(run, grads))
         combined = memory.combine(lookup.routes, row_grads)
         square = split.square(grads)
@@ -110,7 +111,7 @@ def train_step(
         return new, metrics
 
     specs = placement.state_specs(run, mesh)
-    return jax.shard_map(step, mesh=mesh, in_specs=(specs, PartitionSpec(AXES)),
+    return jax.shard_map(step, mesh=mesh, in_specs=(specs, BATCH),
                          out_specs=(specs, PartitionSpec()), check_vma=False)
 
 
@@ -150,6 +151,7 @@ def gradients(
     whole: Whole,
     devices: int,
     routed: Routed = experts_here,
+    stretch: Stretch = alone,
 ) -> tuple[tuple[jax.Array, Seen], tuple[Any, dict[str, jax.Array]]]:
     """This device's part of the loss and of the gradients of parameters and rows.
 
@@ -159,8 +161,8 @@ def gradients(
     parts = run.training.accumulate
 
     def loss_of(params: Any, rows: dict[str, jax.Array], batch: Batch) -> tuple[jax.Array, Seen]:
-        loss, seen = mean_loss(params, rows, state.router_bias, batch, run, whole,
-                               routed)
+        loss, seen = mean_loss(
+            params, rows, state.router_bias, batch, run, whole, routed, stretch)
         gates = [jnp.mean(gate) for gate in seen.gates.values()]
         gate = jnp.mean(jnp.stack(gates)) / (devices * parts) if gates else None
         return loss / (devices * parts), Seen(seen.loads, gate)
@@ -228,17 +230,18 @@ def evaluation_step(
     placement.check(run, mesh)
     settled = placement.settled(run, mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
-    routed = placement.routed(mesh)
+    routed, stretch = placement.routed(mesh), stretch_of(mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        lookup = memory.lookup(state.tables, row_ids(run, addressing, batch))
+        lookup = memory.lookup(state.tables, row_ids(run, addressing, batch, stretch))
         loss_BT, _ = losses(
-            state.params, lookup.rows, state.router_bias, batch, settled, split.whole, routed)
+            state.params, lookup.rows, state.router_bias, batch, settled, split.whole, routed,
+            stretch)
         return (_everywhere(jnp.sum(loss_BT * batch["weights_BT"])),
                 _everywhere(jnp.sum(batch["weights_BT"])))
 
     specs = to_be_read(placement.state_specs(run, mesh))
-    return jax.shard_map(step, mesh=mesh, in_specs=(specs, PartitionSpec(AXES)),
+    return jax.shard_map(step, mesh=mesh, in_specs=(specs, BATCH),
                          out_specs=PartitionSpec(), check_vma=False)
 
 

@@ -398,10 +398,10 @@ def test_a_mesh_that_there_are_no_devices_for_is_refused():
 
 
 @pytest.mark.parametrize(
-    "shape", ["8", "2x", "2x4x1x1", "2x4x", "-1x8", "twoxfour", " 2x4", "2x4\n", "2*4"])
+    "shape", ["8", "2x", "2x4x1x1x1", "2x4x", "-1x8", "twoxfour", " 2x4", "2x4\n", "2*4"])
 def test_a_malformed_mesh_is_refused_wherever_it_stands(shape, monkeypatch):
     expected = (f"mesh = {shape!r}: write it as DATAxFSDP, for example 1x8, or DATAxFSDPxEXPERT, "
-                "for example 1x2x4")
+                "for example 1x2x4, or DATAxFSDPxEXPERTxSEQUENCE, for example 1x4x1x2")
     with pytest.raises(UserError) as error:
         placement.chosen_mesh(shape)
     assert one_line(error) == expected
