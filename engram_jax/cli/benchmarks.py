@@ -15,12 +15,14 @@ def add(commands: Commands) -> None:
         "measure this machine: hash (jitted against NumPy), table (row updates against the table's "
         "size), optimizers (of tables), exchange (rows on eight devices against a sharded gather), "
         "step (the real training step: tokens/s, MFU, time by part), experts (one token among many "
-        "experts, against the picked ones alone), "
+        "experts, against the picked ones alone), attention (of one long sequence, by each "
+        "implementation), "
         "gather (tokens to packed rows from a table in host memory), offload (inference with the "
         "table on the device, the host and a disk, against no memory), pack (a text on one core "
         "and on all)", "bench hash --json")
     command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather",
-                                          "offload", "pack", "step", "experts"])
+                                          "offload", "pack", "step", "experts",
+                                          "attention"])
     command.add_argument("--megabytes", type=int, default=0, metavar="N",
                          help="of bench pack: size of the gzipped text (default 64); 2000 is the "
                          "text that has to fit 1 GiB of memory, and takes half an hour")
@@ -31,6 +33,12 @@ def add(commands: Commands) -> None:
                          "of engram-27b, for a device of 80 GB")
     command.add_argument("--mesh", default="", metavar="DATAxFSDP[xEXPERT]",
                          help="of bench step: as train takes it")
+    command.add_argument("--length", type=int, default=0, metavar="N",
+                         help="of bench attention: tokens of the sequence (default: 32768, on a "
+                         "CPU 2048)")
+    command.add_argument("--topology", default="", metavar="CHIP:LAYOUT",
+                         help="of bench attention: a TPU slice, such as v5p:1x1x1, to compile for; "
+                         "nothing runs")
     command.add_argument("--trace", default="", metavar="DIR",
                          help="of bench offload: write a trace of a few requests, for Perfetto")
     add_json(command)
@@ -56,7 +64,8 @@ def _workload(
 
 def _measured(options: Options) -> dict[str, typing.Any]:
     what = options.what
-    for name, of in (("size", ("offload", "step")), ("trace", ("offload",)), ("mesh", ("step",))):
+    for name, of in (("size", ("offload", "step")), ("trace", ("offload",)), ("mesh", ("step",)),
+                     ("length", ("attention",)), ("topology", ("attention",))):
         if getattr(options, name) and what not in of:
             raise UserError(f"--{name} is of bench {' and '.join(of)}, not of bench {what}")
     if options.megabytes and what != "pack":
@@ -96,6 +105,10 @@ def _measured(options: Options) -> dict[str, typing.Any]:
             from engram_jax.benchmarks.experts import expert_benchmark
 
             return expert_benchmark()
+        case "attention":
+            from engram_jax.benchmarks.attention import attention_benchmark
+
+            return attention_benchmark(options.length, options.topology)
         case "gather":
             from engram_jax.benchmarks.gather import gather_benchmark
 

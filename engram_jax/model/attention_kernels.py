@@ -49,13 +49,19 @@ def chosen(config: AttentionConfig, dtype: str, isolated: bool, device: jax.Devi
     """
     name = config.implementation
     if name == "auto":
-        able = (each for each in ("splash", "cudnn")
-                if _obstacle(each, config, dtype, isolated, device) is None)
-        return next(able, "xla")
+        return available(config, dtype, isolated, device)[0]
     obstacle = _obstacle(name, config, dtype, isolated, device)
     require(obstacle is None, "model.attention.implementation", name,
             f"{obstacle}; auto takes what there is")
     return name
+
+
+def available(
+    config: AttentionConfig, dtype: str, isolated: bool, device: jax.Device
+) -> tuple[str, ...]:
+    """The implementations that a device has for such a model, the one that it is given first."""
+    return tuple(name for name in ("splash", "cudnn", "xla")
+                 if _obstacle(name, config, dtype, isolated, device) is None)
 
 
 def _obstacle(
