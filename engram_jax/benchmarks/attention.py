@@ -67,8 +67,10 @@ def _compiled(
              for size in (wide, wide, config.value_dim)]
     documents_BT = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=lies)
 
-    def total(*inputs: jax.Array) -> jax.Array:
-        out = causal_attention(*inputs, config.score_scale, name)
+    def total(
+        query: jax.Array, key: jax.Array, value: jax.Array, documents_BT: jax.Array
+    ) -> jax.Array:
+        out = causal_attention(query, key, value, documents_BT, config.score_scale, name)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
