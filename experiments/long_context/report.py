@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from engram_jax.results import figures
-from engram_jax.results.statistics import Interval, interval, paired
+from engram_jax.results.statistics import interval, paired
 from experiments import published
 from experiments.long_context.language import KINDS, LONG
 
@@ -72,25 +72,26 @@ def _paper() -> str:
 
 
 def figure(rows: Sequence[Row]) -> Figure:
-    """A panel a kind: the share found against the length, before and after."""
+    """A panel a kind: the share found against the length, before and after; a dot a seed."""
     drawn, axes = figures.panels(len(KINDS), 3.7)
     lengths = sorted({row["length"] for row in rows})
     for each, kind in zip(axes, KINDS, strict=True):
         for arm, name in ARMS.items():
             for stage, style in (("before", "--"), ("after", "-")):
-                means = [_mean(rows, arm, stage, kind, length) for length in lengths]
-                figures.points(each, lengths, means, COLOURS[arm])
-                each.plot(lengths, [mean.mean for mean in means], style, color=COLOURS[arm],
-                          linewidth=1.3, label=name if stage == "after" else None)
+                seeds = [right_of(rows, arm, stage, kind, length) for length in lengths]
+                for length, values in zip(lengths, seeds, strict=True):
+                    each.plot([length] * len(values), list(values.values()), "o", markersize=3,
+                              color=COLOURS[arm], alpha=0.5)
+                each.plot(lengths, [interval(values.values()).mean for values in seeds], style,
+                          color=COLOURS[arm], linewidth=1.6,
+                          label=name if stage == "after" else None)
         figures.title(each, f"{kind} (dashed: before the extension)")
         each.set_xscale("log", base=2)
         each.set_xticks(lengths, [str(length) for length in lengths])
         each.set_ylim(-0.04, 1.04)
         each.set_xlabel("tokens")
         each.set_ylabel("share of answers that are right")
-        each.legend(frameon=False, labelcolor="linecolor", handlelength=1.2, loc="lower left")
+    axes[0].legend(frameon=False, labelcolor="linecolor", handlelength=1.2, loc="center right",
+                   bbox_to_anchor=(1.0, 0.72))
     return drawn
 
-
-def _mean(rows: Sequence[Row], arm: str, stage: str, kind: str, length: int) -> Interval:
-    return interval(right_of(rows, arm, stage, kind, length).values())
