@@ -3,6 +3,7 @@
 What a step takes is a line in the number of its blocks: those of a segment are alike, and are
 compiled once. So two cuts of a run, of N blocks and of 2 N, that have all of its dense blocks and
 one Engram layer, tell what a block takes, what an Engram layer takes (its scopes), and the rest.
+Memory comes out a little low: a further segment has code of its own.
 """
 
 from typing import NamedTuple

@@ -139,8 +139,10 @@ def test_a_few_blocks_tell_of_all(capsys):
     cut = json.loads(capsys.readouterr().out)
     assert (whole["depth"], cut["depth"]) == (0, 3)
     assert cut["argument_bytes"] == pytest.approx(whole["argument_bytes"], rel=0.05)
-    for what in ("flops", "compute_s", "collective_s", "step_s", "mfu", "peak_bytes"):
+    for what in ("flops", "compute_s", "collective_s", "step_s", "mfu"):
         assert cut[what] == pytest.approx(whole[what], rel=0.05), what
+    # The whole has a segment more, and so more code; of `tiny` much of the peak is code.
+    assert cut["peak_bytes"] == pytest.approx(whole["peak_bytes"], rel=0.15)
     assert set(cut["by_scope"]) == set(whole["by_scope"])
     for kind, sent in whole["collectives"].items():
         assert cut["collectives"][kind]["bytes"] == pytest.approx(sent["bytes"], rel=0.05), kind
