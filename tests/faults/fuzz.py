@@ -79,7 +79,8 @@ class Fuzz:
 
     def kinds(self):
         """For each kind of input its file, or None for a text, and what reads it."""
-        records, newest = RunDirectory(self.run), self.run / "checkpoints" / "7"
+        records = RunDirectory(self.run)
+        newest = max((self.run / "checkpoints").iterdir(), key=lambda path: int(path.name))
         [table] = (self.run / "tables").glob("*.table")
         return {
             "config.json": (self.run / "config.json", records.config),
