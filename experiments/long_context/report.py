@@ -28,12 +28,12 @@ def table(rows: Sequence[Row]) -> str:
 def _arms(rows: Sequence[Row]) -> str:
     lines = [f"{'':<24}{'step':>18}{'loss before (95 %)':>28}{'loss at 512 (95 %)':>28}"
              f"{'total':>10}{'memory':>9}{'FLOPs/token':>13}"]
-    for arm, name in ARMS.items():
+    for arm in ARMS:
         own = {row["seed"]: row for row in rows if row["arm"] == arm}
         first = next(iter(own.values()))
         steps = ", ".join(str(row["step"]) for row in own.values())
         lines.append(
-            f"{name:<24}{steps:>18}"
+            f"{arm:<24}{steps:>18}"
             f"{interval(row['loss'] for row in own.values())!s:>28}"
             f"{interval(row['long_loss'] for row in own.values())!s:>28}"
             f"{first['total_params']:>10,}{first['memory_params']:>9,}"
@@ -44,13 +44,13 @@ def _arms(rows: Sequence[Row]) -> str:
 def _of_kind(rows: Sequence[Row], kind: str) -> str:
     """The share found at the longest length for every stage, and what it is less experts'."""
     lines = [f"{kind} at {LONG.length} tokens, share found (95 %)"]
-    for arm, name in ARMS.items():
+    for arm in ARMS:
         for stage, said in STAGES.items():
             own = right_of(rows, arm, stage, kind, LONG.length)
             gap = None if arm == BASELINE else paired(
                 own, right_of(rows, BASELINE, stage, kind, LONG.length))
             less = "" if gap is None else gap.signed()
-            lines.append(f"  {name:<24}{said:<18}{interval(own.values())!s:>28}{less:>30}")
+            lines.append(f"  {arm:<24}{said:<18}{interval(own.values())!s:>28}{less:>30}")
     return "\n".join(lines)
 
 

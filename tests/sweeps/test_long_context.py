@@ -72,7 +72,7 @@ def rows():
 
 def test_the_table_has_every_arm_and_the_papers_numbers():
     text = report.table(rows())
-    for word in ("0.9100", "Engram at equal loss", "multi-query at 512 tokens", "84.2", "97.0"):
+    for word in ("0.9100", "engram-equal-loss", "multi-query at 512 tokens", "84.2", "97.0"):
         assert word in text, word
     assert str(interval([0.9, 0.91, 0.92])) in text
     assert len(report.figure(rows()).axes) == len(KINDS)
