@@ -19,7 +19,8 @@ from engram_jax.hashing.addressing import address, sites
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.model import hyper_connections, parameters, transformer
 from engram_jax.model import moe as experts_module
-from engram_jax.model.attention import rope, visible
+from engram_jax.model.attention import rope
+from engram_jax.model.attention_kernels import visible
 from engram_jax.model.documents import documents
 from engram_jax.model.hyper_connections import connect, mixing, mixing_parameters, sinkhorn
 from engram_jax.model.layers import ffn, rms_norm
