@@ -27,7 +27,7 @@ from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows
 from engram_jax.training import placement
 from engram_jax.training.capacity import with_capacity
-from engram_jax.training.fsdp import AXES
+from engram_jax.training.fsdp import AXES, BATCH
 from engram_jax.training.optimizers import optimizer
 from engram_jax.training.state import TrainState, init_state
 from engram_jax.training.step import Batch, gradients, row_ids, train_step
@@ -128,7 +128,7 @@ def _gspmd(run: RunConfig, addressing: Addressing, mesh: Mesh) -> _Arm:
     """The same network by the same shard_map, the table's part by the compiler."""
     split, transform = placement.param_split(run, mesh), optax.adam(run.optimizer.learning_rate)
     backbone = optimizer(run.optimizer, transformer.declared(run.model), split.by_matrix)
-    specs, spread = placement.state_specs(run, mesh), PartitionSpec(AXES)
+    specs, spread = placement.state_specs(run, mesh), BATCH
 
     def network(state: TrainState, rows: Any, batch: Batch) -> Any:
         (loss, _), (grads, row_grads) = gradients(

@@ -88,7 +88,7 @@ def head_gradient(x_BTD, targets_BT, devices, monkeypatch):
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("text", ["one token 4,096 times", "Zipf"])
 def test_the_gradient_of_the_head_adds_up_in_float32(text, devices, monkeypatch):
-    """In bfloat16 the sum over the chunks had errors of 0.16 and 0.05."""
+    """Sums of the head's gradient over the chunks are float32, so they lose nothing that counts."""
     if text == "Zipf":
         targets = (np.random.default_rng(0).zipf(1.2, (8, 512)) % VOCAB).astype(np.int32)
         x_BTD = random(8, 512, WIDTH) + 0.5
