@@ -152,7 +152,8 @@ def test_the_recipe_that_the_readme_shows_trains(capsys, tmp_path, monkeypatch, 
               "--set", "training.steps=1", "--set", "training.evaluate_batches=1",
               "--set", "data.batch_size=2", "--set", "data.sequence_length=16",
               "--set", f"data.path={text}", "--set", "data.tokenizer=bpe:300",
-              "--set", f"data.cache_dir={tmp_path}", "--set", "model.vocab_size=300")
+              "--set", f"data.cache_dir={tmp_path}", "--set", "model.vocab_size=300",
+              "--set", "model.depth=2")
     config = RunDirectory(tmp_path / "runs" / "other").config()
     assert (config.name, config.model.width) == ("mine", 128)
     sys.modules.pop("my_recipes", None)

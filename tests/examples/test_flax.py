@@ -17,7 +17,8 @@ STEPS = 50
 EXAMPLES = {"linen": flax_linen, "nnx": flax_nnx}
 
 
-@pytest.fixture(scope="module", params=EXAMPLES)
+@pytest.fixture(scope="module", params=[
+    "linen", pytest.param("nnx", marks=pytest.mark.slow)])  # its gradients are in the fast set
 def example(request):
     return EXAMPLES[request.param]
 
@@ -64,7 +65,9 @@ def pure_loss(example):
     return params, flax_linen.loss_fn
 
 
-def test_gradients_are_those_of_a_dense_table_on_one_device(example):
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_gradients_are_those_of_a_dense_table_on_one_device(name):
+    example = EXAMPLES[name]
     config, devices = example.ENGRAM, jax.devices()
     text = np.random.default_rng(0).integers(0, 9, (16, example.T + 1)).astype(np.int32)
     params, loss_fn = pure_loss(example)

@@ -68,12 +68,14 @@ def gradients(remat):
     return program(params, rows), products
 
 
-@pytest.mark.parametrize("remat", ["block", "outputs"])
+@pytest.mark.parametrize(
+    "remat", [pytest.param("block", marks=pytest.mark.slow), "outputs"])
 def test_what_is_kept_changes_no_gradient(remat):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
                  gradients(remat)[0], gradients("none")[0])
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_not_computed_again():
     """Of a block attention's last product, the FFN's and the experts' are spared."""
     none, outputs, block = (gradients(remat)[1] for remat in ("none", "outputs", "block"))

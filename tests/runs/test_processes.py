@@ -190,7 +190,7 @@ def test_two_processes_train_as_one_and_leave_its_checkpoint(tmp_path):
     assert all(one == found[1, 1] for one in found.values())
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_never_comes(number):
     begin = time.monotonic()
     with started(["--timeout", "3"], numbers=(number,)) as made:

@@ -222,7 +222,7 @@ def gradient_of(name, way):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("way", ["listed", "scanned"])
+@pytest.mark.parametrize("way", [pytest.param("listed", marks=pytest.mark.slow), "scanned"])
 @pytest.mark.parametrize("name", [
     "8 auto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "4x2 explicit"))])
 def test_a_batch_in_parts_is_the_batch_at_once(name, way):

@@ -44,6 +44,7 @@ def trained(run, mesh):
     return losses, loads, jax.tree.map(np.asarray, state.params), program
 
 
+@pytest.mark.slow
 def test_sent_equals_gathered(run):
     gathered = trained(run, placement.make_mesh(1, 8))
     sent = trained(run, placement.make_mesh(1, 2, expert=4))

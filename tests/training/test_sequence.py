@@ -90,7 +90,8 @@ def learned(isolated, devices):
     return np.asarray(value), jax.tree.map(np.asarray, (grads, row_grads))
 
 
-@pytest.mark.parametrize(("isolated", "devices"), [(False, 2), (True, 8)])
+@pytest.mark.parametrize(
+    ("isolated", "devices"), [pytest.param(False, 2, marks=pytest.mark.slow), (True, 8)])
 def test_the_loss_and_every_gradient(isolated, devices):
     (ours, our_grads), (loss, grads) = learned(isolated, devices), learned(isolated, 1)
     np.testing.assert_allclose(ours, loss, rtol=1e-6)
