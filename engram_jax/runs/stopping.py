@@ -54,7 +54,7 @@ class Stopping:
             self._before[number] = signal.signal(number, self._hear)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self._before:
             return
         for number, handler in self._before.items():
@@ -64,6 +64,8 @@ class Stopping:
         self._socket.close()  # and so the thread ends
         if self._timer is not None:
             self._timer.cancel()
+        if self._asked and not self._working and isinstance(error, Exception):
+            raise self._stopped() from error  # a library took `Stopped` for a failure of its own
 
     def at_last(self, deed: Callable[[], None]) -> None:
         """What is to be done even where the process is ended from outside its main thread."""
@@ -90,8 +92,11 @@ class Stopping:
         """Hear of a signal in the main thread, between two instructions of Python."""
         self._asked = self._asked or signal.Signals(number).name
         if not self._working:
-            raise Stopped(f"stopped by {self._asked} before the first step of this start; the same "
-                          "command begins again", together=False)
+            raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        return Stopped(f"stopped by {self._asked} before the first step of this start; the same "
+                       "command begins again", together=False)
 
     def _listen(self, heard: socket.socket) -> None:
         """Hear of a signal in a thread of its own, as soon as the system has it."""

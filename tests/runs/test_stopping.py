@@ -1,8 +1,10 @@
 """SIGTERM and Ctrl-C at any moment of a run: it ends in good order, and goes on bit for bit."""
 
+import contextlib
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from micro import STEPS, with_data, with_training
 
 from engram_jax import distributed
 from engram_jax.cli.main import main
-from engram_jax.errors import Stopped
+from engram_jax.errors import MachineError, Stopped
 from engram_jax.runs import train
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory
@@ -126,6 +128,27 @@ def test_a_signal_while_a_checkpoint_is_read(run, trained, tmp_path, monkeypatch
             train.train(run, tmp_path, silent)
     train.train(run, tmp_path, silent)
     assert curve(tmp_path) == curve(trained)
+
+
+def test_a_signal_that_a_library_takes_for_a_failure_of_its_own(
+    run, trained, tmp_path, monkeypatch
+):
+    """Orbax, asked what a checkpoint holds, swallows any exception and knows nothing then."""
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    read = Checkpoints.restore
+
+    def swallowing(self, *words, **named):
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        raise MachineError("the description of its arrays is damaged or missing")
+
+    monkeypatch.setattr(Checkpoints, "restore", swallowing)
+    with pytest.raises(Stopped, match="stopped by SIGTERM before the first step"):
+        train.train(run, tmp_path / "run", silent)
+    monkeypatch.setattr(Checkpoints, "restore", read)
+    train.train(run, tmp_path / "run", silent)
+    assert curve(tmp_path / "run") == curve(trained)
 
 
 def test_the_command_has_an_exit_code_of_its_own(run, tmp_path, monkeypatch, capsys):
