@@ -59,7 +59,7 @@ def attended(attend, time, documents_BT, dtype=np.float32):
 
 @OURS
 @pytest.mark.parametrize("isolated", [False, True])
-@pytest.mark.parametrize("time", [256, 201])
+@pytest.mark.parametrize("time", [pytest.param(256, marks=pytest.mark.slow), 201])
 def test_it_is_the_plain_one(monkeypatch, ours, isolated, time):
     monkeypatch.setattr(attention_kernels, "SPLASH_BLOCK", 128)
     documents_BT = documents(time) if isolated else None

@@ -87,6 +87,7 @@ def test_settings_that_differ_are_refused_by_all():
             assert "training.steps = 8 in process 1, but 7 in process 0" in line
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other():
     with started(["--timeout", "5"], PEER_WHO="1", PEER_DOES="die") as made:
         code, _, ours, error = ended(made[0], 30)

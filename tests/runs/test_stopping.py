@@ -93,7 +93,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_command_goes_on(
     assert outcome(tmp_path) == outcome(trained)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_signal_in_an_evaluation(run, tmp_path, monkeypatch, batch):
     often = with_training(run, checkpoint_every=0, evaluate_every=4)
     train.train(often, tmp_path / "whole", silent)

@@ -28,6 +28,7 @@ def quickly(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quickly")
 def test_seeds_share_their_programs_and_have_the_same_bits(tmp_path):
     text = write_text(tmp_path / "text.txt")

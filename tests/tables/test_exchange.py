@@ -230,7 +230,7 @@ def test_sums_have_the_same_bits_again_and_whatever_the_capacity_or_axes(case):
         np.testing.assert_array_equal(outcome((2, 4), 5, case).sums_SRD, other.sums_SRD)
 
 
-@pytest.mark.parametrize("examples", [3, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [1, pytest.param(40, marks=pytest.mark.slow)])
 def test_any_layout_any_ids_any_capacity(examples):
     few = settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     few(given(st.data())(check_any_layout))()

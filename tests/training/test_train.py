@@ -715,6 +715,7 @@ sys.exit(main.main(["train", sys.argv[1], "--out", sys.argv[2]]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(
     run, inputs, whole, tmp_path, compilations
 ):
