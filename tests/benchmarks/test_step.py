@@ -30,6 +30,7 @@ def measured():
     return step.step_benchmark(run, placement.make_mesh(1, 1), steps=2, profiled=1)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_cpu(measured):
     assert measured["device"] == jax.devices()[0].device_kind
     assert measured["tokens_per_s"] == pytest.approx(64 / measured["step_s"])
@@ -38,6 +39,7 @@ def test_a_step_on_a_cpu(measured):
     assert json.loads(json.dumps(measured)) == measured
 
 
+@pytest.mark.slow
 def test_a_profile_tells_the_parts(measured):
     parts = measured["by_scope"]
     assert set(parts) <= {*SCOPES, OTHER}

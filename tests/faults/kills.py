@@ -289,9 +289,15 @@ class Pairs(Runs):
             codes = [self.victims.end(pid) for pid in pids]
             if codes == [0, 0]:
                 continue
-            if number == signal.SIGTERM and codes not in ([75, 75], [0, 75], [75, 0]):
+            if number == signal.SIGTERM and not self.in_order(codes):
                 outcomes.append(f"{out}: exit codes {codes} after SIGTERM")
                 continue
             codes = [self.victims.end(pid) for pid in self.pair(out)]
             outcomes.append(self.outcome(out, max(codes, key=abs), again=False))
         return outcomes
+
+    @staticmethod
+    def in_order(codes):
+        """Both stopped, or were done; or one ended before it listened, and the other missed it."""
+        early = -signal.SIGTERM in codes
+        return set(codes) <= {0, 75, *([-signal.SIGTERM, 1] if early else [])}

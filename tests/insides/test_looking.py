@@ -342,6 +342,7 @@ def test_a_patch_changes_its_position_and_what_comes_after(opened, batch):
     assert float(jnp.abs(seen.streams[-1][:, 8:] - plain.streams[-1][:, 8:]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_state_patched_into_its_own_place_changes_nothing(opened):
     """The prompt is the text and ends with the placeholder: each layer says what the model does."""
     text = "kalo misu tera"

@@ -41,6 +41,7 @@ def bytes_of_devices(tree):
     return held
 
 
+@pytest.mark.slow
 def test_a_state_that_no_device_could_hold_is_evaluated_on_eight(large, capsys, monkeypatch):
     """The limit of a device is a fifth of the state. Restored are the weights and the table alone,
     in eight parts, and the program needs no more than that."""
@@ -70,6 +71,7 @@ def test_a_state_that_no_device_could_hold_is_evaluated_on_eight(large, capsys, 
     assert max(bytes_of_devices(to_be_read(restored[1])).values()) > limit, "one device holds all"
 
 
+@pytest.mark.slow
 def test_where_all_devices_do_not_divide_a_run_one_evaluates_it(large, monkeypatch):
     run, _ = large
     monkeypatch.delenv("ENGRAM_MESH")
