@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -239,6 +240,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
                 f"must be a list of {item.__name__}, for example [1, 2]")
         return tuple(_coerce(v, item, where) for v in value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        require(abs(value) <= sys.float_info.max, where, value, "must be a number below 1.8e308")
         return float(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)

@@ -281,3 +281,9 @@ def test_derived_sizes():
     assert config.conv_dilation == 4
     assert dataclasses.replace(config, dilation=2).conv_dilation == 2
     assert HashConfig(rows_per_head=(10,), max_order=2).total_heads == 8
+
+
+@pytest.mark.parametrize("setting", [
+    "optimizer.learning_rate=" + "9" * 400, f"optimizer.decay_at=[0.5,-{'9' * 400}]"])
+def test_a_whole_number_that_no_float_holds_is_refused(setting):
+    assert "must be a number below 1.8e308" in error_of(with_settings, TINY, [setting])
