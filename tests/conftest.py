@@ -13,6 +13,7 @@ os.environ["ENGRAM_MESH"] = "1x1"  # where a test does not name another mesh
 
 import jax
 import micro
+import object_store
 import pytest
 
 from engram_jax.runs.train import train
@@ -52,3 +53,13 @@ def a_trained_run(tmp_path_factory):
         train(run, folder / "run", lambda line: None)
     undo()
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def store():
+    """A store in memory that gs:// means; each test has its own bucket."""
+    with object_store.ObjectStore() as served, pytest.MonkeyPatch.context() as patch:
+        for name, value in served.environment().items():
+            patch.setenv(name, value)
+        object_store.use(patch)
+        yield served

@@ -14,6 +14,7 @@ from engram_jax.config import (
     RunConfig,
     TrainingConfig,
 )
+from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import changed
 
 SYLLABLES = ("ka", "lo", "mi", "su", "te", "ra", "no", "vi", "pe", "du")
@@ -81,3 +82,15 @@ def with_training(run, **fields):
 
 def with_optimizer(run, **fields):
     return changed(run, {f"optimizer.{name}": value for name, value in fields.items()})
+
+
+def curve(directory):
+    """What a run logged, without what depends on the machine's speed."""
+    return [{name: value for name, value in row.items() if not name.startswith("perf/")}
+            for row in RunDirectory(directory).metrics()]
+
+
+def outcome(directory):
+    """What a run ended with, without its speed."""
+    return {name: value for name, value in RunDirectory(directory).result().items()
+            if name != "tokens_per_s"}

@@ -98,6 +98,8 @@ def _add_long_texts(command: Parser) -> None:
 
 @keeping_programs
 def evaluate(options: Options) -> None:
+    require(options.limit is None or options.limit >= 1, "limit", options.limit,
+            "must be at least 1")
     if options.ruler:
         _ruler(options)
     elif options.tasks:

@@ -104,6 +104,8 @@ def _add_analyze(commands: Commands) -> None:
 def analyze(options: Options) -> None:
     from engram_jax.insides import analyses
 
+    require(options.limit is None or options.limit >= 1, "limit", options.limit,
+            "must be at least 1")
     require(not options.harness or options.what == "suppression", "--harness", options.harness,
             f"is of analyze suppression, not of analyze {options.what}")
     findings = analyses.analyze(options.what, options.directories, options.text, options.spans,

@@ -216,6 +216,15 @@ def test_evaluate_prints_json_alone_on_text_that_it_has_to_pack(trained, capsys,
     assert json.loads(out)["loss"] != RunDirectory(trained).result()["loss"]
 
 
+@pytest.mark.parametrize("words", [
+    ("--ruler", "64"), ("--tasks", "piqa"), ("--positions",), ("--longppl", "masks.json")])
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_of_no_question_is_refused(trained, capsys, words, limit):
+    assert f"limit = {limit}" in refused(capsys, "evaluate", trained, *words, "--limit", limit)
+    assert f"limit = {limit}" in refused(
+        capsys, "analyze", "suppression", trained, "--harness", "piqa", "--limit", limit)
+
+
 def test_generate_is_greedy_unless_told_to_sample(trained, capsys):
     def made(*words):
         return succeeded(capsys, "generate", trained, "--prompt", "kalo mi", "--tokens", 12, *words)

@@ -5,7 +5,6 @@ import gzip
 import json
 
 import numpy as np
-import object_store
 import pytest
 from etils import epath
 from texts import changed, documents, prose, read_all
@@ -15,15 +14,6 @@ from engram_jax.errors import MachineError, UserError
 
 TEXTS = [prose(seed, 30) for seed in range(50)]
 LINES = "\n".join(json.dumps({"text": text}) for text in TEXTS).encode()
-
-
-@pytest.fixture(scope="module")
-def store():
-    with object_store.ObjectStore() as served, pytest.MonkeyPatch.context() as patch:
-        for name, value in served.environment().items():
-            patch.setenv(name, value)
-        object_store.use(patch)
-        yield served
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from etils import epath
-from micro import with_training
+from micro import curve, with_training
 
 from engram_jax.cli.main import main
 from engram_jax.errors import MachineError
@@ -39,11 +39,6 @@ def stopped(trained, tmp_path):
     yield tmp_path / "run"
     time.sleep(0.2)
     gc.collect()
-
-
-def curve(directory):
-    return [{name: value for name, value in row.items() if not name.startswith("perf/")}
-            for row in RunDirectory(directory).metrics()]
 
 
 def largest(folder):

@@ -7,10 +7,9 @@ import signal
 import threading
 import time
 
-import object_store
 import pytest
 from etils import epath
-from micro import STEPS, with_training
+from micro import STEPS, curve, outcome, with_training
 
 from engram_jax.cli.main import main
 from engram_jax.errors import MachineError, Stopped, UserError
@@ -30,16 +29,6 @@ NUMBERS = itertools.count()
 
 def silent(line):
     del line
-
-
-@pytest.fixture(scope="module")
-def store():
-    """A store that gs:// means; each test has its own bucket."""
-    with object_store.ObjectStore() as served, pytest.MonkeyPatch.context() as patch:
-        for name, value in served.environment().items():
-            patch.setenv(name, value)
-        object_store.use(patch)
-        yield served
 
 
 @pytest.fixture
@@ -70,16 +59,6 @@ def stopped(trained, store, bucket):
             name = name.replace("metrics.jsonl", "metrics-00000.jsonl")
             (epath.Path(bucket) / "run" / name).write_bytes(path.read_bytes())
     return f"{bucket}/run"
-
-
-def curve(directory):
-    return [{name: value for name, value in row.items() if not name.startswith("perf/")}
-            for row in RunDirectory(directory).metrics()]
-
-
-def outcome(directory):
-    return {name: value for name, value in RunDirectory(directory).result().items()
-            if name != "tokens_per_s"}
 
 
 def assert_same(directory, trained):
@@ -288,6 +267,7 @@ def test_of_two_starts_at_once_one_goes_on(bucket, monkeypatch):
 
 
 def test_who_was_taken_for_dead_writes_no_more(run, store, bucket, monkeypatch):
+    monkeypatch.setattr(lock, "REMOTE_BEAT_S", 600)  # a beat under way would take the lock back
     put, calls = train.placement.put, []
 
     def taken(*words):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 from etils import epath
-from micro import STEPS, with_data, with_optimizer, with_training
+from micro import STEPS, curve, with_data, with_optimizer, with_training
 from tokenizers import Tokenizer
 
 from engram_jax.cli.main import main
@@ -48,11 +48,6 @@ def stopped(copied):
     (copied / "result.json").unlink()
     shutil.rmtree(copied / "checkpoints" / "7")
     return copied
-
-
-def curve(directory):
-    return [{name: value for name, value in row.items() if not name.startswith("perf/")}
-            for row in RunDirectory(directory).metrics()]
 
 
 def loss(directory):

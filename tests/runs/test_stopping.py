@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from micro import STEPS, with_data, with_training
+from micro import STEPS, curve, outcome, with_data, with_training
 
 from engram_jax import distributed
 from engram_jax.cli.main import main
@@ -33,16 +33,6 @@ def silent(line):
 @pytest.fixture(scope="module")
 def run(trained):
     return RunDirectory(trained).config()
-
-
-def curve(directory):
-    return [{name: value for name, value in row.items() if not name.startswith("perf/")}
-            for row in RunDirectory(directory).metrics()]
-
-
-def outcome(directory):
-    return {name: value for name, value in RunDirectory(directory).result().items()
-            if name != "tokens_per_s"}
 
 
 def signalled(patch, owner, name, when, number=signal.SIGTERM):

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import fsspec
 import jax
 import numpy as np
-import object_store
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
@@ -36,16 +35,6 @@ pytestmark = pytest.mark.usefixtures("compilations")
 
 def silent(line):
     del line
-
-
-@pytest.fixture(scope="module")
-def store():
-    """A store that gs:// means; each test has its own bucket."""
-    with object_store.ObjectStore() as served, pytest.MonkeyPatch.context() as patch:
-        for name, value in served.environment().items():
-            patch.setenv(name, value)
-        object_store.use(patch)
-        yield served
 
 
 @pytest.fixture
