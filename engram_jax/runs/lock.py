@@ -30,6 +30,7 @@ BEAT_S = 5.0
 REMOTE_BEAT_S = 20.0  # of an object, which is written anew
 STALE_S = 60.0
 LOOK_S = 0.5
+LOOKS = 3  # at a lock that cannot be read
 SETTLE_S = 0.5  # after which a lock in object storage is read back
 
 
@@ -87,7 +88,7 @@ class Lock:
 
     def _made(self) -> bool:
         """Make the lock; False where there is one."""
-        text = json_text(self._mine)
+        text = self._text(0)
         if not self._local:
             if self._path.exists():
                 return False
@@ -116,9 +117,18 @@ class Lock:
         except FileNotFoundError:
             return None
 
+    def _text(self, beats: int) -> str:
+        """The lock after so many beats: always of one length, for `epath` reads as much of an
+        object as it had when it was opened, and a beat may fall between."""
+        return json_text({**self._mine, "beat": f"{beats:09}"})
+
     def _is_mine(self) -> bool:
         try:
-            return _holder(self._read()).get("token") == self._mine["token"]
+            for _ in range(LOOKS):
+                text = self._read()
+                if text is None or _holder(text):
+                    break  # else it was read while another process wrote it, or is damaged
+            return _holder(text).get("token") == self._mine["token"]
         except Exception:  # a disk that is away says nothing about who trains
             return True
 
@@ -183,7 +193,7 @@ class Lock:
                 if self._local:
                     os.utime(self._path)
                 else:
-                    self._path.write_text(json_text({**self._mine, "beat": count}))
+                    self._path.write_text(self._text(count))
             except Exception:  # a disk that is away for a while
                 continue
 

@@ -222,15 +222,15 @@ def test_a_lock_of_a_dead_process_is_taken_away(bucket, changes):
 
 
 def test_a_beat_under_way_does_not_bring_a_lock_back(bucket, monkeypatch):
-    begun, text = threading.Event(), lock.json_text
+    begun, text = threading.Event(), Lock._text
 
-    def slow(values, **named):
-        if "beat" in values:
+    def slow(self, beats):
+        if beats:
             begun.set()
             time.sleep(0.3)
-        return text(values, **named)
+        return text(self, beats)
 
-    monkeypatch.setattr(lock, "json_text", slow)
+    monkeypatch.setattr(Lock, "_text", slow)
     before = set(threading.enumerate())
     with Lock(epath.Path(bucket)):
         beats = set(threading.enumerate()) - before
@@ -238,6 +238,24 @@ def test_a_beat_under_way_does_not_bring_a_lock_back(bucket, monkeypatch):
     for thread in beats:
         thread.join(30)
     assert not (epath.Path(bucket) / "lock").exists()
+
+
+def test_a_lock_is_whole_to_who_reads_it_during_a_beat(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "REMOTE_BEAT_S", 0.0005)
+    path, texts = epath.Path(bucket) / "lock", set()
+    with Lock(epath.Path(bucket)) as mine:
+        while len(texts) < 120:  # a count without leading zeros would grow twice
+            texts.add(path.read_text())
+        mine.check()
+    assert all(json.loads(text)["pid"] == os.getpid() for text in texts)
+
+
+def test_a_lock_read_in_part_is_read_again(bucket, monkeypatch):
+    with Lock(epath.Path(bucket)) as mine:
+        read, cuts = mine._read, [10, 50]
+        monkeypatch.setattr(mine, "_read", lambda: read()[:cuts.pop()] if cuts else read())
+        mine.check()
+        assert not cuts
 
 
 def test_of_two_starts_at_once_one_goes_on(bucket, monkeypatch):
