@@ -1,5 +1,6 @@
 """Strict settings for every test: eight CPU devices, float32, rank promotion raises."""
 
+import gc
 import os
 
 import jaxlib.version
@@ -19,6 +20,7 @@ import pytest
 from engram_jax.runs.train import train
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+gc.set_threshold(100_000, 50, 1000)  # what jax keeps alive is looked through less often: a tenth
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from engram_jax.hashing.token_hash import BEFORE
 pytestmark = pytest.mark.usefixtures("compilations")
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "deepseek_v41_hash.json").read_text())
-few = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
 
 
 def addressing(compress=True, over=True, vocabulary=None, **fields):

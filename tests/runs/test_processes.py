@@ -77,6 +77,7 @@ def test_processes_work_together_and_one_talks():
     assert times[0] < times[1]
 
 
+@pytest.mark.slow
 def test_settings_that_differ_are_refused_by_all():
     words = {0: ["--set", "training.steps=7"], 1: ["--set", "training.steps=8"]}
     with started(words) as made:

@@ -86,6 +86,7 @@ def assert_same_run(run, records, whole):
 # Runs
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_that_is_stopped_goes_on(
     run, whole, store, bucket, monkeypatch, capsys
 ):

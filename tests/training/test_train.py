@@ -450,7 +450,7 @@ STOPS = {
 
 
 @pytest.mark.parametrize("stop", [
-    pytest.param(stop, marks=pytest.mark.slow if stop.startswith("before") else ())
+    pytest.param(stop, marks=() if stop == "after an evaluation" else pytest.mark.slow)
     for stop in STOPS])
 def test_stopped_and_started_again_gives_the_same_bits(
     run, inputs, whole, last, tmp_path, monkeypatch, stop
