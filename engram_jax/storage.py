@@ -5,6 +5,7 @@ moved into place on a disk is written in place there.
 """
 
 import contextlib
+import fcntl
 import importlib
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import typing
 from collections.abc import Iterator
 
+import fsspec.config
 from etils import epath
 
 from engram_jax.errors import MachineError, UserError
@@ -21,6 +23,11 @@ from engram_jax.errors import MachineError, UserError
 PACKAGES = {"gs": "gcs", "s3": "s3"}  # a scheme's extra of this package
 COPIED_AT_ONCE = 16 * 2**20  # bytes
 LARGEST_JSON = 64 * 2**20  # bytes of a file that is read as one JSON object
+READS = 3  # of an object that another process rewrites: `epath` may give a part of it
+
+# A library that has listed a folder would answer from that list for good, whatever others write.
+for _kind in ("gs", "gcs", "s3"):
+    fsspec.config.conf.setdefault(_kind, {}).setdefault("use_listings_cache", False)
 
 
 def scheme(path: epath.PathLike) -> str:
@@ -83,17 +90,37 @@ def refusals(path: epath.PathLike, done: str, name: str = "") -> Iterator[None]:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Replace a file whole: a reader sees the old text or the new.
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+    """Replace a file whole: a reader on this disk sees the old one or the new.
 
     Raises:
       MachineError: it cannot be written.
     """
     with refusals(path, "written"):
         if not is_local(path):
-            path.write_text(text)
+            path.write_bytes(data)
             return
     with WholeFile(pathlib.Path(path)) as file:
-        file.put(text.encode())
+        file.put(data)
+
+
+@contextlib.contextmanager
+def one_after_another(folder: epath.Path) -> Iterator[None]:
+    """What processes of this machine do to files of a folder within, they do one at a time.
+
+    In object storage, and on a file system without such locks, they do it all the same.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            if is_local(folder):
+                opened = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, opened)
+                fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
 
 
 class WholeFile:
@@ -159,6 +186,13 @@ def read_json(path: epath.Path) -> dict[str, typing.Any]:
       UserError: it is empty, damaged or something else.
       MachineError: it cannot be read.
     """
+    for _ in range(0 if is_local(path) else READS - 1):
+        with contextlib.suppress(UserError):
+            return _read_json(path)
+    return _read_json(path)
+
+
+def _read_json(path: epath.Path) -> dict[str, typing.Any]:
     with refusals(path, "read"):
         size = path.stat().length
         if size > LARGEST_JSON:

@@ -231,9 +231,15 @@ class _Files(AbstractFileSystem):
 
     def rm_file(self, path):
         bucket, _, key = self._strip_protocol(path).partition("/")
-        self._call("DELETE", _object(bucket, key))
+        if self._call("DELETE", _object(bucket, key)) is None:
+            raise FileNotFoundError(path)
 
     _rm = rm_file
+
+    def rm(self, path, recursive=False, maxdepth=None):
+        del maxdepth
+        for each in self.find(path) if recursive else [path]:  # folders are not there
+            self.rm_file(each)
 
     def cp_file(self, path1, path2, **options):
         del options
@@ -261,14 +267,17 @@ class _Files(AbstractFileSystem):
         except urllib.error.HTTPError as error:
             with error:  # it holds the connection
                 if error.code == 404:
-                    return b""
+                    return None
                 raise OSError(f"the store answers {error.code}") from error
 
 
 class _File(AbstractBufferedFile):
     def _fetch_range(self, start, end):
         bucket, _, key = self.path.partition("/")
-        return self.fs._call("GET", f"{_object(bucket, key)}?alt=media")[start:end]
+        data = self.fs._call("GET", f"{_object(bucket, key)}?alt=media")
+        if data is None:
+            raise FileNotFoundError(self.path)
+        return data[start:end]
 
     def _initiate_upload(self):
         self.whole = b""

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engram_jax.results.statistics import Interval
-from engram_jax.storage import refusals
+from engram_jax.storage import write_bytes
 
 BLUE, ORANGE, GREEN, SKY = "#0072B2", "#D55E00", "#009E73", "#56B4E9"
 DARK, PALE = "#444444", "#DDDDDD"
@@ -100,7 +100,4 @@ def save(figure: Figure, path: epath.PathLike) -> None:
     Raises:
       MachineError: it cannot be written.
     """
-    file = epath.Path(path)
-    image = png(figure)
-    with refusals(file, "written"):
-        file.write_bytes(image)
+    write_bytes(epath.Path(path), png(figure))

@@ -8,7 +8,7 @@ from typing import Any
 from engram_jax.config import require
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import json_text
-from engram_jax.storage import read_json, refusals, write_text
+from engram_jax.storage import one_after_another, read_json, refusals, write_text
 
 FILE = "scores.json"
 FIELDS = ("of", "task", "metric", "step", "value", "settings")
@@ -80,11 +80,12 @@ def keep_scores(records: RunDirectory, scores: Iterable[Score]) -> None:
       UserError: the file there is damaged.
       MachineError: it cannot be written.
     """
-    kept = {score.key: score for score in [*scores_of(records), *scores]
-            if math.isfinite(score.value)}
-    values = {"scores": [{name: getattr(score, name) for name in FIELDS}
-                         for score in kept.values()]}
-    write_text(records.path / FILE, json_text(values, indent=1) + "\n")
+    with one_after_another(records.path):
+        kept = {score.key: score for score in [*scores_of(records), *scores]
+                if math.isfinite(score.value)}
+        values = {"scores": [{name: getattr(score, name) for name in FIELDS}
+                             for score in kept.values()]}
+        write_text(records.path / FILE, json_text(values, indent=1) + "\n")
 
 
 def at_step(scores: Sequence[Score], step: int) -> dict[str, float]:

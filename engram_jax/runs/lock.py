@@ -8,7 +8,6 @@ On a disk a lock is made whole or not at all. Object storage, as `epath` reaches
 there the lock is written and read back, so two starts within the same second may both go on.
 """
 
-import contextlib
 import json
 import os
 import platform
@@ -100,14 +99,22 @@ class Lock:
             part.write_text(text)
             os.link(part, self._path)
         except FileExistsError:
-            return False
+            return self._is_mine()  # NFS may say so of a link whose first answer was lost
         except OSError:  # a file system without links
-            with contextlib.suppress(FileExistsError), open(self._path, "x") as file:
-                file.write(text)
-                return True
-            return False
+            return self._made_in_place(text)
         finally:
             part.unlink(missing_ok=True)
+        return True
+
+    def _made_in_place(self, text: str) -> bool:
+        try:
+            with open(self._path, "x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk, on which an empty lock would be nobody's
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _read(self) -> str | None:
@@ -138,7 +145,9 @@ class Lock:
             return
         holder = _holder(text)
         if holder.get("machine") == self._mine["machine"]:
-            alive = _started(holder.get("pid")) == holder.get("started")
+            now = _started(holder.get("pid"))
+            alive = (self._moves(holder) if now == "" != holder.get("started")
+                     else now == holder.get("started"))
         else:
             alive = self._moves(holder)
         if alive:
@@ -149,11 +158,13 @@ class Lock:
 
     def _moves(self, holder: dict[str, Any]) -> bool:
         """Whether the lock of another machine's process is touched within STALE_S."""
-        before, begin = self._sign(), time.monotonic()
+        before = self._sign()
         self._say(f"{self._path}: of a process on {holder.get('host', 'an unknown machine')}; "
                   f"waiting up to {STALE_S:g} s for a sign of it")
-        while time.monotonic() - begin < STALE_S:
+        begin, over = time.monotonic(), False
+        while not over:  # whatever held this process up, the last look comes after the wait
             time.sleep(LOOK_S)
+            over = time.monotonic() - begin >= STALE_S
             if self._sign() != before:
                 return self._read() is not None
         return False
@@ -168,7 +179,8 @@ class Lock:
 
     def _take_away(self, text: str) -> None:
         if not self._local:
-            self._path.unlink()
+            if self._read() == text:  # else it was let go, or another process was quicker
+                self._path.unlink(missing_ok=True)
             return
         aside = Path(self._path.parent) / f"lock.{self._mine['token']}.stale"
         try:
@@ -194,6 +206,8 @@ class Lock:
                     os.utime(self._path)
                 else:
                     self._path.write_text(self._text(count))
+                    if self._over.is_set():  # `release` has not waited for it
+                        self._path.unlink()
             except Exception:  # a disk that is away for a while
                 continue
 
@@ -225,12 +239,10 @@ def _started(pid: object) -> str | None:
         return None if words[0] in "ZX" else words[19]  # a zombie is gone
     except OSError:
         pass
-    if Path("/proc/self/stat").exists():
-        return None
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:
+    except PermissionError:  # of another user, whom /proc may hide (hidepid)
         pass
     return ""

@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from engram_jax.errors import UserError
+from engram_jax.errors import MachineError, UserError
 from engram_jax.settings import json_text
 from engram_jax.storage import is_local, keep, refusals, write_text
 
@@ -44,6 +44,12 @@ class Metrics:
           UserError: a line before the last one is damaged.
         """
         self.flush()
+        try:
+            return [row for place in self._places() for row in _rows(place)]
+        except MachineError as error:
+            if self._local or not isinstance(error.__cause__, FileNotFoundError):
+                raise
+        # A start that went back has removed a part between the list and the reading.
         return [row for place in self._places() for row in _rows(place)]
 
     def log(self, row: Row) -> None:

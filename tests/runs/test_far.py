@@ -9,6 +9,7 @@ import time
 
 import pytest
 from etils import epath
+from fsspec.spec import AbstractFileSystem
 from micro import STEPS, curve, outcome, with_training
 
 from engram_jax.cli.main import main
@@ -18,6 +19,7 @@ from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.lock import Lock
 from engram_jax.runs.metrics import Metrics
+from engram_jax.storage import read_json
 
 pytestmark = [
     pytest.mark.usefixtures("compilations"),
@@ -240,6 +242,52 @@ def test_a_beat_under_way_does_not_bring_a_lock_back(bucket, monkeypatch):
     assert not (epath.Path(bucket) / "lock").exists()
 
 
+def test_a_late_beat_does_not_bring_a_lock_back(bucket, monkeypatch):
+    """A store that answers slowly may keep a beat for longer than `release` waits."""
+    monkeypatch.setattr(lock, "BEAT_S", 0.1)
+    begun, text = threading.Event(), Lock._text
+
+    def slow(self, beats):
+        if beats:
+            begun.set()
+            time.sleep(0.5)
+        return text(self, beats)
+
+    monkeypatch.setattr(Lock, "_text", slow)
+    before = set(threading.enumerate())
+    with Lock(epath.Path(bucket)):
+        beats = set(threading.enumerate()) - before
+        assert begun.wait(30)
+    for thread in beats:
+        thread.join(30)
+    assert not (epath.Path(bucket) / "lock").exists()
+
+
+def test_a_holder_that_ends_while_waited_for_lets_others_in(bucket, monkeypatch):
+    monkeypatch.setattr(lock, "STALE_S", 30)
+    held(bucket, machine="another")
+    threading.Timer(0.3, (epath.Path(bucket) / "lock").unlink).start()
+    with Lock(epath.Path(bucket)) as mine:
+        mine.check()
+
+
+def test_a_lock_that_a_third_process_made_is_not_taken_away(bucket, monkeypatch):
+    held(bucket, machine="another")
+    moves = Lock._moves
+
+    def then(self, holder):
+        found = moves(self, holder)
+        held(bucket, token="of a third", machine="a third")
+        return found
+
+    late = Lock(epath.Path(bucket))
+    dead = late._read()
+    (epath.Path(bucket) / "lock").unlink()
+    monkeypatch.setattr(Lock, "_moves", then)
+    late._pass_over(dead)
+    assert "of a third" in (epath.Path(bucket) / "lock").read_text()
+
+
 def test_a_lock_is_whole_to_who_reads_it_during_a_beat(bucket, monkeypatch):
     monkeypatch.setattr(lock, "REMOTE_BEAT_S", 0.0005)
     path, texts = epath.Path(bucket) / "lock", set()
@@ -300,3 +348,48 @@ def test_who_was_taken_for_dead_writes_no_more(run, store, bucket, monkeypatch):
     assert "another" in (epath.Path(bucket) / "run" / "lock").read_text()
     assert not any("/checkpoints/" in name for name in store.objects
                    if name.startswith(f"{bucket.removeprefix('gs://')}/"))
+
+
+# --- Who reads what a run is writing ---
+
+
+@pytest.mark.parametrize("reading", range(1, 5))
+def test_json_that_grows_while_it_is_read_is_read_again(store, bucket, reading):
+    path = epath.Path(bucket) / "env.json"
+    path.write_text('{"starts": [1]}')
+    name, asked = f"{bucket}/env.json".removeprefix("gs://"), []
+
+    def grow(method, key):
+        if (method, key) == ("GET", name):
+            asked.append(key)
+            if len(asked) == reading:
+                store.objects[name] = b'{"starts": [1, 2]}'
+                store.versions[name] += 1
+        return False
+
+    store.refuse = grow
+    assert read_json(path)["starts"] in ([1], [1, 2])
+    assert len(asked) >= 2
+
+
+def test_rows_whose_part_is_removed_while_they_are_read_are_read_again(bucket, monkeypatch):
+    for number in range(2):
+        (epath.Path(bucket) / f"metrics-{number:05d}.jsonl").write_text(
+            f'{{"step": {number + 1}}}\n')
+    places = Metrics._places
+
+    def gone(self):
+        found = places(self)
+        found[-1].unlink()
+        monkeypatch.setattr(Metrics, "_places", places)
+        return found
+
+    monkeypatch.setattr(Metrics, "_places", gone)
+    assert Metrics(epath.Path(bucket)).rows() == [{"step": 1}]
+
+
+@pytest.mark.parametrize("kind", ["gs", "gcs", "s3"])
+def test_no_library_keeps_lists_of_what_others_write(kind):
+    """gcsfs and s3fs do unless they are told not to, and answer from them for good."""
+    kept = type("Kept", (AbstractFileSystem,), {"protocol": kind, "cachable": False})
+    assert not kept().dircache.use_listings_cache

@@ -1,9 +1,12 @@
 """What a run does when something goes wrong that is nobody's bug."""
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import threading
+import time
 
 import pytest
 from etils import epath
@@ -13,8 +16,8 @@ from tokenizers import Tokenizer
 from engram_jax.cli.main import main
 from engram_jax.config import TrainingConfig
 from engram_jax.errors import MachineError, UserError
-from engram_jax.results import comparing
-from engram_jax.runs import lock, train
+from engram_jax.results import comparing, scores
+from engram_jax.runs import digests, lock, train
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.divergence import Diverged
@@ -327,3 +330,99 @@ def test_who_was_taken_for_dead_writes_no_more(tmp_path):
         with pytest.raises(MachineError, match="another process trains here now"):
             mine.check()
     assert (tmp_path / "lock").read_text() == left_by_another
+
+
+def test_the_last_look_comes_after_the_wait(tmp_path, quick):
+    """Whatever holds this process up meanwhile, such as a terminal that takes no more lines."""
+    with Lock(epath.Path(tmp_path)):
+        holder = json.loads((tmp_path / "lock").read_text())
+        (tmp_path / "lock").write_text(json.dumps({**holder, "machine": "another"}))
+        with (pytest.raises(UserError, match="trains there now"),
+              Lock(epath.Path(tmp_path), lambda line: time.sleep(0.7))):
+            pass
+
+
+def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
+    """NFS asks again then, and hears that the name is taken."""
+    link = os.link
+
+    def twice(*names):
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(os, "link", twice)
+    with Lock(epath.Path(tmp_path)) as mine:
+        mine.check()
+
+
+def test_a_process_that_the_system_hides_is_heard_beating(tmp_path, quick, monkeypatch):
+    """/proc may be mounted such that nobody sees the processes of others (hidepid)."""
+    def denied(*words):
+        raise PermissionError(*words)
+
+    with Lock(epath.Path(tmp_path)):
+        other = Lock(epath.Path(tmp_path))
+        read = lock.Path.read_text
+        monkeypatch.setattr(lock.Path, "read_text", lambda path, *words: denied(path) if str(
+            path) == f"/proc/{os.getpid()}/stat" else read(path, *words))
+        monkeypatch.setattr(os, "kill", denied)
+        with pytest.raises(UserError, match="trains there now"), other:
+            pass
+
+
+def test_a_full_disk_leaves_no_empty_lock(tmp_path, monkeypatch):
+    def full(*words, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    made = open
+
+    def opened(path, mode="r"):
+        file = made(path, mode)
+        file.write = full
+        return file
+
+    monkeypatch.setattr(lock, "open", opened, raising=False)
+    with pytest.raises(MachineError, match="No space left"), Lock(epath.Path(tmp_path)):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+# --- Who reads what a run is writing ---
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_not_damaged(copied, monkeypatch, capsys):
+    digest, removed = digests._digest, []
+
+    def gone(path):
+        found = digest(path)
+        folder = next(parent for parent in path.parents if parent.parent.name == "checkpoints")
+        if not removed:
+            removed.append(folder.name)
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(digests, "_digest", gone)
+    assert main(["verify", str(copied)]) == 0
+    assert f"checkpoints/{removed[0]}" not in capsys.readouterr().out
+
+
+def test_scores_of_two_evaluations_that_end_together_are_both_kept(copied, monkeypatch):
+    together, read = threading.Barrier(2), scores.scores_of
+
+    def slow(records):
+        found = read(records)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.3)  # both have read, if nothing keeps them apart
+        return found
+
+    monkeypatch.setattr(scores, "scores_of", slow)
+    records = RunDirectory(copied)
+    both = [threading.Thread(target=scores.keep_scores, args=(records, [
+        scores.Score(of="harness", task=task, metric="acc", step=7, value=1.0)]))
+        for task in ("a", "b")]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert {score.task for score in read(records)} == {"a", "b"}
