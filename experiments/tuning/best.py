@@ -1,10 +1,7 @@
-"""The settings that each kind of memory does best with: the best of 36 trials, of one seed."""
+"""The settings that each kind of memory does best with, of the 36 trials."""
 
 from engram_jax.config import RunConfig
-from experiments.tuning.configs import TRIALS_BY_ARM
-
-BEST = {"no-memory": "no-memory-4", "engram": "engram-10",
-        "over-encoding": "over-encoding-5"}
+from experiments.tuning.configs import BEST, TRIALS_BY_ARM
 
 
 def tuned(run: RunConfig) -> RunConfig:

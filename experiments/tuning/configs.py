@@ -15,7 +15,7 @@ from engram_jax.recipes import tiny, with_over_encoding
 from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
 
-SCALES = {"tiny": 130}  # steps
+SCALES = {"tiny": 130, "best": 130}  # steps; "best" are the best trials alone, of all seeds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,10 @@ TRIALS_BY_ARM = {f"{kind}-{number}": trials[number]
                  for kind, trials in TRIALS.items()}
 
 
+# The best trial of each kind, as the search has found it.
+BEST = {"no-memory": "no-memory-4", "engram": "engram-10", "over-encoding": "over-encoding-5"}
+
+
 def bases(steps: int) -> dict[str, RunConfig]:
     """The run of each kind, all at one cost of FLOPs."""
     engram = changed(tiny(), {"training.steps": steps, "training.checkpoint_every": 0})
@@ -102,8 +106,9 @@ def bases(steps: int) -> dict[str, RunConfig]:
 
 
 def runs(scale: str, seeds: Sequence[int]) -> list[RunConfig]:
-    """Every trial with the first seed alone: a search, which chooses, and no measurement."""
-    kinds = bases(SCALES[scale])
-    arms = [dataclasses.replace(trial.on(kinds[name.rpartition("-")[0]]), name=name)
-            for name, trial in TRIALS_BY_ARM.items()]
-    return seeded(arms, seeds[:1])
+    """Every trial with the first seed alone: a search, which chooses, and no measurement. Of the
+    scale "best" what it chose, with every seed."""
+    kinds, best = bases(SCALES[scale]), scale == "best"
+    arms = [dataclasses.replace(TRIALS_BY_ARM[name].on(kinds[name.rpartition("-")[0]]), name=name)
+            for name in (BEST.values() if best else TRIALS_BY_ARM)]
+    return seeded(arms, seeds if best else seeds[:1])

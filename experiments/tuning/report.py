@@ -6,14 +6,17 @@ from matplotlib.figure import Figure
 
 from engram_jax.results import arms, figures
 from engram_jax.results.arms import Result
-from experiments.tuning.configs import TRIALS, TRIALS_BY_ARM
+from experiments.tuning.configs import BEST, TRIALS, TRIALS_BY_ARM
 
 FIGURE = "loss_by_rate.png"
 COLOURS = dict(zip(TRIALS, (figures.DARK, figures.BLUE, figures.ORANGE), strict=True))
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line each trial; the first of a kind is its best."""
+    """A line each trial; the first of a kind is its best. Of several seeds a line each arm, with
+    what it is better than the best without memory."""
+    if len({result["seed"] for result in results}) > 1:
+        return arms.table(results, BEST["no-memory"])
     lines = [f"{'trial':<18}{'loss':>9}{'rate':>8}{'embedding':>11}{'table optimizer':>17}"
              f"{'times':>7}{'table std':>11}"]
     for kind, tried in _by_kind(results).items():
