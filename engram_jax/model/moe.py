@@ -186,7 +186,11 @@ def grouped_ffn(
 ) -> jax.Array:
     """The gated FFN of each slot's expert, [P, D]; times `weight_P`, float32, if there is one."""
     times = functools.partial(grouped_matmul, groups=groups)
-    hidden_PF = jax.nn.silu(times(x_PD, experts["gate"])) * times(x_PD, experts["up"])
+    # Slots after the last expert's may be anything in what a kernel gives, not in what it is given.
+    used_P = jnp.arange(x_PD.shape[0]) < jnp.sum(groups.padded_E)
+    gate_PF, up_PF = (jnp.where(used_P[:, None], times(x_PD, experts[name]), 0)
+                      for name in ("gate", "up"))
+    hidden_PF = jax.nn.silu(gate_PF) * up_PF
     if weight_P is not None:
         hidden_PF = (hidden_PF.astype(jnp.float32) * weight_P[:, None]).astype(x_PD.dtype)
     return times(hidden_PF, experts["down"])
@@ -263,11 +267,7 @@ def _each_block(
 
 @jax.custom_vjp
 def ragged_matmul(x_PD: jax.Array, weight_EDF: jax.Array, size_E: jax.Array) -> jax.Array:
-    """`jax.lax.ragged_dot` whose gradient costs what it should.
-
-    XLA's TPU backend has a kernel for the product, but libtpu 0.0.42 (of jax 0.10) expands its
-    gradient with respect to the weights to a product of every slot with every expert.
-    """
+    """`jax.lax.ragged_dot` whose gradient costs what it should, whatever libtpu there is."""
     return jax.lax.ragged_dot(x_PD, weight_EDF, size_E)
 
 
@@ -278,11 +278,30 @@ def _ragged_backward(
     # The kernel wants the weights transposed: not before the gradient is there.
     weight_EDF, grad_PF = jax.lax.optimization_barrier((weight_EDF, grad_PF))
     grad_PD = jax.lax.ragged_dot(grad_PF, jnp.swapaxes(weight_EDF, 1, 2), size_E)
-    return grad_PD, ragged_outer(x_PD, grad_PF, size_E), None
+    outer = jax.lax.platform_dependent(
+        x_PD, grad_PF, size_E, tpu=_outer_on_tpus, default=ragged_outer)
+    return grad_PD, outer, None
 
 
 ragged_matmul.defvjp(
     lambda x, weight, size: (ragged_matmul(x, weight, size), (x, weight, size)), _ragged_backward)
+
+
+def _outer_on_tpus(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
+    """`ragged_outer` by XLA's kernel, which libtpu 0.0.50 (of jax 0.12) has; 0.0.42 (of jax 0.10)
+    has none and makes it a product of every slot with every expert."""
+    if jax.__version_info__ < (0, 12):
+        return ragged_outer(x_PD, grad_PF, size_E)
+    return kernel_outer(x_PD, grad_PF, size_E)
+
+
+def kernel_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
+    """`ragged_outer` as one operation of JAX; slots after the last expert's count for nothing."""
+    slots = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[])
+    return jax.lax.ragged_dot_general(
+        x_PD, grad_PF, size_E, slots, preferred_element_type=jnp.float32).astype(x_PD.dtype)
 
 
 def ragged_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:

@@ -82,9 +82,7 @@ class SentExperts:
         number: int,
     ) -> tuple[jax.Array, jax.Array]:
         """`experts` are this device's own: matrices [X, in, out], X = ceil(E / P)."""
-        way = self.way(choice_NK, number)
-        out_ND = self._round(experts, x_ND, weight_NK, way, jnp.int32(0))
-        out_ND = _later(self, experts, x_ND, weight_NK, way, out_ND)
+        out_ND = _rounds(self, experts, x_ND, weight_NK, self.way(choice_NK, number))
         load_E = jnp.bincount(choice_NK.reshape(-1), length=number).astype(jnp.int32)
         return out_ND, load_E
 
@@ -188,40 +186,42 @@ Given = tuple[Params, jax.Array, jax.Array]  # experts, tokens, weights: what ha
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _later(
-    routed: SentExperts, experts: Params, x_ND: jax.Array, weight_NK: jax.Array, way: Way,
-    out_ND: jax.Array,
+def _rounds(
+    routed: SentExperts, experts: Params, x_ND: jax.Array, weight_NK: jax.Array, way: Way
 ) -> jax.Array:
-    """`out_ND` with what the rounds after the first add to it."""
+    """What all rounds give each token, [N, D]."""
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number, out_ND = carry
         return number + 1, out_ND + routed._round(experts, x_ND, weight_NK, way, number)
 
+    first_ND = routed._round(experts, x_ND, weight_NK, way, jnp.int32(0))
     return jax.lax.while_loop(
-        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), out_ND))[1]
+        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), first_ND))[1]
 
 
-def _later_backward(
+def _rounds_backward(
     routed: SentExperts, saved: tuple[Given, Way], grad_ND: jax.Array
-) -> tuple[Params, jax.Array, jax.Array, None, jax.Array]:
+) -> tuple[Params, jax.Array, jax.Array, None]:
     """Rounds are computed anew; gradients add up over them in float32."""
     given, way = saved
 
-    def again(carry: tuple[jax.Array, Given]) -> tuple[jax.Array, Given]:
-        number, sums = carry
+    def of(number: jax.Array) -> Given:
         _, back = jax.vjp(lambda experts, x_ND, weight_NK: routed._round(
             experts, x_ND, weight_NK, way, number), *given)
-        return number + 1, jax.tree.map(jnp.add, sums, back(grad_ND))
+        return jax.tree.map(lambda grad: grad.astype(jnp.float32), back(grad_ND))
 
-    zeros = jax.tree.map(lambda array: jnp.zeros(array.shape, jnp.float32), given)
+    def again(carry: tuple[jax.Array, Given]) -> tuple[jax.Array, Given]:
+        number, sums = carry
+        return number + 1, jax.tree.map(jnp.add, sums, of(number))
+
     _, sums = jax.lax.while_loop(
-        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), zeros))
+        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), of(jnp.int32(0))))
     grads = jax.tree.map(lambda total, array: total.astype(array.dtype), sums, given)
-    return *grads, None, grad_ND
+    return *grads, None
 
 
-_later.defvjp(
-    lambda routed, experts, x, weight, way, out: (
-        _later(routed, experts, x, weight, way, out), ((experts, x, weight), way)),
-    _later_backward)
+_rounds.defvjp(
+    lambda routed, experts, x, weight, way: (
+        _rounds(routed, experts, x, weight, way), ((experts, x, weight), way)),
+    _rounds_backward)
