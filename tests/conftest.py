@@ -11,6 +11,7 @@ os.environ["XLA_FLAGS"] = " ".join([
     *["--xla_cpu_use_fusion_emitters=false"] * jaxlib.version.__version__.startswith("0.10.")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["ENGRAM_MESH"] = "1x1"  # where a test does not name another mesh
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 
 import jax
 import micro
