@@ -8,6 +8,7 @@ On a disk a lock is made whole or not at all. Object storage, as `epath` reaches
 there the lock is written and read back, so two starts within the same second may both go on.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -65,14 +66,14 @@ class Lock:
     def release(self) -> None:
         """Let others in."""
         self._over.set()
-        if self._held:
-            self._beats.join(BEAT_S)  # a beat under way would write the lock anew
-        if self._held and self._is_mine():
-            self._held = False
-            try:
+        if not self._held:
+            return
+        self._beats.join(BEAT_S)  # a beat under way would write the lock anew
+        if self._is_mine():
+            # Whoever finds what cannot be removed will know that this process is gone.
+            with contextlib.suppress(Exception):
                 self._path.unlink()
-            except Exception:  # whoever finds it will know that this process is gone
-                return
+        self._held = False
 
     def check(self) -> None:
         """Before something is written that another process would write, too.
@@ -93,13 +94,13 @@ class Lock:
                 return False
             self._path.write_text(text)
             time.sleep(SETTLE_S)
-            return self._is_mine()
+            return self._names_me()
         part = Path(self._path.parent) / f"lock.{self._mine['token']}.part"
         try:
             part.write_text(text)
             os.link(part, self._path)
         except FileExistsError:
-            return self._is_mine()  # NFS may say so of a link whose first answer was lost
+            return self._names_me()  # NFS may say so of a link whose first answer was lost
         except OSError:  # a file system without links
             return self._made_in_place(text)
         finally:
@@ -129,13 +130,16 @@ class Lock:
         object as it had when it was opened, and a beat may fall between."""
         return json_text({**self._mine, "beat": f"{beats:09}"})
 
+    def _names_me(self) -> bool:
+        for _ in range(LOOKS):
+            text = self._read()
+            if text is None or _holder(text):
+                break  # else it was read while another process wrote it, or is damaged
+        return _holder(text).get("token") == self._mine["token"]
+
     def _is_mine(self) -> bool:
         try:
-            for _ in range(LOOKS):
-                text = self._read()
-                if text is None or _holder(text):
-                    break  # else it was read while another process wrote it, or is damaged
-            return _holder(text).get("token") == self._mine["token"]
+            return self._names_me()
         except Exception:  # a disk that is away says nothing about who trains
             return True
 

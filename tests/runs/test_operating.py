@@ -342,6 +342,18 @@ def test_the_last_look_comes_after_the_wait(tmp_path, quick):
             pass
 
 
+def test_a_lock_that_cannot_be_read_is_not_ours(tmp_path, monkeypatch):
+    (tmp_path / "lock").write_text("somebody's")
+
+    def denied(self):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(Lock, "_read", denied)
+    with pytest.raises(MachineError, match="could not be written"), Lock(epath.Path(tmp_path)):
+        pass
+    assert (tmp_path / "lock").read_text() == "somebody's"
+
+
 def test_a_link_whose_answer_was_lost_is_ours(tmp_path, monkeypatch):
     """NFS asks again then, and hears that the name is taken."""
     link = os.link
