@@ -14,7 +14,7 @@ from engram_jax.insides.observing import Opened, open_run
 from engram_jax.insides.suppression import token_losses
 from engram_jax.results import figures
 from engram_jax.results.arms import Result
-from engram_jax.results.statistics import Interval, interval
+from engram_jax.results.statistics import Interval, interval, paired
 from engram_jax.runs.directory import RunDirectory
 from experiments.capacity.facts import Fact, read
 
@@ -72,17 +72,30 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for kind in dict.fromkeys(row["kind"] for row in rows):
         shares = _shares(rows, kind)
         times = sorted({row["times"] for row in rows})
-        lines = [f"{kind + ' facts':<18}{'total':>10}{'held':>7}{'per 1,000':>11}"
-                 + "".join(f"{f'told {n}':>10}" for n in times)]
+        first = next(iter(shares))
+        lines = [f"{kind + ' facts':<18}{'total':>10}{'held (95 %)':>20}{'against ' + first:>22}"
+                 f"{'per 1,000':>11}" + "".join(f"{f'told {n}':>9}" for n in times)]
         for arm, own in shares.items():
             total = next(row["total_params"] for row in rows if _arm(row) == arm)
-            held = interval(_held(rows, arm, kind).values()).mean
-            lines.append(f"{arm:<18}{total:>10,}{held:>7.0f}{1000 * held / total:>11.3f}"
-                         + "".join(f"{own[n].mean:>10.3f}" for n in times))
+            by_seed = _held(rows, arm, kind)
+            held = interval(by_seed.values())
+            gap = paired(by_seed, _held(rows, first, kind)) if arm != first else None
+            lines.append(f"{arm:<18}{total:>10,}{_whole(held):>20}{_whole(gap, '+'):>22}"
+                         f"{1000 * held.mean / total:>11.3f}"
+                         + "".join(f"{own[n].mean:>9.3f}" for n in times))
         parts.append("\n".join(lines))
     seeds = sorted({row["seed"] for row in rows})
     return "\n\n".join([*parts, f"seeds {json.dumps(seeds)[1:-1]}; held: facts recalled; per 1,000 "
                         "parameters of all"])
+
+
+def _whole(each: Interval | None, sign: str = "") -> str:
+    """An interval of facts, in whole ones."""
+    if each is None:
+        return ""
+    form = f"{sign}.0f"
+    ends = "" if each.low is None else f" ({each.low:{form}} to {each.high:{form}})"
+    return f"{each.mean:{form}}{ends}"
 
 
 def _arm(row: Mapping[str, Any]) -> str:
