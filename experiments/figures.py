@@ -1,4 +1,4 @@
-"""Rebuild every experiment's figure and table from its committed results.
+"""Rebuild every experiment's figure and tables from its committed results.
 
     python -m experiments.figures
 """
@@ -13,14 +13,15 @@ HERE = Path(__file__).parent
 
 
 def rebuild(name: str) -> str | None:
-    """Write the figure beside results.csv and return the table; None without results."""
+    """Write the figure beside results.csv and return its table, and that of best.csv if there is
+    one; None without results."""
     committed = HERE / name / "results.csv"
     if not committed.exists():
         return None
     report = importlib.import_module(f"experiments.{name}.report")
-    results = from_csv(committed.read_text())
-    save(report.figure(results), HERE / name / report.FIGURE)
-    return str(report.table(results))
+    save(report.figure(from_csv(committed.read_text())), HERE / name / report.FIGURE)
+    return "\n\n".join(str(report.table(from_csv(path.read_text())))
+                       for path in (committed, committed.with_name("best.csv")) if path.exists())
 
 
 if __name__ == "__main__":

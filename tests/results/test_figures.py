@@ -1,5 +1,8 @@
 """Every committed table gives its figure and its text again."""
 
+import re
+import shutil
+
 import pytest
 
 from engram_jax.results import arms
@@ -24,7 +27,23 @@ def test_a_figure_is_rebuilt_from_its_table(name, tmp_path, monkeypatch):
     assert image.read_bytes().startswith(b"\x89PNG")
     for result in from_csv(table):
         arm = result.get("arm") or arms.arm(result).split("-x")[0].removesuffix("-bf16")
-        assert arm in text
+        # Those of `tokens` are GROUP-ARM-TIMESx: a part each group, and a column for its tokens.
+        longer = re.fullmatch(r"([a-z_]+)-(.+)-\d+x", arm)
+        for words in longer.groups() if name == "tokens" else [arm]:
+            assert words in text
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("tuning", ["-0.2020 (-0.2542 to -0.1499)", "-0.0511 (-0.1016 to -0.0006)"]),
+    ("capacity", ["689 (627 to 750)", "154 (113 to 195)", "162 (114 to 211)", "282 (263 to 301)"]),
+    ("tokens", ["-0.1641", "-0.1635", "-0.2013"])])
+def test_what_a_page_says_is_what_its_table_prints(name, said, tmp_path, monkeypatch):
+    shutil.copytree(figures.HERE / name, tmp_path / name, ignore=lambda *_: ["__pycache__"])
+    monkeypatch.setattr(figures, "HERE", tmp_path)
+    page, text = (tmp_path / name / "README.md").read_text(), figures.rebuild(name)
+    for number in said:
+        assert number in page
+        assert number in text
 
 
 def test_an_experiment_without_results_has_no_figure(tmp_path, monkeypatch):
