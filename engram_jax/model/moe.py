@@ -3,11 +3,10 @@
 Assignments (token, choice) are laid out expert after expert, each expert's share padded to whole
 blocks, so that every block meets one expert's weights and no token is ever dropped.
 
-Shapes: N tokens, A = N * K assignments (K choices a token), P padded slots, W of them in a window,
+Shapes: N tokens, A = N * K assignments (K choices a token), P padded slots, Q blocks of them,
 E experts, D width, F expert FFN.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,8 +16,7 @@ import jax.numpy as jnp
 from engram_jax.config import MoEConfig
 from engram_jax.model.layers import Params, ffn, ffn_parameters
 from engram_jax.model.parameters import Declared, counted_as, expert_matrix, router
-
-OUTER_WINDOW_PERCENT = 120  # of an expert's even share of the slots; see `ragged_outer`
+from engram_jax.model.ragged import ragged_product
 
 
 def moe_parameters(key: jax.Array, width: int, config: MoEConfig) -> Declared:
@@ -185,7 +183,9 @@ def grouped_ffn(
     experts: Params, x_PD: jax.Array, groups: Groups, weight_P: jax.Array | None = None
 ) -> jax.Array:
     """The gated FFN of each slot's expert, [P, D]; times `weight_P`, float32, if there is one."""
-    times = functools.partial(grouped_matmul, groups=groups)
+    def times(x_PD: jax.Array, weight_EDF: jax.Array) -> jax.Array:
+        return ragged_product(x_PD, weight_EDF, groups.padded_E, groups.expert_Q)
+
     # Slots after the last expert's may be anything in what a kernel gives, not in what it is given.
     used_P = jnp.arange(x_PD.shape[0]) < jnp.sum(groups.padded_E)
     gate_PF, up_PF = (jnp.where(used_P[:, None], times(x_PD, experts[name]), 0)
@@ -194,140 +194,3 @@ def grouped_ffn(
     if weight_P is not None:
         hidden_PF = (hidden_PF.astype(jnp.float32) * weight_P[:, None]).astype(x_PD.dtype)
     return times(hidden_PF, experts["down"])
-
-
-def grouped_matmul(x_PD: jax.Array, weight_EDF: jax.Array, groups: Groups) -> jax.Array:
-    """Each slot times its expert's matrix, [P, F].
-
-    `ragged_dot` on TPUs and GPUs, where it is a kernel or a library's (on GPUs never measured by
-    us). XLA's CPU backend expands it to a product with every expert, so there block after block
-    reads its own expert's matrix. No path copies matrices for more than one block at a time.
-    """
-    return jax.lax.platform_dependent(
-        x_PD, weight_EDF, groups.padded_E, groups.expert_Q,
-        tpu=_ragged, cuda=_ragged, rocm=_ragged, default=looped_matmul)
-
-
-def _ragged(
-    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
-) -> jax.Array:
-    del expert_Q
-    return ragged_matmul(x_PD, weight_EDF.astype(x_PD.dtype), padded_E)
-
-
-@jax.custom_vjp
-def looped_matmul(
-    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
-) -> jax.Array:
-    """Each slot times its expert's matrix, block after block, [P, F] in x's dtype.
-
-    Only blocks that are in use are visited; the gradient of a matrix is summed over its blocks in
-    float32.
-    """
-    return _each_block("xd,df->xf", x_PD, weight_EDF, padded_E, expert_Q)
-
-
-def _looped_backward(
-    saved: tuple[jax.Array, jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None]:
-    x_PD, weight_EDF, padded_E, expert_Q = saved
-    grad_PD = _each_block("xf,df->xd", grad_PF, weight_EDF, padded_E, expert_Q)
-    size = x_PD.shape[0] // expert_Q.size
-
-    def add(block: jax.Array, total_EDF: jax.Array) -> jax.Array:
-        x_XD, grad_XF = (jax.lax.dynamic_slice_in_dim(array, block * size, size)
-                         for array in (x_PD, grad_PF))
-        product_DF = jnp.einsum("xd,xf->df", x_XD, grad_XF, preferred_element_type=jnp.float32)
-        return total_EDF.at[expert_Q[block]].add(product_DF, mode="promise_in_bounds")
-
-    total_EDF = jax.lax.fori_loop(
-        0, jnp.sum(padded_E) // size, add, jnp.zeros(weight_EDF.shape, jnp.float32))
-    return grad_PD, total_EDF.astype(weight_EDF.dtype), None, None
-
-
-looped_matmul.defvjp(lambda *arguments: (looped_matmul(*arguments), arguments), _looped_backward)
-
-
-def _each_block(
-    product: str, x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
-) -> jax.Array:
-    """`product` of each block in use with its expert's matrix; zeros in the slots after them."""
-    size = x_PD.shape[0] // expert_Q.size
-
-    def multiply(block: jax.Array, out_PF: jax.Array) -> jax.Array:
-        weight_DF = jax.lax.dynamic_index_in_dim(weight_EDF, expert_Q[block], keepdims=False)
-        x_XD = jax.lax.dynamic_slice_in_dim(x_PD, block * size, size)
-        out_XF = jnp.einsum(product, x_XD, weight_DF.astype(x_XD.dtype))
-        return jax.lax.dynamic_update_slice_in_dim(out_PF, out_XF, block * size, 0)
-
-    width = weight_EDF.shape[2 if product.endswith("f") else 1]
-    start_PF = jnp.zeros((x_PD.shape[0], width), x_PD.dtype)
-    return jax.lax.fori_loop(0, jnp.sum(padded_E) // size, multiply, start_PF)
-
-
-@jax.custom_vjp
-def ragged_matmul(x_PD: jax.Array, weight_EDF: jax.Array, size_E: jax.Array) -> jax.Array:
-    """`jax.lax.ragged_dot` whose gradient costs what it should, whatever libtpu there is."""
-    return jax.lax.ragged_dot(x_PD, weight_EDF, size_E)
-
-
-def _ragged_backward(
-    saved: tuple[jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    x_PD, weight_EDF, size_E = saved
-    # The kernel wants the weights transposed: not before the gradient is there.
-    weight_EDF, grad_PF = jax.lax.optimization_barrier((weight_EDF, grad_PF))
-    grad_PD = jax.lax.ragged_dot(grad_PF, jnp.swapaxes(weight_EDF, 1, 2), size_E)
-    outer = jax.lax.platform_dependent(
-        x_PD, grad_PF, size_E, tpu=_outer_on_tpus, default=ragged_outer)
-    return grad_PD, outer, None
-
-
-ragged_matmul.defvjp(
-    lambda x, weight, size: (ragged_matmul(x, weight, size), (x, weight, size)), _ragged_backward)
-
-
-def _outer_on_tpus(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
-    """`ragged_outer` by XLA's kernel, which libtpu 0.0.50 (of jax 0.12) has; 0.0.42 (of jax 0.10)
-    has none and makes it a product of every slot with every expert."""
-    if jax.__version_info__ < (0, 12):
-        return ragged_outer(x_PD, grad_PF, size_E)
-    return kernel_outer(x_PD, grad_PF, size_E)
-
-
-def kernel_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
-    """`ragged_outer` as one operation of JAX; slots after the last expert's count for nothing."""
-    slots = jax.lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=[])
-    return jax.lax.ragged_dot_general(
-        x_PD, grad_PF, size_E, slots, preferred_element_type=jnp.float32).astype(x_PD.dtype)
-
-
-def ragged_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
-    """Each expert's x^T grad over its slots, [E, D, F] in x's dtype, summed in float32.
-
-    Expert after expert, a window of slots at a time, wide enough that one does for an expert whose
-    load is near the mean; what the window shows of others is masked.
-    """
-    slots, experts = x_PD.shape[0], size_E.size
-    width = min(slots, -(-slots * OUTER_WINDOW_PERCENT // (100 * experts * 128)) * 128)
-    stop_E = jnp.cumsum(size_E)
-
-    def window(start: jax.Array, stop: jax.Array) -> jax.Array:
-        at = jnp.clip(start, 0, slots - width)
-        slot_W1 = at + jnp.arange(width, dtype=jnp.int32)[:, None]
-        mine_W1 = (slot_W1 >= start) & (slot_W1 < stop)
-        x_WD, grad_WF = (jnp.where(mine_W1, jax.lax.dynamic_slice_in_dim(array, at, width), 0)
-                         for array in (x_PD, grad_PF))
-        return jnp.einsum("wd,wf->df", x_WD, grad_WF, preferred_element_type=jnp.float32)
-
-    def expert(_: None, bounds: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
-        start, stop = bounds
-        total_DF = jax.lax.while_loop(
-            lambda carry: carry[0] < stop,
-            lambda carry: (carry[0] + width, carry[1] + window(carry[0], stop)),
-            (start + width, window(start, stop)))[1]
-        return None, total_DF.astype(x_PD.dtype)
-
-    return jax.lax.scan(expert, None, (stop_E - size_E, stop_E))[1]

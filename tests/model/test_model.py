@@ -18,7 +18,6 @@ from engram_jax.config import (
 from engram_jax.hashing.addressing import address, sites
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.model import hyper_connections, parameters, transformer
-from engram_jax.model import moe as experts_module
 from engram_jax.model.attention import rope
 from engram_jax.model.attention_kernels import visible
 from engram_jax.model.documents import documents
@@ -27,7 +26,6 @@ from engram_jax.model.layers import ffn, rms_norm
 from engram_jax.model.moe import (
     block_size,
     group,
-    looped_matmul,
     moe,
     moe_parameters,
     rebalanced,
@@ -401,37 +399,6 @@ def test_groups_are_a_bijection(experts):
     np.testing.assert_array_equal(groups.count_E, np.bincount(choice.reshape(-1), None, experts))
     assert int(groups.padded_E.sum()) <= groups.source_P.size
     assert (groups.padded_E % block == 0).all()
-
-
-@pytest.mark.parametrize("tokens", [1, 30])
-def test_ragged_dot_equals_the_loop(tokens):
-    """The kernel of accelerators and the loop of CPUs, on every slot that is filled, and back."""
-    choice = jnp.asarray(np.random.default_rng(0).integers(0, 4, (tokens, 2)), jnp.int32)
-    groups = group(choice, 5)
-    x, weight = jnp.asarray(random(groups.source_P.size, 6)), jnp.asarray(random(5, 6, 7, seed=1))
-    used = int(groups.padded_E.sum())
-    weights = jnp.asarray(random(x.shape[0], 7, seed=2)).at[used:].set(0)
-
-    def product(function):
-        return jax.value_and_grad(lambda x, weight: jnp.sum(weights * function(
-            x, weight, groups.padded_E, groups.expert_Q)), (0, 1))(x, weight)
-
-    for left, right in zip(*map(jax.tree.leaves, (
-            product(experts_module._ragged), product(looped_matmul))), strict=True):
-        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
-
-
-def test_gradients_of_experts_add_up_in_float32():
-    """Ones over blocks: in bfloat16 their sum would end at 256."""
-    choice = jnp.zeros((4096, 1), jnp.int32)
-    groups = group(choice, 2)
-    x = jnp.ones((groups.source_P.size, 4), jnp.bfloat16)
-    filled_P1 = (groups.source_P < choice.size)[:, None]
-    grad = jax.jit(jax.grad(lambda weight: jnp.sum(jnp.where(filled_P1, looped_matmul(
-        x, weight, groups.padded_E, groups.expert_Q), 0).astype(jnp.float32))))(
-            jnp.zeros((2, 4, 4), jnp.bfloat16))
-    np.testing.assert_array_equal(grad[0], 4096)
-    np.testing.assert_array_equal(grad[1], 0)
 
 
 def test_one_token_takes_no_more_memory_with_more_experts():

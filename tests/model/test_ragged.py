@@ -1,12 +1,13 @@
-"""The products of ragged groups, as TPUs compute them, against the definition."""
+"""The products of ragged groups, as each device computes them, against the definition."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engram_jax.model import moe
-from engram_jax.model.moe import kernel_outer, ragged_matmul, ragged_outer
+from engram_jax.model import moe, ragged
+from engram_jax.model.moe import group
+from engram_jax.model.ragged import in_blocks, in_rounds, kernel_outer, ragged_matmul, ragged_outer
 
 EXPERTS, WIDTH, HIDDEN, SLOTS = 4, 6, 5, 640
 
@@ -66,26 +67,74 @@ def test_the_sum_is_in_float32(outer):
     np.testing.assert_array_equal(out_EDF[:, 0, 0], [600, 40, 0, 0])
 
 
+@pytest.mark.parametrize("way", [in_rounds, ragged._ragged])
+@pytest.mark.parametrize("tokens", [1, 30])
+@pytest.mark.parametrize("even", [True, False])
+def test_what_accelerators_multiply_is_what_cpus_do(way, tokens, even):
+    """On every slot that is filled, and back; one expert has most tokens, or loads are even."""
+    choice = np.random.default_rng(0).integers(0, 4, (tokens, 2))
+    groups = group(jnp.asarray(choice if even else choice // 3, jnp.int32), 5)
+    x, weight = jnp.asarray(random(groups.source_P.size, 6)), jnp.asarray(random(5, 6, 7, seed=1))
+    used = int(groups.padded_E.sum())
+    weights = jnp.asarray(random(x.shape[0], 7, seed=2)).at[used:].set(0)
+
+    def product(function):
+        return jax.value_and_grad(lambda x, weight: jnp.sum(weights * function(
+            x, weight, groups.padded_E, groups.expert_Q)), (0, 1))(x, weight)
+
+    for left, right in zip(*map(jax.tree.leaves, (product(way), product(in_blocks))), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [in_blocks, in_rounds])
+def test_gradients_of_experts_add_up_in_float32(way):
+    """Ones over blocks, or rounds: in bfloat16 their sum would end at 256."""
+    choice = jnp.zeros((4096, 1), jnp.int32)
+    groups = group(choice, 8)
+    x = jnp.ones((groups.source_P.size, 4), jnp.bfloat16)
+    filled_P1 = (groups.source_P < choice.size)[:, None]
+    grad = jax.jit(jax.grad(lambda weight: jnp.sum(jnp.where(filled_P1, way(
+        x, weight, groups.padded_E, groups.expert_Q), 0).astype(jnp.float32))))(
+            jnp.zeros((8, 4, 4), jnp.bfloat16))
+    np.testing.assert_array_equal(grad[0], 4096)
+    np.testing.assert_array_equal(grad[1:], 0)
+
+
+def test_gpus_go_block_after_block_only_where_blocks_are_few():
+    """A token that picks two of eight experts must not read the matrices of all."""
+    def program(tokens):
+        groups = group(jnp.arange(2 * tokens, dtype=jnp.int32).reshape(tokens, 2) % 8, 8)
+        x_PD, weight_EDF = random(groups.source_P.size, 6), random(8, 6, 7)
+        return jax.jit(ragged.ragged_product).trace(
+            x_PD, weight_EDF, groups.padded_E, groups.expert_Q).lower(
+                lowering_platforms=("cuda",)).as_text()
+
+    assert "tensor<8x6x7xf32>, tensor<8x" not in program(1)
+    assert "dynamic_slice" in program(1)
+    assert "dynamic_slice" not in program(64)
+    assert "batching_dims = [0] x [0]" in program(64)
+
+
 def test_what_a_kernel_leaves_in_empty_slots_reaches_nobody(monkeypatch):
     """Kernels may write nothing at all after the last group's slots, forward and backward."""
-    product = moe.grouped_matmul
+    product = moe.ragged_product
 
-    def spoilt(out_P, groups):
-        empty_P = np.arange(out_P.shape[0]) >= jnp.sum(groups.padded_E)
+    def spoilt(out_P, padded_E):
+        empty_P = np.arange(out_P.shape[0]) >= jnp.sum(padded_E)
         return jnp.where(empty_P[:, None], jnp.nan, out_P)
 
     @jax.custom_vjp
-    def careless(x_PD, weight_EDF, groups):
-        return spoilt(product(x_PD, weight_EDF, groups), groups)
+    def careless(x_PD, weight_EDF, padded_E, expert_Q):
+        return spoilt(product(x_PD, weight_EDF, padded_E, expert_Q), padded_E)
 
     def backward(saved, grad_PF):
-        x_PD, weight_EDF, groups = saved
+        x_PD, weight_EDF, padded_E, expert_Q = saved
         # Nor is a kernel given what another left, which 0 times it would not undo.
         assert np.isfinite(x_PD).all()
         assert np.isfinite(grad_PF).all()
         grad_PD, grad_EDF = jax.vjp(
-            lambda x, weight: product(x, weight, groups), x_PD, weight_EDF)[1](grad_PF)
-        return spoilt(grad_PD, groups), grad_EDF, None
+            lambda x, weight: product(x, weight, padded_E, expert_Q), x_PD, weight_EDF)[1](grad_PF)
+        return spoilt(grad_PD, padded_E), grad_EDF, None, None
 
     careless.defvjp(lambda *given: (careless(*given), given), backward)
     experts = {"gate": random(EXPERTS, WIDTH, HIDDEN), "up": random(EXPERTS, WIDTH, HIDDEN, seed=1),
@@ -97,6 +146,6 @@ def test_what_a_kernel_leaves_in_empty_slots_reaches_nobody(monkeypatch):
 
     given = jax.tree.map(jnp.asarray, (experts, random(5, WIDTH, seed=3), random(5, 2, seed=4)))
     clean = jax.grad(total, argnums=(0, 1, 2))(*given)
-    monkeypatch.setattr(moe, "grouped_matmul", careless)
+    monkeypatch.setattr(moe, "ragged_product", careless)
     assert moe.group(choice_NK, EXPERTS).source_P.size > 4 * 8, "there should be empty blocks"
     jax.tree.map(np.testing.assert_array_equal, jax.grad(total, argnums=(0, 1, 2))(*given), clean)

@@ -1,0 +1,236 @@
+"""Products of ragged groups: each slot with the matrix of the group that it belongs to.
+
+Slots lie group after group, each group's share in whole blocks; what comes after the last group's
+slots belongs to nobody. Every device has its own way, and all give the same to rounding.
+
+Shapes: P slots, W of them in a window, X in a block, Q blocks, E experts (groups), C slots of an
+expert in a round, D and F widths.
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Slots of an expert that are multiplied at a time, of its even share: more than that, so that one
+# round does for loads that are nearly even.
+SHARE_PERCENT = 120
+
+
+def ragged_product(
+    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    """Each slot times its expert's matrix, [P, F] in x's dtype; anything in slots of nobody.
+
+    On TPUs that is `jax.lax.ragged_dot`, a kernel. On GPUs and CPUs XLA expands it to a product of
+    every slot with every expert. So there a GPU multiplies a batch of matrices, as many slots of
+    each expert as nearly even loads have, and once more for experts that have more; and where
+    there are fewer blocks than experts, as in decoding, and on CPUs, block after block is
+    multiplied with its own expert's matrix. None but the kernel wants the matrices copied.
+
+    Args:
+      x_PD: slots.
+      weight_EDF: a matrix for each expert.
+      padded_E: int32, slots of each expert, whole blocks.
+      expert_Q: int32, the expert of each block.
+    """
+    on_gpus = in_rounds if expert_Q.size >= weight_EDF.shape[0] else in_blocks
+    return jax.lax.platform_dependent(
+        x_PD, weight_EDF, padded_E, expert_Q,
+        tpu=_ragged, cuda=on_gpus, rocm=on_gpus, default=in_blocks)
+
+
+def _ragged(
+    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    del expert_Q
+    return ragged_matmul(x_PD, weight_EDF.astype(x_PD.dtype), padded_E)
+
+
+@jax.custom_vjp
+def in_blocks(
+    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    """Each slot times its expert's matrix, block after block, [P, F] in x's dtype.
+
+    Only blocks that are in use are visited; the gradient of a matrix is summed over its blocks in
+    float32.
+    """
+    return _each_block("xd,df->xf", x_PD, weight_EDF, padded_E, expert_Q)
+
+
+def _in_blocks_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    x_PD, weight_EDF, padded_E, expert_Q = saved
+    grad_PD = _each_block("xf,df->xd", grad_PF, weight_EDF, padded_E, expert_Q)
+    size = x_PD.shape[0] // expert_Q.size
+
+    def add(block: jax.Array, total_EDF: jax.Array) -> jax.Array:
+        x_XD, grad_XF = (jax.lax.dynamic_slice_in_dim(array, block * size, size)
+                         for array in (x_PD, grad_PF))
+        product_DF = jnp.einsum("xd,xf->df", x_XD, grad_XF, preferred_element_type=jnp.float32)
+        return total_EDF.at[expert_Q[block]].add(product_DF, mode="promise_in_bounds")
+
+    total_EDF = jax.lax.fori_loop(
+        0, jnp.sum(padded_E) // size, add, jnp.zeros(weight_EDF.shape, jnp.float32))
+    return grad_PD, total_EDF.astype(weight_EDF.dtype), None, None
+
+
+in_blocks.defvjp(lambda *arguments: (in_blocks(*arguments), arguments), _in_blocks_backward)
+
+
+def _each_block(
+    product: str, x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    """`product` of each block in use with its expert's matrix; zeros in the slots after them."""
+    size = x_PD.shape[0] // expert_Q.size
+
+    def multiply(block: jax.Array, out_PF: jax.Array) -> jax.Array:
+        weight_DF = jax.lax.dynamic_index_in_dim(weight_EDF, expert_Q[block], keepdims=False)
+        x_XD = jax.lax.dynamic_slice_in_dim(x_PD, block * size, size)
+        out_XF = jnp.einsum(product, x_XD, weight_DF.astype(x_XD.dtype))
+        return jax.lax.dynamic_update_slice_in_dim(out_PF, out_XF, block * size, 0)
+
+    width = weight_EDF.shape[2 if product.endswith("f") else 1]
+    start_PF = jnp.zeros((x_PD.shape[0], width), x_PD.dtype)
+    return jax.lax.fori_loop(0, jnp.sum(padded_E) // size, multiply, start_PF)
+
+
+@jax.custom_vjp
+def in_rounds(
+    x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    """`ragged_product` as products of batches of matrices, C slots of every expert in a round.
+
+    There are as many rounds as the expert with the most slots needs; zeros in slots of nobody. The
+    gradient of a matrix is summed over rounds in float32.
+    """
+    return _each_round("ecd,edf->ecf", x_PD, weight_EDF, padded_E, expert_Q)
+
+
+def _in_rounds_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None]:
+    x_PD, weight_EDF, padded_E, expert_Q = saved
+    grad_PD = _each_round("ecf,edf->ecd", grad_PF, weight_EDF, padded_E, expert_Q)
+    capacity = _capacity(x_PD.shape[0], padded_E.size, expert_Q.size)
+
+    def add(number: jax.Array, total_EDF: jax.Array) -> jax.Array:
+        slot_EC = _slots_of_round(number, padded_E, capacity, x_PD.shape[0])
+        x_ECD, grad_ECF = (array.at[slot_EC].get(mode="fill", fill_value=0)
+                           for array in (x_PD, grad_PF))
+        return total_EDF + jnp.einsum(
+            "ecd,ecf->edf", x_ECD, grad_ECF, preferred_element_type=jnp.float32)
+
+    total_EDF = jax.lax.fori_loop(
+        0, _rounds(padded_E, capacity), add, jnp.zeros(weight_EDF.shape, jnp.float32))
+    return grad_PD, total_EDF.astype(weight_EDF.dtype), None, None
+
+
+in_rounds.defvjp(lambda *arguments: (in_rounds(*arguments), arguments), _in_rounds_backward)
+
+
+def _each_round(
+    product: str, x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
+) -> jax.Array:
+    """`product` of each slot in use with its expert's matrix."""
+    slots, weight_EDF = x_PD.shape[0], weight_EDF.astype(x_PD.dtype)
+    capacity = _capacity(slots, padded_E.size, expert_Q.size)
+
+    def multiply(number: jax.Array, out_PF: jax.Array) -> jax.Array:
+        slot_EC = _slots_of_round(number, padded_E, capacity, slots)
+        x_ECD = x_PD.at[slot_EC].get(mode="fill", fill_value=0)
+        return out_PF.at[slot_EC].set(
+            jnp.einsum(product, x_ECD, weight_EDF), mode="drop", unique_indices=True)
+
+    width = weight_EDF.shape[2 if product.endswith("f") else 1]
+    return jax.lax.fori_loop(
+        0, _rounds(padded_E, capacity), multiply, jnp.zeros((slots, width), x_PD.dtype))
+
+
+def _capacity(slots: int, experts: int, blocks: int) -> int:
+    """Slots of an expert in a round, whole blocks."""
+    block = slots // blocks
+    return min(slots, -(-slots * SHARE_PERCENT // (100 * experts * block)) * block)
+
+
+def _rounds(padded_E: jax.Array, capacity: int) -> jax.Array:
+    return -(-jnp.max(padded_E) // capacity)
+
+
+def _slots_of_round(
+    number: jax.Array, padded_E: jax.Array, capacity: int, slots: int
+) -> jax.Array:
+    """Each expert's slots in a round, int32 [E, C]; numbers from P on, each its own, where it has
+    no more."""
+    at_C = number * capacity + jnp.arange(capacity, dtype=jnp.int32)
+    slot_EC = (jnp.cumsum(padded_E) - padded_E)[:, None] + at_C[None]
+    beyond_EC = slots + jnp.arange(slot_EC.size, dtype=jnp.int32).reshape(slot_EC.shape)
+    return jnp.where(at_C[None] < padded_E[:, None], slot_EC, beyond_EC)
+
+
+@jax.custom_vjp
+def ragged_matmul(x_PD: jax.Array, weight_EDF: jax.Array, size_E: jax.Array) -> jax.Array:
+    """`jax.lax.ragged_dot` whose gradient costs what it should, whatever libtpu there is."""
+    return jax.lax.ragged_dot(x_PD, weight_EDF, size_E)
+
+
+def _ragged_backward(
+    saved: tuple[jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x_PD, weight_EDF, size_E = saved
+    # The kernel wants the weights transposed: not before the gradient is there.
+    weight_EDF, grad_PF = jax.lax.optimization_barrier((weight_EDF, grad_PF))
+    grad_PD = jax.lax.ragged_dot(grad_PF, jnp.swapaxes(weight_EDF, 1, 2), size_E)
+    outer = jax.lax.platform_dependent(
+        x_PD, grad_PF, size_E, tpu=_outer_on_tpus, default=ragged_outer)
+    return grad_PD, outer, None
+
+
+ragged_matmul.defvjp(
+    lambda x, weight, size: (ragged_matmul(x, weight, size), (x, weight, size)), _ragged_backward)
+
+
+def _outer_on_tpus(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
+    """`ragged_outer` by XLA's kernel, which libtpu 0.0.50 (of jax 0.12) has; 0.0.42 (of jax 0.10)
+    has none and makes it a product of every slot with every expert."""
+    if jax.__version_info__ < (0, 12):
+        return ragged_outer(x_PD, grad_PF, size_E)
+    return kernel_outer(x_PD, grad_PF, size_E)
+
+
+def kernel_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
+    """`ragged_outer` as one operation of JAX; slots after the last expert's count for nothing."""
+    slots = jax.lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=[])
+    return jax.lax.ragged_dot_general(
+        x_PD, grad_PF, size_E, slots, preferred_element_type=jnp.float32).astype(x_PD.dtype)
+
+
+def ragged_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
+    """Each expert's x^T grad over its slots, [E, D, F] in x's dtype, summed in float32.
+
+    Expert after expert, a window of slots at a time, wide enough that one does for an expert whose
+    load is near the mean; what the window shows of others is masked.
+    """
+    slots, experts = x_PD.shape[0], size_E.size
+    width = min(slots, -(-slots * SHARE_PERCENT // (100 * experts * 128)) * 128)
+    stop_E = jnp.cumsum(size_E)
+
+    def window(start: jax.Array, stop: jax.Array) -> jax.Array:
+        at = jnp.clip(start, 0, slots - width)
+        slot_W1 = at + jnp.arange(width, dtype=jnp.int32)[:, None]
+        mine_W1 = (slot_W1 >= start) & (slot_W1 < stop)
+        x_WD, grad_WF = (jnp.where(mine_W1, jax.lax.dynamic_slice_in_dim(array, at, width), 0)
+                         for array in (x_PD, grad_PF))
+        return jnp.einsum("wd,wf->df", x_WD, grad_WF, preferred_element_type=jnp.float32)
+
+    def expert(_: None, bounds: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        start, stop = bounds
+        total_DF = jax.lax.while_loop(
+            lambda carry: carry[0] < stop,
+            lambda carry: (carry[0] + width, carry[1] + window(carry[0], stop)),
+            (start + width, window(start, stop)))[1]
+        return None, total_DF.astype(x_PD.dtype)
+
+    return jax.lax.scan(expert, None, (stop_E - size_E, stop_E))[1]
