@@ -3,7 +3,7 @@
 x' = H_res x + H_post^T F(H_pre x) with M residual streams; the mixing matrices are computed for
 each token, and H_res is doubly stochastic. One stream is the plain residual x + F(x).
 
-Shapes: B batch, T time, M streams, D width.
+Shapes: B batch, T time, M streams, D width; N tokens, Z = M * D.
 """
 
 import functools
@@ -51,9 +51,8 @@ def mixing(params: Params, x_BTMD: jax.Array, rounds: int, eps: float) -> Mixing
     """The mixing matrices of each token; `rounds` of Sinkhorn normalisation."""
     streams = x_BTMD.shape[2]
     flat_BTZ = x_BTMD.reshape(*x_BTMD.shape[:2], -1)
-    raw = jax.lax.platform_dependent(
-        flat_BTZ, params["project"], tpu=functools.partial(_projected_at_once, eps),
-        default=functools.partial(_projected, eps))
+    raw = _by_device(functools.partial(_projected, eps),
+                     functools.partial(_projected_at_once, eps))(flat_BTZ, params["project"])
     scale = jnp.repeat(params["scale"], jnp.array([streams, streams, streams * streams]),
                        total_repeat_length=raw.shape[-1])
     raw = raw * scale[None, None] + params["bias"][None, None]
@@ -80,11 +79,22 @@ def sinkhorn(positive: jax.Array, rounds: int) -> jax.Array:
     """Rounds of column, then row normalisation of positive matrices [..., M, M].
 
     A scan: unrolled, twenty rounds and their gradients are most of what there is to compile. A TPU
-    keeps the last two axes in tiles of 8 x 128, so there the tokens come last.
+    keeps the last two axes in tiles of 8 x 128, so there the tokens come last. A GPU starts some
+    kernels for each round of a scan, which take longer than their work: half of all that a step of
+    four streams started. There rounds are unrolled, with sums that need no kernels of their own.
     """
-    return jax.lax.platform_dependent(
-        positive, tpu=functools.partial(_rounds_of_lanes, rounds),
-        default=functools.partial(_rounds, rounds))
+    return _by_device(*(functools.partial(way, rounds) for way in (
+        _rounds, _rounds_of_lanes, _rounds_unrolled)))(positive)
+
+
+def _by_device(
+    default: Callable[..., Any], on_tpus: Callable[..., Any],
+    on_gpus: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """What computes the same in a device's own way; GPUs have that of TPUs where none is named."""
+    on_gpus = on_gpus or on_tpus
+    return lambda *arguments: jax.lax.platform_dependent(
+        *arguments, tpu=on_tpus, cuda=on_gpus, rocm=on_gpus, default=default)
 
 
 def _rounds(rounds: int, positive: jax.Array) -> jax.Array:
@@ -96,15 +106,30 @@ def _rounds(rounds: int, positive: jax.Array) -> jax.Array:
 
 
 def _rounds_of_lanes(rounds: int, positive: jax.Array) -> jax.Array:
-    lead, matrix = positive.shape[:-2], positive.shape[-2:]
-
     def round_(positive_MMN: jax.Array, _: None) -> tuple[jax.Array, None]:
         positive_MMN = positive_MMN / jnp.sum(positive_MMN, axis=0, keepdims=True)
         return positive_MMN / jnp.sum(positive_MMN, axis=1, keepdims=True), None
 
-    lanes_MMN = jnp.moveaxis(positive.reshape(-1, *matrix), 0, -1)
-    lanes_MMN = jax.lax.scan(round_, lanes_MMN, length=rounds)[0]
-    return jnp.moveaxis(lanes_MMN, -1, 0).reshape(*lead, *matrix)
+    return _from_lanes(jax.lax.scan(round_, _lanes(positive), length=rounds)[0], positive.shape)
+
+
+def _rounds_unrolled(rounds: int, positive: jax.Array) -> jax.Array:
+    positive_MMN, streams = _lanes(positive), positive.shape[-1]
+    for _ in range(rounds):
+        column_MN = functools.reduce(jnp.add, (positive_MMN[m] for m in range(streams)))
+        positive_MMN = positive_MMN / column_MN[None]
+        row_MN = functools.reduce(jnp.add, (positive_MMN[:, m] for m in range(streams)))
+        positive_MMN = positive_MMN / row_MN[:, None]
+    return _from_lanes(positive_MMN, positive.shape)
+
+
+def _lanes(positive: jax.Array) -> jax.Array:
+    """[..., M, M] with the tokens last, [M, M, N]."""
+    return jnp.moveaxis(positive.reshape(-1, *positive.shape[-2:]), 0, -1)
+
+
+def _from_lanes(positive_MMN: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.moveaxis(positive_MMN, -1, 0).reshape(shape)
 
 
 def connect(
@@ -122,12 +147,12 @@ def connect(
         mix = jax.checkpoint(mixing, static_argnums=(2, 3))(params, x_BTMD, rounds, eps)
         mix = Mixing(*(checkpoint_name(part, OUTPUT) for part in mix))
         pre_BTM, post_BTM = (part.astype(x_BTMD.dtype) for part in mix[:2])
-        read_BTD = jax.lax.platform_dependent(pre_BTM, x_BTMD, tpu=_read_as_sums, default=_read)
+        read_BTD = _by_device(_read, _read_as_sums)(pre_BTM, x_BTMD)
     out_BTD, extra = sub_layer(read_BTD)
     out_BTD = checkpoint_name(out_BTD, OUTPUT)
     with jax.named_scope("hyper_connection"):
-        written_BTMD = jax.lax.platform_dependent(
-            mix.residual_BTMM, post_BTM, x_BTMD, out_BTD, tpu=_written_as_sums, default=_written)
+        written_BTMD = _by_device(_written, _written_as_sums)(
+            mix.residual_BTMM, post_BTM, x_BTMD, out_BTD)
         return written_BTMD, extra
 
 
@@ -146,8 +171,8 @@ def _written(
     return kept_BTMD + post_BTM[..., None] * out_BTD[:, :, None]
 
 
-# On a TPU a product with a matrix of M x M for each token is no work for the matrix unit: as sums
-# of M streams it is elementwise, in float32, and reads and writes the streams once.
+# A product with a matrix of M x M for each token is no work for a TPU's or GPU's matrix unit: as
+# sums of M streams it is elementwise, in float32, and reads and writes the streams once.
 
 
 def _read_as_sums(pre_BTM: jax.Array, x_BTMD: jax.Array) -> jax.Array:

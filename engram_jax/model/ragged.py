@@ -3,16 +3,17 @@
 Slots lie group after group, each group's share in whole blocks; what comes after the last group's
 slots belongs to nobody. Every device has its own way, and all give the same to rounding.
 
-Shapes: P slots, W of them in a window, X in a block, Q blocks, E experts (groups), C slots of an
-expert in a round, D and F widths.
+Shapes: P slots, W of them in a window, X in a block, Q blocks, E experts (groups), C slots in a
+piece, G pieces in a batch, D and F widths.
 """
 
 import jax
 import jax.numpy as jnp
 
-# Slots of an expert that are multiplied at a time, of its even share: more than that, so that one
-# round does for loads that are nearly even.
+# Slots of an expert that are multiplied at a time, of its even share: more than that, so that once
+# does for loads that are nearly even.
 SHARE_PERCENT = 120
+FURTHER = 4  # a batch of further pieces is that part of the experts
 
 
 def ragged_product(
@@ -21,10 +22,9 @@ def ragged_product(
     """Each slot times its expert's matrix, [P, F] in x's dtype; anything in slots of nobody.
 
     On TPUs that is `jax.lax.ragged_dot`, a kernel. On GPUs and CPUs XLA expands it to a product of
-    every slot with every expert. So there a GPU multiplies a batch of matrices, as many slots of
-    each expert as nearly even loads have, and once more for experts that have more; and where
-    there are fewer blocks than experts, as in decoding, and on CPUs, block after block is
-    multiplied with its own expert's matrix. None but the kernel wants the matrices copied.
+    every slot with every expert. So there a GPU multiplies batches of matrices (`in_batches`); and
+    where there are fewer blocks than experts, as in decoding, and on CPUs, block after block is
+    multiplied with its own expert's matrix (`in_blocks`), which copies none.
 
     Args:
       x_PD: slots.
@@ -32,7 +32,7 @@ def ragged_product(
       padded_E: int32, slots of each expert, whole blocks.
       expert_Q: int32, the expert of each block.
     """
-    on_gpus = in_rounds if expert_Q.size >= weight_EDF.shape[0] else in_blocks
+    on_gpus = in_batches if expert_Q.size >= weight_EDF.shape[0] else in_blocks
     return jax.lax.platform_dependent(
         x_PD, weight_EDF, padded_E, expert_Q,
         tpu=_ragged, cuda=on_gpus, rocm=on_gpus, default=in_blocks)
@@ -96,76 +96,105 @@ def _each_block(
 
 
 @jax.custom_vjp
-def in_rounds(
+def in_batches(
     x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
 ) -> jax.Array:
-    """`ragged_product` as products of batches of matrices, C slots of every expert in a round.
+    """`ragged_product` as products of batches of matrices: C slots of every expert, then, G at a
+    time, further pieces of C slots of experts that have more, with copies of their matrices.
 
-    There are as many rounds as the expert with the most slots needs; zeros in slots of nobody. The
-    gradient of a matrix is summed over rounds in float32.
+    However lopsided loads are, all pieces together have less than twice the slots of the first
+    batch; zeros in slots of nobody. The gradient of a matrix is summed over pieces in float32.
     """
-    return _each_round("ecd,edf->ecf", x_PD, weight_EDF, padded_E, expert_Q)
+    return _each_batch("ecd,edf->ecf", x_PD, weight_EDF, padded_E, expert_Q)
 
 
-def _in_rounds_backward(
+def _in_batches_backward(
     saved: tuple[jax.Array, jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
 ) -> tuple[jax.Array, jax.Array, None, None]:
     x_PD, weight_EDF, padded_E, expert_Q = saved
-    grad_PD = _each_round("ecf,edf->ecd", grad_PF, weight_EDF, padded_E, expert_Q)
-    capacity = _capacity(x_PD.shape[0], padded_E.size, expert_Q.size)
+    grad_PD = _each_batch("ecf,edf->ecd", grad_PF, weight_EDF, padded_E, expert_Q)
+    pieces = _Pieces(padded_E, x_PD.shape[0], expert_Q.size)
+
+    def products(slot_GC: jax.Array) -> jax.Array:
+        return jnp.einsum("gcd,gcf->gdf", _at(x_PD, slot_GC), _at(grad_PF, slot_GC),
+                          preferred_element_type=jnp.float32)
 
     def add(number: jax.Array, total_EDF: jax.Array) -> jax.Array:
-        slot_EC = _slots_of_round(number, padded_E, capacity, x_PD.shape[0])
-        x_ECD, grad_ECF = (array.at[slot_EC].get(mode="fill", fill_value=0)
-                           for array in (x_PD, grad_PF))
-        return total_EDF + jnp.einsum(
-            "ecd,ecf->edf", x_ECD, grad_ECF, preferred_element_type=jnp.float32)
+        expert_G, slot_GC = pieces.further(number)
+        mine_GE = jax.nn.one_hot(expert_G, padded_E.size)  # no scatter: the same bits each run
+        return total_EDF + jnp.einsum("gdf,ge->edf", products(slot_GC), mine_GE,
+                                      precision=jax.lax.Precision.HIGHEST)
 
-    total_EDF = jax.lax.fori_loop(
-        0, _rounds(padded_E, capacity), add, jnp.zeros(weight_EDF.shape, jnp.float32))
+    total_EDF = jax.lax.fori_loop(0, pieces.batches(), add, products(pieces.first()))
     return grad_PD, total_EDF.astype(weight_EDF.dtype), None, None
 
 
-in_rounds.defvjp(lambda *arguments: (in_rounds(*arguments), arguments), _in_rounds_backward)
+in_batches.defvjp(lambda *arguments: (in_batches(*arguments), arguments), _in_batches_backward)
 
 
-def _each_round(
+def _each_batch(
     product: str, x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
 ) -> jax.Array:
     """`product` of each slot in use with its expert's matrix."""
     slots, weight_EDF = x_PD.shape[0], weight_EDF.astype(x_PD.dtype)
-    capacity = _capacity(slots, padded_E.size, expert_Q.size)
+    pieces = _Pieces(padded_E, slots, expert_Q.size)
+
+    def placed(out_PF: jax.Array, slot_GC: jax.Array, weight_GDF: jax.Array) -> jax.Array:
+        return out_PF.at[slot_GC].set(jnp.einsum(product, _at(x_PD, slot_GC), weight_GDF),
+                                      mode="drop", unique_indices=True)
 
     def multiply(number: jax.Array, out_PF: jax.Array) -> jax.Array:
-        slot_EC = _slots_of_round(number, padded_E, capacity, slots)
-        x_ECD = x_PD.at[slot_EC].get(mode="fill", fill_value=0)
-        return out_PF.at[slot_EC].set(
-            jnp.einsum(product, x_ECD, weight_EDF), mode="drop", unique_indices=True)
+        expert_G, slot_GC = pieces.further(number)
+        return placed(out_PF, slot_GC, weight_EDF[expert_G])
 
     width = weight_EDF.shape[2 if product.endswith("f") else 1]
+    start_PF = jnp.zeros((slots, width), x_PD.dtype)
     return jax.lax.fori_loop(
-        0, _rounds(padded_E, capacity), multiply, jnp.zeros((slots, width), x_PD.dtype))
+        0, pieces.batches(), multiply, placed(start_PF, pieces.first(), weight_EDF))
 
 
-def _capacity(slots: int, experts: int, blocks: int) -> int:
-    """Slots of an expert in a round, whole blocks."""
-    block = slots // blocks
-    return min(slots, -(-slots * SHARE_PERCENT // (100 * experts * block)) * block)
+def _at(x_PD: jax.Array, slot_GC: jax.Array) -> jax.Array:
+    return x_PD.at[slot_GC].get(mode="fill", fill_value=0)
 
 
-def _rounds(padded_E: jax.Array, capacity: int) -> jax.Array:
-    return -(-jnp.max(padded_E) // capacity)
+class _Pieces:
+    """Every expert's slots in pieces of C: the first of each, and the further ones, G at a time.
 
+    Slots are int32 [pieces, C]; where a piece is not full they are numbers from P on, each its own.
+    """
 
-def _slots_of_round(
-    number: jax.Array, padded_E: jax.Array, capacity: int, slots: int
-) -> jax.Array:
-    """Each expert's slots in a round, int32 [E, C]; numbers from P on, each its own, where it has
-    no more."""
-    at_C = number * capacity + jnp.arange(capacity, dtype=jnp.int32)
-    slot_EC = (jnp.cumsum(padded_E) - padded_E)[:, None] + at_C[None]
-    beyond_EC = slots + jnp.arange(slot_EC.size, dtype=jnp.int32).reshape(slot_EC.shape)
-    return jnp.where(at_C[None] < padded_E[:, None], slot_EC, beyond_EC)
+    def __init__(self, padded_E: jax.Array, slots: int, blocks: int):
+        block, experts = slots // blocks, padded_E.size
+        share = -(-slots * SHARE_PERCENT // (100 * experts * block)) * block
+        self._slots, self._capacity = slots, min(slots, share)
+        self._count = -(-experts // FURTHER)
+        self._padded_E = padded_E
+        self._start_E = jnp.cumsum(padded_E) - padded_E
+        self._more_E = jnp.maximum(-(-padded_E // self._capacity) - 1, 0)
+        self._stop_E = jnp.cumsum(self._more_E)
+
+    def first(self) -> jax.Array:
+        expert_E = jnp.arange(self._padded_E.size, dtype=jnp.int32)
+        return self._slots_of(expert_E, jnp.zeros_like(expert_E))
+
+    def batches(self) -> jax.Array:
+        """How many there are of further pieces."""
+        return -(-self._stop_E[-1] // self._count)
+
+    def further(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The experts, int32 [G], and slots of a batch of further pieces."""
+        piece_G = number * self._count + jnp.arange(self._count, dtype=jnp.int32)
+        expert_G = jnp.sum(piece_G[:, None] >= self._stop_E[None], axis=1, dtype=jnp.int32)
+        expert_G = jnp.minimum(expert_G, self._stop_E.size - 1)
+        nth_G = 1 + piece_G - (self._stop_E - self._more_E)[expert_G]
+        return expert_G, self._slots_of(expert_G, nth_G)
+
+    def _slots_of(self, expert_G: jax.Array, nth_G: jax.Array) -> jax.Array:
+        at_GC = (nth_G * self._capacity)[:, None] + jnp.arange(
+            self._capacity, dtype=jnp.int32)[None]
+        beyond_GC = self._slots + jnp.arange(at_GC.size, dtype=jnp.int32).reshape(at_GC.shape)
+        return jnp.where(at_GC < self._padded_E[expert_G][:, None],
+                         self._start_E[expert_G][:, None] + at_GC, beyond_GC)
 
 
 @jax.custom_vjp

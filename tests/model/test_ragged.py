@@ -7,7 +7,7 @@ import pytest
 
 from engram_jax.model import moe, ragged
 from engram_jax.model.moe import group
-from engram_jax.model.ragged import in_blocks, in_rounds, kernel_outer, ragged_matmul, ragged_outer
+from engram_jax.model.ragged import in_batches, in_blocks, kernel_outer, ragged_matmul, ragged_outer
 
 EXPERTS, WIDTH, HIDDEN, SLOTS = 4, 6, 5, 640
 
@@ -67,14 +67,16 @@ def test_the_sum_is_in_float32(outer):
     np.testing.assert_array_equal(out_EDF[:, 0, 0], [600, 40, 0, 0])
 
 
-@pytest.mark.parametrize("way", [in_rounds, ragged._ragged])
-@pytest.mark.parametrize("tokens", [1, 30])
-@pytest.mark.parametrize("even", [True, False])
-def test_what_accelerators_multiply_is_what_cpus_do(way, tokens, even):
-    """On every slot that is filled, and back; one expert has most tokens, or loads are even."""
-    choice = np.random.default_rng(0).integers(0, 4, (tokens, 2))
-    groups = group(jnp.asarray(choice if even else choice // 3, jnp.int32), 5)
-    x, weight = jnp.asarray(random(groups.source_P.size, 6)), jnp.asarray(random(5, 6, 7, seed=1))
+@pytest.mark.parametrize("way", [in_batches, ragged._ragged])
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("load", ["even", "lopsided", "one"])
+def test_what_accelerators_multiply_is_what_cpus_do(way, tokens, load):
+    """On every slot that is filled, and back; loads are even, or one of nine experts has most or
+    all tokens."""
+    choice = np.random.default_rng(0).integers(0, 9, (tokens, 2))
+    choice = {"even": choice, "lopsided": choice // 4, "one": choice * 0 + 4}[load]
+    groups = group(jnp.asarray(choice, jnp.int32), 9)
+    x, weight = jnp.asarray(random(groups.source_P.size, 6)), jnp.asarray(random(9, 6, 7, seed=1))
     used = int(groups.padded_E.sum())
     weights = jnp.asarray(random(x.shape[0], 7, seed=2)).at[used:].set(0)
 
@@ -86,9 +88,9 @@ def test_what_accelerators_multiply_is_what_cpus_do(way, tokens, even):
         np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", [in_blocks, in_rounds])
+@pytest.mark.parametrize("way", [in_blocks, in_batches])
 def test_gradients_of_experts_add_up_in_float32(way):
-    """Ones over blocks, or rounds: in bfloat16 their sum would end at 256."""
+    """Ones over blocks, or pieces: in bfloat16 their sum would end at 256."""
     choice = jnp.zeros((4096, 1), jnp.int32)
     groups = group(choice, 8)
     x = jnp.ones((groups.source_P.size, 4), jnp.bfloat16)
@@ -98,6 +100,18 @@ def test_gradients_of_experts_add_up_in_float32(way):
             jnp.zeros((8, 4, 4), jnp.bfloat16))
     np.testing.assert_array_equal(grad[0], 4096)
     np.testing.assert_array_equal(grad[1:], 0)
+
+
+def test_batches_are_bounded_however_lopsided_loads_are():
+    """In rounds of all experts it would take as many as there are experts."""
+    for size_E in ([128] * 16, [2048] + [0] * 15, [0] * 15 + [2048], [512] * 4 + [0] * 12):
+        pieces = ragged._Pieces(jnp.array(size_E, jnp.int32), 2048, 128)
+        assert pieces.first().shape == (16, 160)
+        batches = int(pieces.batches())
+        slots = [np.asarray(pieces.further(number)[1]) for number in range(batches)]
+        assert sum(slot_GC.size for slot_GC in slots) < 2048
+        every = np.concatenate([np.asarray(pieces.first()).ravel(), *map(np.ravel, slots)])
+        assert sorted(every[every < 2048]) == list(range(2048)), "each slot once"
 
 
 def test_gpus_go_block_after_block_only_where_blocks_are_few():

@@ -1,4 +1,5 @@
-"""What TPUs compute in another order than CPUs, and what a backward pass keeps, is the same."""
+"""What TPUs and GPUs compute in another order than CPUs, and what a backward pass keeps, is the
+same."""
 
 import dataclasses
 import functools
@@ -30,11 +31,14 @@ PAIRS = {
                   (random(2, 5, 32, seed=5), random(32, 24, seed=6))),
     "rounds": (functools.partial(hyper_connections._rounds, 20),
                functools.partial(hyper_connections._rounds_of_lanes, 20), (RESIDUAL + 0.1,)),
+    "rounds on GPUs": (functools.partial(hyper_connections._rounds, 20),
+                       functools.partial(hyper_connections._rounds_unrolled, 20),
+                       (RESIDUAL + 0.1,)),
 }
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_streams_on_a_tpu_are_those_on_a_cpu_and_so_are_gradients(name):
+def test_streams_on_accelerators_are_those_on_a_cpu_and_so_are_gradients(name):
     here, there, arguments = PAIRS[name]
 
     def with_gradients(function):
