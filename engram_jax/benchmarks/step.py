@@ -4,6 +4,7 @@ long: tokens a second, MFU against the chips' peak, time by the code's scopes fr
 import collections
 import itertools
 import pathlib
+import re
 import statistics
 import tempfile
 import time
@@ -40,17 +41,21 @@ PEAKS = {
     "NVIDIA A100": 312.0, "NVIDIA H100 PCIe": 756.0, "NVIDIA H100": 989.4, "NVIDIA H200": 989.4,
     "NVIDIA B200": 2250.0,
 }
+# Kernels of libraries that a GPU starts from a graph of launches: a profile does not say of which
+# operation they are. And copies between its buffers.
+UNNAMED = "unnamed"
 # They run other operations of the program, whose own time counts.
 _AROUND = ("while", "call", "conditional", "async-start", "async-done")
 
 
 def cut_27b() -> RunConfig:
     """Four blocks of engram-27b with one Engram layer and an eighth of its rows: about 41 GB of
-    state, gradients with it, in one sequence a device."""
+    state, gradients with it. Eight sequences a device, one after another: on a pod the optimizer of
+    a block is divided among all devices, and here one device's is made for these alone."""
     return changed(recipes.engram_27b(), {
         "name": "engram-27b, 4 blocks", "baseline": "", "model.depth": 4,
         "model.engram.layers": (1,), "model.engram.rows_per_head": (282_800, 282_800),
-        "data.batch_size": jax.device_count(), "training.accumulate": 1})
+        "data.batch_size": 8 * jax.device_count(), "training.accumulate": 8})
 
 
 WORKLOADS: dict[str, Callable[[], RunConfig]] = {
@@ -138,23 +143,29 @@ def by_scope(program: Program, traces: list[Any]) -> dict[str, float]:
     """Seconds of a program's operations by scope, as profiles have them.
 
     An event belongs to the operation that it is named after or says that it is of; what only runs
-    others, such as a loop, is left out.
+    others, such as a loop, is left out. Whatever else a GPU's streams ran is `UNNAMED`.
     """
     scopes = {}
     for site in program.walk():
         instruction = site.instruction
         if instruction.opcode not in _AROUND:
-            scopes[instruction.name] = scope_of(
+            scopes[instruction.name] = scopes[_kernel(instruction.name)] = scope_of(
                 instruction.attribute(r'op_name="([^"]*)"') or "")
+    planes = [plane for trace in traces for plane in trace.planes]
+    on_gpus = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     seconds: collections.Counter[str] = collections.Counter()
-    for trace in traces:
-        for plane in trace.planes:
-            for line in plane.lines:
-                for event in line.events:
-                    name = _operation(event)
-                    if name in scopes:
-                        seconds[scopes[name]] += event.duration_ns / 1e9
+    for plane in on_gpus or planes:
+        for line in plane.lines:
+            own = UNNAMED if on_gpus and line.name.startswith("Stream") else None
+            for event in line.events:
+                if scope := scopes.get(_operation(event), own):
+                    seconds[scope] += event.duration_ns / 1e9
     return dict(seconds)
+
+
+def _kernel(name: str) -> str:
+    """What a GPU's kernel of an operation is called."""
+    return re.sub(r"\W", "_", name)
 
 
 def _operation(event: Any) -> str:

@@ -55,7 +55,7 @@ def settle_sums() -> None:
     """Ask GPUs for the same bits in every run; to be done before jax starts.
 
     Sums of gradients whose indices repeat are atomic additions there, in whatever order they come,
-    unless XLA is told otherwise. What the order costs was never measured on a GPU; with
+    unless XLA is told otherwise. What the order costs was never measured; with
     XLA_FLAGS=--xla_gpu_deterministic_ops=false nobody asks for it.
     """
     flags = os.environ.get("XLA_FLAGS", "")

@@ -162,7 +162,7 @@ def described(run: RunConfig) -> str:
 def _attention_by(numbers: Account) -> str:
     if numbers.attention != "auto":
         return numbers.attention
-    return "auto: splash on TPUs, cudnn on GPUs that can, else xla"
+    return "auto: splash on TPUs, else xla"
 
 
 def _rho(numbers: Account, run: RunConfig) -> str:

@@ -2,8 +2,10 @@
 
 `xla` is plain JAX in chunks of queries: it runs anywhere, and the others are compared with it.
 `splash` is the flash attention that JAX ships for TPUs, `cudnn` NVIDIA's behind
-`jax.nn.dot_product_attention`. Neither ever holds the scores of a whole sequence. `cudnn` was never
-run on a GPU by us, `splash` never on a TPU: it is compiled for TPUs and interpreted on CPUs.
+`jax.nn.dot_product_attention`. Neither ever holds the scores of a whole sequence. `splash` was
+never run on a TPU by us: it is compiled for TPUs and interpreted on CPUs. `cudnn` ran alone on an
+H200, and was the plain one, but a training step that calls it ended there in an IndexError of XLA's
+(jax 0.11.2), so nobody gets it who does not name it.
 
 Shapes: B batch, T time (S the attended time), H heads, X width of queries and keys, V of values.
 """
@@ -39,7 +41,7 @@ def chosen(config: AttentionConfig, dtype: str, isolated: bool, device: jax.Devi
     """The implementation that a model's attention has on a device.
 
     Args:
-      config: its `implementation` is a name, or "auto".
+      config: its `implementation` is a name, or "auto": the first of `available` but "cudnn".
       dtype: of activations.
       isolated: whether documents are kept apart.
       device: any of those that the model runs on.
@@ -49,7 +51,8 @@ def chosen(config: AttentionConfig, dtype: str, isolated: bool, device: jax.Devi
     """
     name = config.implementation
     if name == "auto":
-        return available(config, dtype, isolated, device)[0]
+        names = available(config, dtype, isolated, device)
+        return next(name for name in names if name != "cudnn")
     obstacle = _obstacle(name, config, dtype, isolated, device)
     require(obstacle is None, "model.attention.implementation", name,
             f"{obstacle}; auto takes what there is")
@@ -59,7 +62,7 @@ def chosen(config: AttentionConfig, dtype: str, isolated: bool, device: jax.Devi
 def available(
     config: AttentionConfig, dtype: str, isolated: bool, device: jax.Device
 ) -> tuple[str, ...]:
-    """The implementations that a device has for such a model, the one that it is given first."""
+    """The implementations that a device has for such a model."""
     return tuple(name for name in ("splash", "cudnn", "xla")
                  if _obstacle(name, config, dtype, isolated, device) is None)
 

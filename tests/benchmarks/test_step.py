@@ -1,6 +1,7 @@
 """`bench step` runs the real step of `tiny` on a CPU, and says what it cannot know."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from engram_jax.benchmarks.experts import expert_benchmark
 from engram_jax.cli import main
 from engram_jax.config import MoEConfig
 from engram_jax.costs.breakdown import OTHER, SCOPES
+from engram_jax.costs.hlo import parse
 from engram_jax.recipes import tiny
 from engram_jax.settings import changed
 from engram_jax.training import placement
@@ -46,6 +48,38 @@ def test_a_profile_tells_the_parts(measured):
     for name in ("attention", "experts", "head", "optimizer", "lookup", "row_update"):
         assert parts[name] > 0, name
     assert 0 < sum(parts.values()) < 20 * measured["step_s"], "threads add up, loops do not"
+
+
+HLO = """HloModule step, entry_computation_layout={()->f32[]}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %loop_add_fusion.12 = f32[4]{0} add(%a, %a), metadata={op_name="jit(step)/sinkhorn/add"}
+  %copy.3 = f32[4]{0} copy(%loop_add_fusion.12), metadata={op_name="jit(step)/experts/copy"}
+  ROOT %custom-call.7 = f32[4]{0} custom-call(%copy.3), custom_call_target="gemm", \
+metadata={op_name="jit(step)/head/dot_general"}
+}
+""".replace("\\\n", "")
+
+
+def event(name, ns, **stats):
+    return SimpleNamespace(name=name, duration_ns=ns, stats=stats.items())
+
+
+def plane(name, line, *events):
+    return SimpleNamespace(name=name, lines=[SimpleNamespace(name=line, events=events)])
+
+
+def test_a_gpu_s_kernels_belong_to_their_operations_and_none_is_lost():
+    """Those of a graph of launches are only named, and those of a library not even that; what the
+    host says of the same operations does not count again."""
+    device = plane("/device:GPU:0", "Stream #14(Compute)", event("loop_add_fusion_12", 5e8),
+                   event("kernel", 1e9, hlo_op="copy.3"), event("nvjet_sm90_tss", 2e9),
+                   event("gemm", 3e9, hlo_op="custom-call.7"))
+    host = plane("/host:CPU", "python", event("loop_add_fusion.12", 7e9))
+    assert step.by_scope(parse(HLO), [SimpleNamespace(planes=[host, device])]) == {
+        "sinkhorn": 0.5, "experts": 1.0, step.UNNAMED: 2.0, "head": 3.0}
+    assert step.by_scope(parse(HLO), [SimpleNamespace(planes=[host])]) == {"sinkhorn": 7.0}
 
 
 def test_sizes_are_of_their_benchmarks(capsys):

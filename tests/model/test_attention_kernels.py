@@ -16,7 +16,7 @@ from engram_jax.config import AttentionConfig, YarnConfig
 from engram_jax.costs.slices import slice_of
 from engram_jax.errors import UserError
 from engram_jax.model import attention_kernels
-from engram_jax.model.attention_kernels import chosen, cudnn, in_chunks, splash
+from engram_jax.model.attention_kernels import available, chosen, cudnn, in_chunks, splash
 from engram_jax.training import placement
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -172,16 +172,32 @@ BROAD = AttentionConfig(nope_dim=192, rope_dim=64, value_dim=128)
     (PAPER, CPU, "bfloat16", True, "xla"),
     (PAPER, TPU, "bfloat16", True, "splash"),
     (NARROW, TPU, "float32", False, "splash"),
-    (PAPER, H100, "bfloat16", True, "cudnn"),
+    (PAPER, H100, "bfloat16", True, "xla"),
     (PAPER, H100, "float32", True, "xla"),
     (PAPER, A100, "bfloat16", False, "xla"),
-    (NARROW, A100, "bfloat16", True, "cudnn"),
-    (BROAD, H100, "bfloat16", False, "cudnn"),
+    (NARROW, A100, "bfloat16", True, "xla"),
+    (BROAD, H100, "bfloat16", False, "xla"),
     (BROAD, H100, "bfloat16", True, "xla"),
     (NARROW, AMD, "bfloat16", False, "xla"),
 ])
 def test_auto(config, on, dtype, isolated, name):
     assert chosen(config, dtype, isolated, on) == name
+
+
+@pytest.mark.parametrize(("config", "on", "dtype", "isolated", "names"), [
+    (PAPER, TPU, "bfloat16", True, ("splash", "xla")),
+    (PAPER, H100, "bfloat16", True, ("cudnn", "xla")),
+    (PAPER, H100, "float32", True, ("xla",)),
+    (PAPER, A100, "bfloat16", False, ("xla",)),
+    (NARROW, A100, "bfloat16", True, ("cudnn", "xla")),
+    (BROAD, H100, "bfloat16", True, ("xla",)),
+    (NARROW, AMD, "bfloat16", False, ("xla",)),
+])
+def test_what_can_be_had(config, on, dtype, isolated, names):
+    assert available(config, dtype, isolated, on) == names
+    for name in names:
+        named = dataclasses.replace(config, implementation=name)
+        assert chosen(named, dtype, isolated, on) == name
 
 
 @pytest.mark.parametrize(("name", "on", "dtype", "words"), [
