@@ -3,9 +3,9 @@
     python -m experiments.accelerators.kernels small [FIELD=VALUE ...]
 
 It wants jax with its CUDA plugin (`jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's version) and
-no GPU. Sorts are XLA's own there. Each kernel counts as often as its loops run, where that is known, else once. Products are a
-library's, as nothing can be timed for choosing among kernels. Compared once with a profile of an
-H200: 15,168 kernels a step where 13,456 were counted, the rest being loops of unknown length.
+no GPU. Each kernel counts as often as its loops run, where that is known, else once. Products are a
+library's and sorts XLA's own, as nothing can be timed for choosing among kernels. Compared once
+with a profile of an H200: 15,168 kernels a step where 13,456 were counted.
 """
 
 import collections
