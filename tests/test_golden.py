@@ -26,6 +26,8 @@ from engram_jax.model.hyper_connections import connect, mixing
 from engram_jax.model.moe import moe
 from engram_jax.tables.layout import TableLayout
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 HERE = pathlib.Path(__file__).resolve().parent
 GOLDEN = pathlib.Path(os.environ.get("ENGRAM_GOLDEN") or HERE / "golden")
 TOKENIZER = pathlib.Path(os.environ.get("ENGRAM_TOKENIZER") or (

@@ -254,6 +254,7 @@ def test_sweep_says_what_to_do_next(trained, text, recipe, capsys, monkeypatch, 
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_tokenizer_much_smaller_than_the_vocabulary_is_said(text, capsys, tmp_path):
     def said(size):
         return succeeded(capsys, "train", "micro", "--out", tmp_path / str(size), "--set",

@@ -20,6 +20,8 @@ from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.hashing.ngrams import NgramHash, reach_from_dead, reach_from_documents
 from engram_jax.hashing.variants import is_prime
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 SMALL = NgramHash(rows_per_head=(50, 70), heads=2, layers=(1, 4), vocab_size=300, pad_id=7)
 IDS_BT = np.random.default_rng(0).integers(0, 300, (3, 11)).astype(np.int32)
 

@@ -78,6 +78,7 @@ def logits(opened, tokens_BT):
 apply = jax.jit(transformer.apply, static_argnums=4)
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_their_tables_alone_share_a_program(run, tokens, opened, batch):
     engram = dataclasses.replace(run.model.engram, rows_per_head=(96, 160), hash_seed=5)
     other = opened_run(with_model(run, engram=engram), tokens)

@@ -12,6 +12,8 @@ from engram_jax.config import EngramConfig
 from engram_jax.errors import UserError
 from engram_jax.model.engram import causal_conv, fuse, init_engram
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 BATCH, TIME, WIDTH = 2, 13, 32
 CONFIG = EngramConfig(layers=(1, 3), rows_per_head=(31, 37), heads=2, head_dim=8, shards=4,
                       table_std=1.0)

@@ -104,6 +104,7 @@ def test_sigterm_leaves_a_checkpoint_and_all_rows(
     assert_same(out, trained)
 
 
+@pytest.mark.slow
 def test_a_store_that_takes_no_more_costs_no_more_than_the_last_checkpoint(
     run, trained, store, bucket, capsys, monkeypatch
 ):

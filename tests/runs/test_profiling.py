@@ -13,6 +13,7 @@ from engram_jax.runs.profiling import parsed
 pytestmark = pytest.mark.usefixtures("compilations")
 
 
+@pytest.mark.slow
 def test_the_chosen_steps_are_traced_and_change_nothing(trained, tmp_path):
     run = RunDirectory(trained).config()
     train.train(run, tmp_path, lambda line: None, profile="3:5")

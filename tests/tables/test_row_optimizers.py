@@ -19,6 +19,8 @@ from engram_jax.tables.exchange import UNUSED, UniqueRows
 from engram_jax.tables.layout import TableLayout
 from engram_jax.tables.row_optimizers import balanced_momentum, row_optimizer, state_bytes
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 ADAM = {"b1": 0.9, "b2": 0.95, "eps": 1e-8}
 RATE = 1e-2

@@ -314,7 +314,9 @@ def test_the_state_is_born_in_parts_with_the_bits_of_one_device(run):
 # --- Checkpoints ---
 
 
-def test_a_checkpoint_of_one_mesh_goes_on_on_any_other(run, tmp_path):
+@pytest.mark.parametrize("shapes", [
+    [ONE], pytest.param([(1, 4), FEW], marks=pytest.mark.slow)], ids=["one device", "others"])
+def test_a_checkpoint_of_one_mesh_goes_on_on_any_other(run, tmp_path, shapes):
     inputs, fingerprints = inputs_for(run), inputs_for(run).fingerprints()
 
     def save(directory, number, state, batches):
@@ -333,7 +335,7 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_any_other(run, tmp_path):
     state, _ = go_on(run, MANY, first, [next(batches) for _ in range(3)])
     save(tmp_path / "many", 3, state, batches)
     saved = jax.tree.map(np.asarray, state)
-    for shape in ((1, 4), FEW, ONE):
+    for shape in shapes:
         found, iterator = restore(tmp_path / "many", shape)
         assert_same_bits(found, saved)
         assert_same_bits(next(iterator), batches_of(run, STEPS)[3])
