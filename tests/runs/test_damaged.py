@@ -31,14 +31,20 @@ def run(trained):
     return RunDirectory(trained).config()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def left_behind():
+    """Such readers are gone with this module: no other test is told of them."""
+    yield
+    time.sleep(0.2)
+    gc.collect()
+
+
 @pytest.fixture
 def stopped(trained, tmp_path):
     """A run without its result, whose newest checkpoint is of its last step, 7; the other is 6."""
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    yield tmp_path / "run"
-    time.sleep(0.2)
-    gc.collect()
+    return tmp_path / "run"
 
 
 def largest(folder):
