@@ -1,4 +1,5 @@
-"""What one token costs among many experts, against the picked ones alone."""
+"""What one token costs among many experts, against the picked ones alone; and what a batch costs
+whose loads are even, and one whose loads are lopsided."""
 
 import functools
 import statistics
@@ -7,9 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from engram_jax.config import MoEConfig
-from engram_jax.model.moe import moe, moe_parameters
+from engram_jax.model.moe import experts_here, moe, moe_parameters
 from engram_jax.model.parameters import values
 from engram_jax.settings import changed
 
@@ -18,17 +20,26 @@ PAPER = MoEConfig(experts=55, shared=0)  # engram-27b's routed experts
 
 
 def expert_benchmark(
-    config: MoEConfig = PAPER, width: int = 2560, steps: int = STEPS
+    config: MoEConfig = PAPER, width: int = 2560, steps: int = STEPS, tokens: int = 0
 ) -> dict[str, Any]:
-    """Time the experts of one block for one token, all experts there or the picked ones alone.
+    """Time the experts of one block: for one token, all experts there or the picked ones alone; and
+    for a batch, forward and back.
 
-    Both route, both read the matrices of `config.top_k` experts in the dtype that the device serves
-    in; the second has no others.
+    For one token both route, both read the matrices of `config.top_k` experts in the dtype that the
+    device serves in; the second has no others.
+
+    Args:
+      config: of the experts.
+      width: of the tokens.
+      steps: how often each is timed.
+      tokens: of the batch, which is timed a quarter as often; by default 4096, and none on a CPU.
 
     Returns:
       `experts`, `picked`, `all_ms` and `picked_ms` (medians of `steps` tokens that took turns),
       `ratio` of the two, and `all_temporary_bytes` and `picked_temporary_bytes`, what the compiled
-      programs need beside weights and token.
+      programs need beside weights and token. Of a batch of `tokens`, if there is one, whose choices
+      are drawn evenly or as 1 / rank of the expert, `even_ms` and `lopsided_ms`, medians, and
+      `even_teraflops` and `lopsided_teraflops`, what its products are a second, without padding.
     """
     few = changed(config, {"experts": config.top_k})
     arms = [_compiled(each, width) for each in (config, few)]
@@ -38,12 +49,40 @@ def expert_benchmark(
         times.append([_seconds(program, params, token) for program, params, _ in arms])
     ours, picked = (1e3 * statistics.median(column) for column in zip(*times[1:], strict=True))
     spare = [program.memory_analysis().temp_size_in_bytes for program, _, _ in arms]
+    tokens = tokens or (0 if jax.default_backend() == "cpu" else 4096)
     return {
         "experts": config.experts, "picked": config.top_k, "width": width,
         "expert_ffn": config.expert_ffn, "all_ms": ours, "picked_ms": picked,
         "ratio": ours / picked, "all_temporary_bytes": spare[0],
-        "picked_temporary_bytes": spare[1], "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__}
+        "picked_temporary_bytes": spare[1], "tokens": tokens,
+        **(_batches(config, width, tokens, max(1, steps // 4)) if tokens else {}),
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+def _batches(config: MoEConfig, width: int, tokens: int, steps: int) -> dict[str, float]:
+    """The times of a batch's products, by how its loads are spread."""
+    params = _compiled(config, width)[1]["experts"]
+    dtype, told = params["gate"].dtype, {}
+    x_ND, weight_NK = (jax.random.normal(jax.random.key(0), (tokens, size), dtype)
+                       for size in (width, config.top_k))
+
+    @jax.jit
+    def both_ways(params: Any, x_ND: jax.Array, choice_NK: jax.Array) -> Any:
+        def total(params: Any, x_ND: jax.Array) -> jax.Array:
+            return jnp.sum(experts_here(params, x_ND, choice_NK, weight_NK, config.experts)[0]
+                           .astype(jnp.float32))
+
+        return jax.grad(total, argnums=(0, 1))(params, x_ND)
+
+    flops = 3 * 3 * 2 * tokens * config.top_k * width * config.expert_ffn
+    for name, shares in (("even", np.ones(config.experts)),
+                         ("lopsided", 1 / np.arange(1, config.experts + 1))):
+        choice_NK = jnp.asarray(np.random.default_rng(0).choice(
+            config.experts, (tokens, config.top_k), p=shares / shares.sum()), jnp.int32)
+        times = [_seconds(both_ways, params, x_ND, choice_NK) for _ in range(steps + 1)]
+        told[f"{name}_ms"] = 1e3 * statistics.median(times[1:])
+        told[f"{name}_teraflops"] = flops / statistics.median(times[1:]) / 1e12
+    return told
 
 
 def _compiled(config: MoEConfig, width: int) -> tuple[Any, Any, Any]:
@@ -61,8 +100,8 @@ def _compiled(config: MoEConfig, width: int) -> tuple[Any, Any, Any]:
     return jax.jit(function).lower(params, token).compile(), params, dtype
 
 
-def _seconds(program: Any, params: Any, token: jax.Array) -> float:
-    token = jax.block_until_ready(token)
+def _seconds(program: Any, *given: Any) -> float:
+    given = jax.block_until_ready(given)
     start = time.perf_counter()
-    jax.block_until_ready(program(params, token))
+    jax.block_until_ready(program(*given))
     return time.perf_counter() - start

@@ -88,6 +88,18 @@ def dense_4b() -> Workload:
                     homes=("none", "host"), cache_bytes=2**30)
 
 
+def shortened(work: Workload, requests: int) -> Workload:
+    """The workload with its first requests alone, each arm once.
+
+    Raises:
+      UserError: it has not so many, or none is wanted.
+    """
+    require(0 < requests <= work.sequences, "requests", requests,
+            f"must be in 1..{work.sequences}")
+    return dataclasses.replace(
+        work, sequences=requests, slots=min(work.slots, requests), repeats=1)
+
+
 class Way(NamedTuple):
     """How rows come from a home in an arm.
 

@@ -15,11 +15,10 @@ def add(commands: Commands) -> None:
         "measure this machine: hash (jitted against NumPy), table (row updates against the table's "
         "size), optimizers (of tables), exchange (rows on eight devices against a sharded gather), "
         "step (the real training step: tokens/s, MFU, time by part), experts (one token among many "
-        "experts, against the picked ones alone), attention (of one long sequence, by each "
-        "implementation), "
-        "gather (tokens to packed rows from a table in host memory), offload (inference with the "
-        "table on the device, the host and a disk, against no memory), pack (a text on one core "
-        "and on all)", "bench hash --json")
+        "experts, against the picked ones alone, and a batch), attention (of one long sequence, by "
+        "each implementation), gather (tokens to packed rows from a table in host memory), offload "
+        "(inference with the table on the device, the host and a disk, against no memory), pack (a "
+        "text on one core and on all)", "bench hash --json")
     command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather",
                                           "offload", "pack", "step", "experts",
                                           "attention"])
@@ -39,6 +38,8 @@ def add(commands: Commands) -> None:
     command.add_argument("--topology", default="", metavar="CHIP:LAYOUT",
                          help="of bench attention: a TPU slice, such as v5p:1x1x1, to compile for; "
                          "nothing runs")
+    command.add_argument("--requests", type=int, default=0, metavar="N",
+                         help="of bench offload: the first N requests alone, each arm once")
     command.add_argument("--trace", default="", metavar="DIR",
                          help="of bench offload: write a trace of a few requests, for Perfetto")
     add_json(command)
@@ -65,6 +66,7 @@ def _workload(
 def _measured(options: Options) -> dict[str, typing.Any]:
     what = options.what
     for name, of in (("size", ("offload", "step")), ("trace", ("offload",)), ("mesh", ("step",)),
+                     ("requests", ("offload",)),
                      ("length", ("attention",)), ("topology", ("attention",))):
         if getattr(options, name) and what not in of:
             raise UserError(f"--{name} is of bench {' and '.join(of)}, not of bench {what}")
@@ -74,8 +76,10 @@ def _measured(options: Options) -> dict[str, typing.Any]:
         case "offload":
             from engram_jax.benchmarks import offload
 
+            work = _workload(options, offload.WORKLOADS, "tiny")
             return offload.offload_benchmark(
-                _workload(options, offload.WORKLOADS, "tiny"), options.trace)
+                offload.shortened(work, options.requests) if options.requests else work,
+                options.trace)
         case "step":
             import jax
 

@@ -84,7 +84,9 @@ def test_a_gpu_s_kernels_belong_to_their_operations_and_none_is_lost():
 
 def test_sizes_are_of_their_benchmarks(capsys):
     for words in (["bench", "step", "--size", "4b"], ["bench", "offload", "--size", "27b"],
-                  ["bench", "hash", "--size", "tiny"], ["bench", "hash", "--mesh", "1x1"]):
+                  ["bench", "hash", "--size", "tiny"], ["bench", "hash", "--mesh", "1x1"],
+                  ["bench", "step", "--requests", "3"], ["bench", "offload", "--requests", "49"],
+                  ["bench", "offload", "--requests", "-1"]):
         assert main.main(words) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
@@ -95,7 +97,12 @@ def test_the_cut_is_of_the_papers_model():
 
 
 def test_one_token_among_many_experts_needs_no_more_room_than_the_picked_ones():
-    measured = expert_benchmark(MoEConfig(experts=24, top_k=3, shared=0, expert_ffn=32), 64, 2)
+    measured = expert_benchmark(
+        MoEConfig(experts=24, top_k=3, shared=0, expert_ffn=32), 64, 2, tokens=40)
+    for load in ("even", "lopsided"):
+        flops = 18 * 40 * 3 * 64 * 32
+        assert measured[f"{load}_teraflops"] == pytest.approx(
+            flops / measured[f"{load}_ms"] / 1e9)
     assert measured["ratio"] == pytest.approx(measured["all_ms"] / measured["picked_ms"])
     few, many = measured["picked_temporary_bytes"], measured["all_temporary_bytes"]
     assert many < few + 64 * 32 * 4, "less than one more expert's matrix"
