@@ -49,7 +49,7 @@ def measured(name: str) -> dict[str, Any] | str:
     except subprocess.TimeoutExpired:
         return f"not done in {LIMIT_S} s"
     if done.returncode:
-        return f"exit code {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
+        return f"exit code {done.returncode}: {(done.stderr.strip() or '-').splitlines()[-1]}"
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
