@@ -24,8 +24,8 @@ def token_losses(
 ) -> jax.Array:
     """Cross-entropy of every target in nats, float32 [B, T].
 
-    Beyond `MAX_LOGITS` the logits are computed chunk after chunk of tokens, and once more in the
-    backward pass. The gradient of the head's weight adds up over the chunks in float32.
+    Beyond `MAX_LOGITS` the logits are computed chunk after chunk of tokens, and once more where
+    somebody wants gradients: `mean_token_loss` has better ones.
 
     Args:
       params: what `transformer.head` reads: final_gain, and head or embedding.
@@ -35,6 +35,25 @@ def token_losses(
     """
     losses_BT: jax.Array = _by_chunks(cross_entropy, params, x_BTMD, targets_BT, config)
     return losses_BT
+
+
+@jax.named_scope("loss")
+def mean_token_loss(
+    params: dict[str, Any], x_BTMD: jax.Array, targets_BT: jax.Array, config: ModelConfig
+) -> jax.Array:
+    """The mean of `token_losses`, a float32 scalar; arguments as there.
+
+    Beyond `MAX_LOGITS` its gradient is made chunk after chunk with the logits, which are made once,
+    and that of the head's weight adds up in float32.
+    """
+    size = targets_BT.size
+    if size * config.vocab_size <= MAX_LOGITS:
+        return jnp.mean(token_losses(params, x_BTMD, targets_BT, config))
+    tokens = max(1, MAX_LOGITS // config.vocab_size)
+    total: jax.Array = _sum_of_chunks(
+        config, params, _chunks(x_BTMD.reshape(size, *x_BTMD.shape[2:]), tokens),
+        _chunks(targets_BT.reshape(size), tokens), _chunks(jnp.ones(size), tokens))
+    return total / size
 
 
 class TokenScores(NamedTuple):
@@ -71,45 +90,63 @@ def _by_chunks(
         logits_1NV = transformer.head(params, x_NMD[None], config)
         return jax.tree.map(lambda one: one[0], of(logits_1NV, targets_N[None]))
 
-    made_CN = _each_chunk(
-        chunk, params, _chunks(x_BTMD.reshape(-1, *x_BTMD.shape[2:]), tokens),
-        _chunks(targets_BT.reshape(-1), tokens))
+    parts = (_chunks(x_BTMD.reshape(-1, *x_BTMD.shape[2:]), tokens),
+             _chunks(targets_BT.reshape(-1), tokens))
+    made_CN = jax.lax.map(lambda part: jax.checkpoint(chunk)(params, *part), parts)
     return jax.tree.map(
         lambda one: one.reshape(-1)[: targets_BT.size].reshape(targets_BT.shape), made_CN)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _each_chunk(
-    chunk: Callable[..., Any], params: dict[str, Any], x_CNMD: jax.Array, targets_CN: jax.Array
-) -> Any:
-    """`chunk` of one chunk after another; in the backward pass computed anew, and gradients of
-    `params` add up over the chunks in float32."""
-    _, made_CN = jax.lax.scan(
-        lambda _, part: (None, chunk(params, *part)), None, (x_CNMD, targets_CN))
-    return made_CN
+def _sum_of_chunks(
+    config: ModelConfig, params: dict[str, Any], x_CNMD: jax.Array, targets_CN: jax.Array,
+    weights_CN: jax.Array,
+) -> jax.Array:
+    """The weighted sum of the losses of one chunk after another.
+
+    Its gradient but for a factor is known with the loss itself, so it is made with it: the logits
+    are made once. Gradients of `params` add up over the chunks in float32.
+    """
+    def add(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return total + _of_chunk(config, params, *part), None
+
+    return jax.lax.scan(add, jnp.float32(0), (x_CNMD, targets_CN, weights_CN))[0]
 
 
-def _each_chunk_backward(
-    chunk: Callable[..., Any], saved: tuple[dict[str, Any], jax.Array, jax.Array], grads_CN: Any
-) -> tuple[dict[str, Any], jax.Array, None]:
-    params, x_CNMD, targets_CN = saved
+def _of_chunk(
+    config: ModelConfig, params: dict[str, Any], x_NMD: jax.Array, targets_N: jax.Array,
+    weights_N: jax.Array,
+) -> jax.Array:
+    logits_1NV = transformer.head(params, x_NMD[None], config)
+    return jnp.sum(cross_entropy(logits_1NV, targets_N[None])[0] * weights_N)
 
-    def add(sums: dict[str, Any], part: tuple[jax.Array, ...]) -> tuple[dict[str, Any], jax.Array]:
-        x_NMD, targets_N, grads_N = part
-        _, back = jax.vjp(lambda params, x_NMD: chunk(params, x_NMD, targets_N), params, x_NMD)
-        of_params, of_x_NMD = back(grads_N)
-        return jax.tree.map(lambda total, one: total + one, sums, of_params), of_x_NMD
+
+def _with_gradients(
+    config: ModelConfig, params: dict[str, Any], x_CNMD: jax.Array, targets_CN: jax.Array,
+    weights_CN: jax.Array,
+) -> tuple[jax.Array, tuple[dict[str, Any], dict[str, Any], jax.Array]]:
+    made = jax.value_and_grad(functools.partial(_of_chunk, config), argnums=(0, 1))
+
+    def add(carry: Any, part: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
+        total, sums = carry
+        loss, (of_params, of_x_NMD) = made(params, *part)
+        return (total + loss, jax.tree.map(jnp.add, sums, of_params)), of_x_NMD
 
     start = jax.tree.map(lambda weight: jnp.zeros(weight.shape, jnp.float32), params)
-    # From the last to the first, as `jax.lax.scan` does it.
-    sums, grads_CNMD = jax.lax.scan(add, start, (x_CNMD, targets_CN, grads_CN), reverse=True)
-    return (jax.tree.map(lambda total, weight: total.astype(weight.dtype), sums, params),
-            grads_CNMD, None)
+    (total, sums), grads_CNMD = jax.lax.scan(
+        add, (jnp.float32(0), start), (x_CNMD, targets_CN, weights_CN))
+    return total, (params, sums, grads_CNMD)
 
 
-_each_chunk.defvjp(
-    lambda chunk, params, x, targets: (_each_chunk(chunk, params, x, targets),
-                                       (params, x, targets)), _each_chunk_backward)
+def _scaled(
+    config: ModelConfig, saved: tuple[dict[str, Any], dict[str, Any], jax.Array], grad: jax.Array
+) -> tuple[dict[str, Any], jax.Array, None, None]:
+    params, sums, grads_CNMD = saved
+    return (jax.tree.map(lambda total, weight: (grad * total).astype(weight.dtype), sums, params),
+            (grad * grads_CNMD.astype(jnp.float32)).astype(grads_CNMD.dtype), None, None)
+
+
+_sum_of_chunks.defvjp(_with_gradients, _scaled)
 
 
 def _chunks(array: jax.Array, limit: int) -> jax.Array:

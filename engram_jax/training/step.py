@@ -20,7 +20,7 @@ from engram_jax.hashing.addressing import Addressing
 from engram_jax.hashing.token_hash import BEFORE
 from engram_jax.model import documents, moe, transformer
 from engram_jax.model.layers import Whole, as_they_are
-from engram_jax.model.loss import token_losses
+from engram_jax.model.loss import mean_token_loss, token_losses
 from engram_jax.model.moe import Routed, experts_here
 from engram_jax.model.sequence import Stretch, alone
 from engram_jax.model.transformer import Observed
@@ -197,10 +197,7 @@ def losses(
     stretch: Stretch = alone,
 ) -> tuple[jax.Array, Observed]:
     """Cross-entropy of every target in nats, float32 [B, T], and what could be observed."""
-    x_BTMD, seen = transformer.body(params, batch["tokens_BT"], rows, router_bias, run.model,
-                                    batch["starts_BT"], whole, routed, stretch)
-    head = transformer.head_params(params, run.model, whole)
-    return token_losses(head, x_BTMD, batch["targets_BT"], run.model), seen
+    return _lost(token_losses, params, rows, router_bias, batch, run, whole, routed, stretch)
 
 
 def mean_loss(
@@ -213,9 +210,19 @@ def mean_loss(
     routed: Routed = experts_here,
     stretch: Stretch = alone,
 ) -> tuple[jax.Array, Observed]:
-    """The mean of `losses`."""
-    loss_BT, seen = losses(params, rows, router_bias, batch, run, whole, routed, stretch)
-    return jnp.mean(loss_BT), seen
+    """The mean of `losses`, whose gradient costs less."""
+    return _lost(mean_token_loss, params, rows, router_bias, batch, run, whole, routed, stretch)
+
+
+def _lost(
+    of: Callable[..., jax.Array], params: Any, rows: dict[str, jax.Array], router_bias: Any,
+    batch: Batch, run: RunConfig, whole: Whole, routed: Routed, stretch: Stretch,
+) -> tuple[jax.Array, Observed]:
+    """`of` what the head reads, the streams after the last block and the targets."""
+    x_BTMD, seen = transformer.body(params, batch["tokens_BT"], rows, router_bias, run.model,
+                                    batch["starts_BT"], whole, routed, stretch)
+    head = transformer.head_params(params, run.model, whole)
+    return of(head, x_BTMD, batch["targets_BT"], run.model), seen
 
 
 def evaluation_step(

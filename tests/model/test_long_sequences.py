@@ -12,7 +12,7 @@ from engram_jax.config import AttentionConfig, ModelConfig
 from engram_jax.model import attention_kernels, transformer
 from engram_jax.model import loss as loss_module
 from engram_jax.model.attention import attention, attention_parameters
-from engram_jax.model.loss import cross_entropy, token_losses
+from engram_jax.model.loss import cross_entropy, mean_token_loss, token_losses
 from engram_jax.model.parameters import values
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -76,6 +76,41 @@ def lost(config, params, x_BTMD, targets_BT):
         return jnp.sum(loss_BT * random(*loss_BT.shape, seed=3)), loss_BT
 
     return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(params, x_BTMD)
+
+
+def mean_lost(config, params, x_BTMD, targets_BT):
+    """Three times the mean loss, and its gradients."""
+
+    def total(params, x_BTMD):
+        return 3 * mean_token_loss(params, x_BTMD, targets_BT, config)
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(params, x_BTMD)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tokens", [4, 7])
+def test_the_mean_in_chunks_makes_its_logits_once(monkeypatch, tokens, tied):
+    """Four do not divide the 21 tokens, so the last chunk is filled up with some that count not."""
+    config, params = network(tied)
+    x_BTMD, targets_BT = random(3, 7, 2, 16), np.arange(21).reshape(3, 7)
+    whole = mean_lost(config, params, x_BTMD, targets_BT)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", tokens * config.vocab_size)
+    same(mean_lost(config, params, x_BTMD, targets_BT), whole)
+    traced = str(jax.make_jaxpr(jax.grad(
+        lambda params, x: mean_token_loss(params, x, targets_BT, config), argnums=(0, 1)))(
+            params, x_BTMD))
+    assert traced.count("scan[") == 1, "the backward pass goes over no chunk"
+
+
+def test_the_gradient_of_the_mean_adds_up_in_float32(monkeypatch):
+    """In bfloat16 the sum of 4,096 equal parts would end at 256 of them."""
+    config = dataclasses.replace(network(False)[0], compute_dtype="bfloat16")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), network(False)[1])
+    x_BTMD, targets_BT = jnp.ones((1, 4096, 2, 16), jnp.bfloat16), np.zeros((1, 4096), np.int32)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", config.vocab_size)
+    many = mean_lost(config, params, x_BTMD, targets_BT)[1][0]["head"]
+    one = mean_lost(config, params, x_BTMD[:, :1], targets_BT[:, :1])[1][0]["head"]
+    np.testing.assert_allclose(many.astype(np.float32), one.astype(np.float32), rtol=0.02)
 
 
 @pytest.mark.parametrize("tied", [False, True])
