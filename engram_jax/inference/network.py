@@ -53,10 +53,12 @@ class CachedNetwork:
         self.tokens_B = jnp.zeros(slots, jnp.int32)
         self._sampling = Sampling(jnp.zeros(slots), jnp.zeros(slots, jnp.int32), jnp.ones(slots),
                                   jnp.zeros(slots, jnp.uint32))
+        self._draws_B = np.zeros(slots, bool)
 
     def clear(self, slot: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
         """Empty a slot for a sequence that is drawn in this way (`sampling.Sampling`)."""
         self._cache = _cleared(self._cache, slot, self._pad_id)
+        self._draws_B[slot] = temperature > 0
         self._sampling = _sampling_at(
             self._sampling, slot, temperature, top_k, top_p, np.uint32(seed))
 
@@ -81,9 +83,10 @@ class CachedNetwork:
             assert stage.site is not None
             x_BTMD = self._proceed(stage, x_BTMD, rows[stage.site], context, slot)
         if draw:
+            draws_B = self._draws_B if slot is None else self._draws_B[slot]
             self.tokens_B = stages.finish(
                 self._head, x_BTMD, context, self._sampling, self.tokens_B, slot,
-                model=self._model, known=self._known)
+                model=self._model, known=self._known, greedy=not draws_B.any())
 
     def _begin(
         self, tokens_BT: jax.Array | np.ndarray, count_B: np.ndarray,

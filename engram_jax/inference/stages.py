@@ -22,7 +22,7 @@ from engram_jax.inference.sampling import Sampling, sample
 from engram_jax.model import parameters, transformer
 from engram_jax.model.attention import cached_attention, latents
 from engram_jax.model.engram import fuse
-from engram_jax.model.layers import Params
+from engram_jax.model.layers import Params, apart
 from engram_jax.model.transformer import Segment, segments
 
 
@@ -188,41 +188,58 @@ def _blocks(
     params: dict[str, Any], bias_LE: jax.Array | None, keys: Keys, x_BTMD: jax.Array,
     segment: Segment, context: Context, model: ModelConfig,
 ) -> tuple[jax.Array, Keys]:
-    """A segment's blocks; the keys are carried, so that each block writes into them in state."""
+    """A segment's blocks; the keys are carried, so that each block writes into them in state.
 
-    def one(carry: tuple[jax.Array, Keys], inputs: Any) -> tuple[tuple[jax.Array, Keys], None]:
-        own, bias_E, number = inputs
+    The number of the block is the loop's own counter. A scan's, which is read from an array, tells
+    XLA on GPUs too little to let products read the keys where they are: it copied them.
+    """
+
+    def one(number: jax.Array, carry: tuple[jax.Array, Keys]) -> tuple[jax.Array, Keys]:
         x_BTMD, keys = carry
 
+        def of_block(stacked: Any) -> Any:
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(
+                leaf, number, keepdims=False), stacked)
+
         def attend(params: Params, x_BTD: jax.Array) -> tuple[jax.Array, Keys]:
-            new = latents(params, x_BTD, context.positions_BT, model.attention, model.norm_eps)
+            new = latents(
+                params, apart(x_BTD), context.positions_BT, model.attention, model.norm_eps)
             written = _written(keys, number, new, context)
+            own = of_block(written)
             return cached_attention(
-                params, x_BTD, written.latent_LBSC[number], written.shared_LBSR[number],
-                context.positions_BT, context.first_BT, model.attention), written
+                params, x_BTD, own.latent_LBSC, own.shared_LBSR, context.positions_BT,
+                context.first_BT, model.attention), written
 
-        x_BTMD, keys, _ = transformer.block(own, x_BTMD, bias_E, attend, model)
-        return (x_BTMD, keys), None
+        x_BTMD, keys, _ = transformer.block(
+            of_block(params), x_BTMD, of_block(bias_LE), attend, model)
+        return x_BTMD, keys
 
-    numbers_L = jnp.arange(segment.depth, dtype=jnp.int32)
-    (x_BTMD, keys), _ = jax.lax.scan(one, (x_BTMD, keys), (params, bias_LE, numbers_L))
-    return x_BTMD, keys
+    return jax.lax.fori_loop(0, segment.depth, one, (x_BTMD, keys))
 
 
 def _written(
     keys: Keys, number: jax.Array, new: tuple[jax.Array, jax.Array], context: Context
 ) -> Keys:
     """Block `number`'s keys with those of the chunk's real tokens at their positions."""
-    batch, time = context.positions_BT.shape
-    length = keys.latent_LBSC.shape[2]
-    real_BT = jnp.arange(time, dtype=jnp.int32)[None] < context.count_B[:, None]
-    at_BT = jnp.where(real_BT, context.positions_BT, length)
-    slot_B1 = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    return Keys(*(leaf.at[number, slot_B1, at_BT].set(part.astype(leaf.dtype), mode="drop")
-                  for leaf, part in zip(keys, new, strict=True)))
+    at_BT = _places(context, keys.latent_LBSC.shape[2])
+    slot_B1 = jnp.arange(at_BT.shape[0], dtype=jnp.int32)[:, None]
+    return Keys(*(leaf.at[number, slot_B1, at_BT].set(
+        part.astype(leaf.dtype), mode="drop", unique_indices=True)
+        for leaf, part in zip(keys, new, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "known"))
+def _places(context: Context, length: int) -> jax.Array:
+    """Where the tokens' keys are written, int32 [B, T]; from `length` on it is nowhere.
+
+    No two tokens of a sequence have the same, not even those that are dropped. A GPU that is told
+    so sorts nothing to keep the order of writes.
+    """
+    at_1T = jnp.arange(context.positions_BT.shape[1], dtype=jnp.int32)[None]
+    real_BT = at_1T < context.count_B[:, None]
+    return jnp.where(real_BT, context.positions_BT, length + at_1T)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "known", "greedy"))
 def finish(
     params: dict[str, Any],
     x_BTMD: jax.Array,
@@ -233,6 +250,7 @@ def finish(
     *,
     model: ModelConfig,
     known: int,
+    greedy: bool,
 ) -> jax.Array:
     """The token after each sequence's last real one, int32 [B]; others keep what they had.
 
@@ -246,10 +264,11 @@ def finish(
       model: static.
       known: static; ids from it on are never taken (the model has room for more than the
         tokenizer knows).
+      greedy: static; as `sample` takes it, of the slots that the tokens are of.
     """
     logits_BV = last_logits(params, x_BTMD, context, model)[:, :known]
     last_B = context.positions_BT[:, 0] + context.count_B
-    drawn_B = sample(logits_BV, of_slot(sampling, slot, 0), last_B)
+    drawn_B = sample(logits_BV, of_slot(sampling, slot, 0), last_B, greedy)
     kept_B = of_slot(tokens_B, slot, 0)
     return put_slot(tokens_B, jnp.where(context.count_B > 0, drawn_B, kept_B), slot, 0)
 
