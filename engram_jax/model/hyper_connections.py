@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from engram_jax.model.layers import Params, rms_norm, wide_linear
 from engram_jax.model.parameters import Declared, matrix, vector
 
+FEW_TOKENS = 256  # fewer than any training step has
 OUTPUT = "output"  # of a sub-layer and of what mixes the streams, by the name of `jax.checkpoint`
 
 
@@ -81,10 +82,12 @@ def sinkhorn(positive: jax.Array, rounds: int) -> jax.Array:
     A scan: unrolled, twenty rounds and their gradients are most of what there is to compile. A TPU
     keeps the last two axes in tiles of 8 x 128, so there the tokens come last. A GPU starts some
     kernels for each round of a scan, which take longer than their work: half of all that a step of
-    four streams started. There rounds are unrolled, with sums that need no kernels of their own.
+    four streams started. There rounds are unrolled, with sums that need no kernels of their own;
+    for few tokens, as in decoding, in a way whose gradient would take minutes to compile.
     """
+    few = positive[..., 0, 0].size <= FEW_TOKENS
     return _by_device(*(functools.partial(way, rounds) for way in (
-        _rounds, _rounds_of_lanes, _rounds_unrolled)))(positive)
+        _rounds, _rounds_of_lanes, _rounds_of_entries if few else _rounds_unrolled)))(positive)
 
 
 def _by_device(
@@ -121,6 +124,21 @@ def _rounds_unrolled(rounds: int, positive: jax.Array) -> jax.Array:
         row_MN = functools.reduce(jnp.add, (positive_MMN[:, m] for m in range(streams)))
         positive_MMN = positive_MMN / row_MN[:, None]
     return _from_lanes(positive_MMN, positive.shape)
+
+
+def _rounds_of_entries(rounds: int, positive: jax.Array) -> jax.Array:
+    """The same as factors of rows and columns, with an array for each entry of the matrices, which
+    XLA on GPUs makes in two kernels."""
+    flat_NMM, streams = positive.reshape(-1, *positive.shape[-2:]), range(positive.shape[-1])
+    entry_N = [[flat_NMM[:, i, j] for j in streams] for i in streams]
+    row_N = column_N = [jnp.ones_like(entry_N[0][0]) for _ in streams]
+    for _ in range(rounds):
+        column_N = [1 / functools.reduce(jnp.add, (entry_N[i][j] * row_N[i] for i in streams))
+                    for j in streams]
+        row_N = [1 / functools.reduce(jnp.add, (entry_N[i][j] * column_N[j] for j in streams))
+                 for i in streams]
+    scale_NMM = jnp.stack(row_N, -1)[:, :, None] * jnp.stack(column_N, -1)[:, None]
+    return (flat_NMM * scale_NMM).reshape(positive.shape)
 
 
 def _lanes(positive: jax.Array) -> jax.Array:

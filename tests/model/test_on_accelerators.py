@@ -31,6 +31,9 @@ PAIRS = {
                   (random(2, 5, 32, seed=5), random(32, 24, seed=6))),
     "rounds": (functools.partial(hyper_connections._rounds, 20),
                functools.partial(hyper_connections._rounds_of_lanes, 20), (RESIDUAL + 0.1,)),
+    "rounds of few tokens on GPUs": (
+        functools.partial(hyper_connections._rounds, 20),
+        functools.partial(hyper_connections._rounds_of_entries, 20), (RESIDUAL + 0.1,)),
     "rounds on GPUs": (functools.partial(hyper_connections._rounds, 20),
                        functools.partial(hyper_connections._rounds_unrolled, 20),
                        (RESIDUAL + 0.1,)),
