@@ -102,8 +102,8 @@ def in_batches(
     """`ragged_product` as products of batches of matrices: C slots of every expert, then, G at a
     time, further pieces of C slots of experts that have more, with copies of their matrices.
 
-    However lopsided loads are, all pieces together have less than twice the slots of the first
-    batch; zeros in slots of nobody. The gradient of a matrix is summed over pieces in float32.
+    However lopsided loads are, the further batches together have at most the slots of the first;
+    zeros in slots of nobody. The gradient of a matrix is summed over pieces in float32.
     """
     return _each_batch("ecd,edf->ecf", x_PD, weight_EDF, padded_E, expert_Q)
 
@@ -167,7 +167,7 @@ class _Pieces:
         block, experts = slots // blocks, padded_E.size
         share = -(-slots * SHARE_PERCENT // (100 * experts * block)) * block
         self._slots, self._capacity = slots, min(slots, share)
-        self._count = -(-experts // FURTHER)
+        self._count = max(1, experts // FURTHER)  # rounded up, 55 experts' would be beyond the first's
         self._padded_E = padded_E
         self._start_E = jnp.cumsum(padded_E) - padded_E
         self._more_E = jnp.maximum(-(-padded_E // self._capacity) - 1, 0)

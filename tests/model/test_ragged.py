@@ -104,16 +104,20 @@ def test_gradients_of_experts_add_up_in_float32(way):
     np.testing.assert_array_equal(grad[1:], 0)
 
 
-def test_batches_are_bounded_however_lopsided_loads_are():
-    """In rounds of all experts it would take as many as there are experts."""
-    for size_E in ([128] * 16, [2048] + [0] * 15, [0] * 15 + [2048], [512] * 4 + [0] * 12):
-        pieces = ragged._Pieces(jnp.array(size_E, jnp.int32), 2048, 128)
-        assert pieces.first().shape == (16, 160)
-        batches = int(pieces.batches())
-        slots = [np.asarray(pieces.further(number)[1]) for number in range(batches)]
-        assert sum(slot_GC.size for slot_GC in slots) < 2048
-        every = np.concatenate([np.asarray(pieces.first()).ravel(), *map(np.ravel, slots)])
-        assert sorted(every[every < 2048]) == list(range(2048)), "each slot once"
+@pytest.mark.parametrize(("experts", "blocks"), [(16, 128), (55, 275), (41, 205), (5, 25), (1, 4)])
+def test_batches_are_bounded_however_lopsided_loads_are(experts, blocks):
+    """At most as much again as all experts' first pieces; in rounds of all experts it would take
+    as many as there are experts."""
+    slots, few = 8 * blocks, min(4, experts)
+    for at in ([0], [experts - 1], list(range(few)), list(range(experts))):
+        size_E = np.zeros(experts, np.int32)
+        size_E[at] = 8 * (blocks // len(at))
+        pieces = ragged._Pieces(jnp.asarray(size_E), slots, blocks)
+        first_EC = np.asarray(pieces.first())
+        further = [np.asarray(pieces.further(number)[1]) for number in range(pieces.batches())]
+        assert sum(slot_GC.size for slot_GC in further) <= first_EC.size
+        every = np.concatenate([first_EC.ravel(), *map(np.ravel, further)])
+        assert sorted(every[every < slots]) == list(range(size_E.sum())), "each slot once"
 
 
 def test_gpus_go_block_after_block_only_where_blocks_are_few():
