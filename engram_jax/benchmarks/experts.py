@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from engram_jax.config import MoEConfig
+from engram_jax.model.layers import Params
 from engram_jax.model.moe import experts_here, moe, moe_parameters
 from engram_jax.model.parameters import values
 from engram_jax.settings import changed
 
 STEPS = 21
+PRODUCTS = 9  # with three matrices, forward and for both gradients
 PAPER = MoEConfig(experts=55, shared=0)  # engram-27b's routed experts
 
 
@@ -38,8 +40,9 @@ def expert_benchmark(
       `experts`, `picked`, `all_ms` and `picked_ms` (medians of `steps` tokens that took turns),
       `ratio` of the two, and `all_temporary_bytes` and `picked_temporary_bytes`, what the compiled
       programs need beside weights and token. Of a batch of `tokens`, if there is one, whose choices
-      are drawn evenly or as 1 / rank of the expert, `even_ms` and `lopsided_ms`, medians, and
-      `even_teraflops` and `lopsided_teraflops`, what its products are a second, without padding.
+      are drawn evenly or as 1 / rank of the expert, each for itself, so that a token may pick an
+      expert twice, `even_ms` and `lopsided_ms`, medians, and `even_teraflops` and
+      `lopsided_teraflops`, what its products are a second, without padding.
     """
     few = changed(config, {"experts": config.top_k})
     arms = [_compiled(each, width) for each in (config, few)]
@@ -55,34 +58,39 @@ def expert_benchmark(
         "expert_ffn": config.expert_ffn, "all_ms": ours, "picked_ms": picked,
         "ratio": ours / picked, "all_temporary_bytes": spare[0],
         "picked_temporary_bytes": spare[1], "tokens": tokens,
-        **(_batches(config, width, tokens, max(1, steps // 4)) if tokens else {}),
+        **(_batches(config, arms[0][1]["experts"], tokens, max(1, steps // 4)) if tokens else {}),
         "device": jax.devices()[0].device_kind, "jax": jax.__version__}
 
 
-def _batches(config: MoEConfig, width: int, tokens: int, steps: int) -> dict[str, float]:
-    """The times of a batch's products, by how its loads are spread."""
-    params = _compiled(config, width)[1]["experts"]
-    dtype, told = params["gate"].dtype, {}
+def _batches(config: MoEConfig, params: Params, tokens: int, steps: int) -> dict[str, float]:
+    """The times of a batch's products with the experts `params`, by how its loads are spread."""
+    width, dtype, told = params["gate"].shape[1], params["gate"].dtype, {}
     x_ND, weight_NK = (jax.random.normal(jax.random.key(0), (tokens, size), dtype)
                        for size in (width, config.top_k))
-
-    @jax.jit
-    def both_ways(params: Any, x_ND: jax.Array, choice_NK: jax.Array) -> Any:
-        def total(params: Any, x_ND: jax.Array) -> jax.Array:
-            return jnp.sum(experts_here(params, x_ND, choice_NK, weight_NK, config.experts)[0]
-                           .astype(jnp.float32))
-
-        return jax.grad(total, argnums=(0, 1))(params, x_ND)
-
-    flops = 3 * 3 * 2 * tokens * config.top_k * width * config.expert_ffn
+    both_ways = jax.jit(functools.partial(_both_ways, config.experts))
+    flops = PRODUCTS * 2 * tokens * config.top_k * width * config.expert_ffn
     for name, shares in (("even", np.ones(config.experts)),
                          ("lopsided", 1 / np.arange(1, config.experts + 1))):
         choice_NK = jnp.asarray(np.random.default_rng(0).choice(
             config.experts, (tokens, config.top_k), p=shares / shares.sum()), jnp.int32)
-        times = [_seconds(both_ways, params, x_ND, choice_NK) for _ in range(steps + 1)]
+        times = [_seconds(both_ways, params, x_ND, choice_NK, weight_NK) for _ in range(steps + 1)]
         told[f"{name}_ms"] = 1e3 * statistics.median(times[1:])
         told[f"{name}_teraflops"] = flops / statistics.median(times[1:]) / 1e12
     return told
+
+
+def _both_ways(
+    experts: int, params: Params, x_ND: jax.Array, choice_NK: jax.Array, weight_NK: jax.Array
+) -> Any:
+    """The sum of what tokens get, and its gradients.
+
+    For the gradients alone a compiler would leave out the last product of the forward pass.
+    """
+    def total(params: Params, x_ND: jax.Array) -> jax.Array:
+        out_ND, _ = experts_here(params, x_ND, choice_NK, weight_NK, experts)
+        return jnp.sum(out_ND.astype(jnp.float32))
+
+    return jax.value_and_grad(total, argnums=(0, 1))(params, x_ND)
 
 
 def _compiled(config: MoEConfig, width: int) -> tuple[Any, Any, Any]:

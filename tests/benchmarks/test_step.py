@@ -1,12 +1,14 @@
 """`bench step` runs the real step of `tiny` on a CPU, and says what it cannot know."""
 
+import functools
 import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from engram_jax.benchmarks import step
+from engram_jax.benchmarks import experts, step
 from engram_jax.benchmarks.experts import expert_benchmark
 from engram_jax.cli import main
 from engram_jax.config import MoEConfig
@@ -106,3 +108,14 @@ def test_one_token_among_many_experts_needs_no_more_room_than_the_picked_ones():
     assert measured["ratio"] == pytest.approx(measured["all_ms"] / measured["picked_ms"])
     few, many = measured["picked_temporary_bytes"], measured["all_temporary_bytes"]
     assert many < few + 64 * 32 * 4, "less than one more expert's matrix"
+
+
+def test_a_batch_computes_all_products_that_are_counted():
+    """What nobody asks for a compiler leaves out: for gradients alone, the last forward product."""
+    matrices = {"gate": jnp.ones((4, 8, 16)), "up": jnp.ones((4, 8, 16)),
+                "down": jnp.ones((4, 16, 8))}
+    program = jax.jit(functools.partial(experts._both_ways, 4)).lower(
+        matrices, jnp.ones((40, 8)), jnp.zeros((40, 2), jnp.int32), jnp.ones((40, 2))).compile()
+    of_blocks = [site for site in parse(program.as_text()).walk()
+                 if site.instruction.opcode == "dot" and not site.exact]
+    assert len(of_blocks) == experts.PRODUCTS
