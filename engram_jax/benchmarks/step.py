@@ -143,7 +143,8 @@ def by_scope(program: Program, traces: list[Any]) -> dict[str, float]:
     """Seconds of a program's operations by scope, as profiles have them.
 
     An event belongs to the operation that it is named after or says that it is of; what only runs
-    others, such as a loop, is left out. Whatever else a GPU's streams ran is `UNNAMED`.
+    others, such as a loop, is left out. Of a GPU its streams count, and whatever else they ran is
+    `UNNAMED`; other lines of it say once more what these ran.
     """
     scopes = {}
     for site in program.walk():
@@ -154,12 +155,11 @@ def by_scope(program: Program, traces: list[Any]) -> dict[str, float]:
     planes = [plane for trace in traces for plane in trace.planes]
     on_gpus = [plane for plane in planes if plane.name.startswith("/device:GPU")]
     seconds: collections.Counter[str] = collections.Counter()
-    for plane in on_gpus or planes:
-        for line in plane.lines:
-            own = UNNAMED if on_gpus and line.name.startswith("Stream") else None
-            for event in line.events:
-                if scope := scopes.get(_operation(event), own):
-                    seconds[scope] += event.duration_ns / 1e9
+    lines = [line for plane in on_gpus or planes for line in plane.lines
+             if not on_gpus or line.name.startswith("Stream")]
+    for event in (event for line in lines for event in line.events):
+        if scope := scopes.get(_operation(event), UNNAMED if on_gpus else None):
+            seconds[scope] += event.duration_ns / 1e9
     return dict(seconds)
 
 

@@ -167,7 +167,7 @@ class _Pieces:
         block, experts = slots // blocks, padded_E.size
         share = -(-slots * SHARE_PERCENT // (100 * experts * block)) * block
         self._slots, self._capacity = slots, min(slots, share)
-        self._count = max(1, experts // FURTHER)  # rounded up, 55 experts' would be beyond the first's
+        self._count = max(1, experts // FURTHER)  # rounded up, 55 experts' could be too large
         self._padded_E = padded_E
         self._start_E = jnp.cumsum(padded_E) - padded_E
         self._more_E = jnp.maximum(-(-padded_E // self._capacity) - 1, 0)

@@ -68,17 +68,20 @@ def event(name, ns, **stats):
     return SimpleNamespace(name=name, duration_ns=ns, stats=stats.items())
 
 
-def plane(name, line, *events):
-    return SimpleNamespace(name=name, lines=[SimpleNamespace(name=line, events=events)])
+def plane(name, **lines):
+    return SimpleNamespace(name=name, lines=[
+        SimpleNamespace(name=line, events=events) for line, events in lines.items()])
 
 
 def test_a_gpu_s_kernels_belong_to_their_operations_and_none_is_lost():
     """Those of a graph of launches are only named, and those of a library not even that; what the
-    host says of the same operations does not count again."""
-    device = plane("/device:GPU:0", "Stream #14(Compute)", event("loop_add_fusion_12", 5e8),
-                   event("kernel", 1e9, hlo_op="copy.3"), event("nvjet_sm90_tss", 2e9),
-                   event("gemm", 3e9, hlo_op="custom-call.7"))
-    host = plane("/host:CPU", "python", event("loop_add_fusion.12", 7e9))
+    host says of the same operations does not count again, nor what is told of the streams."""
+    device = plane("/device:GPU:0", **{
+        "Stream #14(Compute)": [
+            event("loop_add_fusion_12", 5e8), event("kernel", 1e9, hlo_op="copy.3"),
+            event("nvjet_sm90_tss", 2e9), event("gemm", 3e9, hlo_op="custom-call.7")],
+        "XLA Ops": [event("copy.3", 1e9, hlo_op="copy.3"), event("custom-call.7", 3e9)]})
+    host = plane("/host:CPU", python=[event("loop_add_fusion.12", 7e9)])
     assert step.by_scope(parse(HLO), [SimpleNamespace(planes=[host, device])]) == {
         "sinkhorn": 0.5, "experts": 1.0, step.UNNAMED: 2.0, "head": 3.0}
     assert step.by_scope(parse(HLO), [SimpleNamespace(planes=[host])]) == {"sinkhorn": 7.0}
