@@ -11,7 +11,7 @@ import pytest
 
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig
 from engram_jax.hashing.addressing import sites
-from engram_jax.model import hyper_connections, transformer
+from engram_jax.model import hyper_connections, parameters, transformer
 
 pytestmark = pytest.mark.usefixtures("compilations")
 
@@ -50,6 +50,17 @@ def test_streams_on_accelerators_are_those_on_a_cpu_and_so_are_gradients(name):
 
     ours, theirs = (jax.jit(functools.partial(with_gradients, f))() for f in (there, here))
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), ours, theirs)
+
+
+@pytest.mark.parametrize(("platform", "loops", "products"), [
+    ("cpu", 1, 3), ("tpu", 1, 1), ("cuda", 0, 1), ("rocm", 0, 1)])
+def test_each_device_has_its_way(platform, loops, products):
+    """Loops of Sinkhorn; products with matrices: the projection, and on CPUs the streams'."""
+    params = parameters.values(hyper_connections.mixing_parameters(jax.random.key(0), 8, 4))
+    text = jax.jit(lambda params, x: hyper_connections.connect(
+        params, x, lambda x: (x, None), 20, 1e-6)[0]).trace(params, X).lower(
+            lowering_platforms=(platform,)).as_text()
+    assert (text.count("stablehlo.while"), text.count("stablehlo.dot_general")) == (loops, products)
 
 
 MODEL = ModelConfig(
