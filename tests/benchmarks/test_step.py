@@ -81,7 +81,7 @@ def test_a_gpu_s_kernels_belong_to_their_operations_and_none_is_lost():
             event("loop_add_fusion_12", 5e8), event("kernel", 1e9, hlo_op="copy.3"),
             event("nvjet_sm90_tss", 2e9), event("gemm", 3e9, hlo_op="custom-call.7")],
         "XLA Ops": [event("copy.3", 1e9, hlo_op="copy.3"), event("custom-call.7", 3e9)]})
-    host = plane("/host:CPU", python=[event("loop_add_fusion.12", 7e9)])
+    host = plane("/host:CPU", Streams=[event("loop_add_fusion.12", 7e9)])
     assert step.by_scope(parse(HLO), [SimpleNamespace(planes=[host, device])]) == {
         "sinkhorn": 0.5, "experts": 1.0, step.UNNAMED: 2.0, "head": 3.0}
     assert step.by_scope(parse(HLO), [SimpleNamespace(planes=[host])]) == {"sinkhorn": 7.0}
@@ -99,6 +99,8 @@ def test_sizes_are_of_their_benchmarks(capsys):
 def test_the_cut_is_of_the_papers_model():
     run = step.cut_27b()
     assert (run.model.width, run.model.depth, run.model.moe.experts) == (2560, 4, 55)
+    assert run.training.accumulate == 8, "one sequence of a device at a time"
+    assert run.data.batch_size == 8 * jax.device_count()
 
 
 def test_one_token_among_many_experts_needs_no_more_room_than_the_picked_ones():
