@@ -28,6 +28,12 @@ metadata={op_name="jit(step)/sinkhorn/while/body/add"}
   ROOT %yes = pred[] constant(true)
 }
 
+%graph (g: f32[4]) -> f32[4] {
+  %g = f32[4]{0} parameter(0)
+  ROOT %gemm = f32[4]{0} custom-call(%g), custom_call_target="gemm", \
+metadata={op_name="jit(step)/head/dot_general"}
+}
+
 ENTRY %main (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)
   %zero = s32[] constant(0)
@@ -35,13 +41,13 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   %loop = (s32[], f32[4]{0}) while(%start), condition=%condition, body=%body, \
 backend_config={"known_trip_count":{"n":"20"}}
   %last = f32[4]{0} get-tuple-element(%loop), index=1
-  ROOT %gemm = f32[4]{0} custom-call(%last), custom_call_target="gemm", \
-metadata={op_name="jit(step)/head/dot_general"}
+  ROOT %launched = f32[4]{0} call(%last), to_apply=%graph
 }
 """
 
 
 def test_a_fusion_is_one_kernel_and_runs_as_often_as_its_loop():
+    """What a graph of launches calls are kernels, too."""
     assert kernels.kernels(HLO) == {"sinkhorn": 20, "head": 1}
 
 
