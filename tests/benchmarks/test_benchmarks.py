@@ -47,11 +47,11 @@ def test_gather():
 
 def test_offload():
     """Whatever the home, overlapped or cached, the same tokens are generated."""
-    work = offload.tiny()
+    work = offload.shortened(offload.tiny(), 3)
+    assert (work.sequences, work.slots, work.repeats) == (3, 3, 1)
     model = changed(work.model, {"engram.rows_per_head": (512, 512)})
     work = dataclasses.replace(
-        work, model=model, sequences=3, prompt=(5, 20), generated=(2, 4),
-        slots=2, chunk=16, repeats=1, cache_bytes=2**16)
+        work, model=model, prompt=(5, 20), generated=(2, 4), slots=2, chunk=16, cache_bytes=2**16)
     found = offload.offload_benchmark(work)
     assert found["same_tokens"]
     assert found["baseline_tokens_per_s"] > 0
