@@ -15,10 +15,10 @@ def add(commands: Commands) -> None:
         "measure this machine: hash (jitted against NumPy), table (row updates against the table's "
         "size), optimizers (of tables), exchange (rows on eight devices against a sharded gather), "
         "step (the real training step: tokens/s, MFU, time by part), experts (one token among many "
-        "experts, against the picked ones alone, and a batch), attention (of one long sequence, by "
-        "each implementation), gather (tokens to packed rows from a table in host memory), offload "
-        "(inference with the table on the device, the host and a disk, against no memory), pack (a "
-        "text on one core and on all)", "bench hash --json")
+        "experts, against the picked ones alone; on accelerators a batch, too), attention (of one "
+        "long sequence, by each implementation), gather (tokens to packed rows from a table in "
+        "host memory), offload (inference with the table on the device, the host and a disk, "
+        "against no memory), pack (a text on one core and on all)", "bench hash --json")
     command.add_argument("what", choices=["hash", "table", "optimizers", "exchange", "gather",
                                           "offload", "pack", "step", "experts",
                                           "attention"])

@@ -193,9 +193,9 @@ class AttentionConfig:
       rope_theta: base of the rotary frequencies, theta ** (-2i / rope_dim).
       yarn: the extension of the context; none is the frequencies as they are.
       implementation: what computes whole sequences, in training and evaluation: "xla" anywhere,
-        "splash" on TPUs, "cudnn" on NVIDIA's GPUs in bfloat16 (never in a training step that ran:
-        docs/design.md); "auto" is "splash" on TPUs, else "xla". None of them keeps scores of a long
-        sequence against itself.
+        "splash" on TPUs, "cudnn" on NVIDIA's GPUs in bfloat16, with which no training step has
+        run yet (docs/design.md); "auto" is "splash" on TPUs, else "xla". None of them keeps scores
+        of a long sequence against itself.
     """
 
     heads: int = 32

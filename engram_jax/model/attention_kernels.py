@@ -4,8 +4,8 @@
 `splash` is the flash attention that JAX ships for TPUs, `cudnn` NVIDIA's behind
 `jax.nn.dot_product_attention`. Neither ever holds the scores of a whole sequence. `splash` was
 never run on a TPU by us: it is compiled for TPUs and interpreted on CPUs. `cudnn` ran alone on an
-H200, and was the plain one, but a training step that calls it ended there in an IndexError of XLA's
-(jax 0.11.2), so nobody gets it who does not name it.
+H200 and gave what the plain one gives, but a training step that calls it ended there in an
+IndexError of XLA's (jax 0.11.2), so nobody gets it who does not name it.
 
 Shapes: B batch, T time (S the attended time), H heads, X width of queries and keys, V of values.
 """

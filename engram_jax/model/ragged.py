@@ -13,7 +13,7 @@ import jax.numpy as jnp
 # Slots of an expert that are multiplied at a time, of its even share: more than that, so that once
 # does for loads that are nearly even.
 SHARE_PERCENT = 120
-FURTHER = 4  # a batch of further pieces is that part of the experts
+FURTHER = 4  # a batch of further pieces has one for every so many experts
 
 
 def ragged_product(
