@@ -254,17 +254,6 @@ def test_sweep_says_what_to_do_next(trained, text, recipe, capsys, monkeypatch, 
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
 
 
-@pytest.mark.slow
-def test_a_tokenizer_much_smaller_than_the_vocabulary_is_said(text, capsys, tmp_path):
-    def said(size):
-        return succeeded(capsys, "train", "micro", "--out", tmp_path / str(size), "--set",
-                         f"data.path={text}", "--set", f"model.vocab_size={size}",
-                         "--set", "training.steps=1")
-
-    assert "tokens, model.vocab_size is 600: the rest" in said(600)
-    assert "is never used" not in said(300)
-
-
 @pytest.mark.parametrize("deed", [evaluation.evaluate, runs.reproduce, results.analyze,
                                   results.report, serving.generate])
 def test_what_compiles_keeps_its_programs(deed):

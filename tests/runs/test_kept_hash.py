@@ -16,6 +16,7 @@ from engram_jax.runs.checkpoints import last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.reader import open_inputs, open_reader, reader_of
 from engram_jax.runs.train import train
+from engram_jax.settings import changed
 
 
 @pytest.fixture(name="records")
@@ -96,3 +97,13 @@ def test_a_run_that_begins_from_another_hashes_as_that_one_does(
     train(run, tmp_path / "next", lambda line: None)
     kept = (tmp_path / "next" / "hash.json").read_bytes()
     assert kept == (records.path / "hash.json").read_bytes()
+
+
+def test_a_tokenizer_much_smaller_than_the_vocabulary_is_said(records):
+    def said(size):
+        lines = []
+        open_inputs(changed(records.config(), {"model.vocab_size": size}), lines.append)
+        return "\n".join(lines)
+
+    assert "tokens, model.vocab_size is 600: the rest" in said(600)
+    assert "is never used" not in said(300)
