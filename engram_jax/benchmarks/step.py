@@ -74,10 +74,10 @@ def step_benchmark(
       profiled: steps that are traced after them.
 
     Returns:
-      `device`, `devices`, `mesh`, `step_s` (median), `tokens_per_s`, `mfu` (None where
-      `mfu_reason` says why), `model_flops` of a device and step, `by_scope`, seconds of a device's
-      operations in a step by the code's scopes (what runs at once adds up), `compile_s`, and
-      `peak_bytes` where the device tells.
+      `attention`, its implementation, `device`, `devices`, `mesh`, `step_s` (median),
+      `tokens_per_s`, `mfu` (None where `mfu_reason` says why), `model_flops` of a device and step,
+      `by_scope`, seconds of a device's operations in a step by the code's scopes (what runs at once
+      adds up), `compile_s`, and `peak_bytes` where the device tells.
 
     Raises:
       UserError: the mesh does not divide the run.
@@ -111,7 +111,8 @@ def _rates(run: RunConfig, mesh: Mesh, step_s: float) -> dict[str, Any]:
     tokens = run.data.batch_size * run.data.sequence_length
     flops, peak = account(run).flops_per_token * tokens / mesh.size, peak_flops(kind)
     return {
-        "run": run.name, "device": kind, "devices": mesh.size, "mesh": placement.shape_of(mesh),
+        "run": run.name, "attention": placement.settled(run, mesh).model.attention.implementation,
+        "device": kind, "devices": mesh.size, "mesh": placement.shape_of(mesh),
         "tokens_per_step": tokens, "step_s": step_s, "tokens_per_s": tokens / step_s,
         "model_flops": flops, "mfu": None if peak is None else flops / peak / step_s,
         "mfu_reason": f"the peak of {kind!r} is not known" if peak is None else ""}

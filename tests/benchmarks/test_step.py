@@ -38,6 +38,7 @@ def measured():
 def test_a_step_on_a_cpu(measured):
     assert measured["device"] == jax.devices()[0].device_kind
     assert measured["tokens_per_s"] == pytest.approx(64 / measured["step_s"])
+    assert measured["attention"] == "xla"
     assert measured["mfu"] is None
     assert "peak" in measured["mfu_reason"]
     assert json.loads(json.dumps(measured)) == measured
