@@ -24,8 +24,9 @@ def token_losses(
 ) -> jax.Array:
     """Cross-entropy of every target in nats, float32 [B, T].
 
-    Beyond `MAX_LOGITS` the logits are computed chunk after chunk of tokens, and once more where
-    somebody wants gradients: `mean_token_loss` has better ones.
+    Beyond `MAX_LOGITS` the logits are computed chunk after chunk of tokens. A gradient computes
+    them once more, and adds that of the head's weight up in its own dtype: better take that of
+    `mean_token_loss`.
 
     Args:
       params: what `transformer.head` reads: final_gain, and head or embedding.

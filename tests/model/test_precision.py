@@ -75,7 +75,7 @@ def head_gradient(x_BTD, targets_BT, devices, monkeypatch):
             params = {"final_gain": jnp.ones(WIDTH), "head": head_DV}
             whole = transformer.head_params(params, MODEL, split.whole)
             x_BTMD = x_BTD.astype(MODEL.compute_dtype)[:, :, None]
-            return jnp.sum(loss.token_losses(whole, x_BTMD, targets_BT, MODEL))
+            return targets_BT.size * loss.mean_token_loss(whole, x_BTMD, targets_BT, MODEL)
 
         grad = jax.grad(total)(head_DV)
         return grad if axis else jax.lax.psum(grad, fsdp.AXES)
