@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from engram_jax.model.layers import Params, rms_norm, wide_linear
 from engram_jax.model.parameters import Declared, matrix, vector
 
-FEW_TOKENS = 256  # fewer than any training step has
+FEW_TOKENS = 256  # up to so many, as in decoding, Sinkhorn on GPUs has a way of its own
 OUTPUT = "output"  # of a sub-layer and of what mixes the streams, by the name of `jax.checkpoint`
 
 

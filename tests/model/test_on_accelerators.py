@@ -98,3 +98,17 @@ def test_what_is_kept_is_not_computed_again():
     """Of a block attention's last product, the FFN's and the experts' are spared."""
     none, outputs, block = (gradients(remat)[1] for remat in ("none", "outputs", "block"))
     assert none < outputs < block
+
+
+@pytest.mark.parametrize(("tokens", "way"), [
+    (hyper_connections.FEW_TOKENS, "_rounds_of_entries"),
+    (hyper_connections.FEW_TOKENS + 1, "_rounds_unrolled")])
+def test_sinkhorn_of_few_tokens_has_its_own_way_on_gpus(monkeypatch, tokens, way):
+    """Many must not have it: its gradient would take a minute to compile."""
+    taken = []
+    for name in ("_rounds_of_entries", "_rounds_unrolled"):
+        monkeypatch.setattr(hyper_connections, name,
+                            lambda rounds, positive, name=name: (taken.append(name), positive)[1])
+    jax.jit(lambda positive: hyper_connections.sinkhorn(positive, 20)).trace(
+        jnp.ones((1, tokens, 4, 4))).lower(lowering_platforms=("cuda",))
+    assert set(taken) == {way}
