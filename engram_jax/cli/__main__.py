@@ -4,4 +4,5 @@ import sys
 
 from engram_jax.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that a sweep starts import this
+    sys.exit(main())

@@ -43,6 +43,9 @@ def _add_launcher(command: Parser) -> None:
     group = command.add_argument_group("many runs at once", "see docs/clusters.md")
     group.add_argument("--launcher", choices=["local", "ray"], default="local",
                        help="train here, one run after another (default), or on a Ray cluster")
+    group.add_argument("--at-once", type=int, default=1, metavar="N",
+                       help="train N runs side by side on this machine's devices (default 1): "
+                       "small models leave a GPU idle")
     group.add_argument("--ray-address", default="", metavar="HOST:PORT",
                        help="of the cluster; default the one of this machine or $RAY_ADDRESS, or "
                        "else a new one on this machine")
@@ -69,12 +72,15 @@ def sweep(options: Options) -> None:
     if options.so_far:
         report_so_far(chosen, options.out, say)
         return
-    require(options.launcher == "local" or not is_one_of_many(options), "launcher",
-            options.launcher, "starts the processes itself; leave --distributed out")
+    for name, value, alone in (("launcher", options.launcher, "local"),
+                               ("at-once", options.at_once, 1)):
+        require(value == alone or not is_one_of_many(options), name, value,
+                "starts the processes itself; leave --distributed out")
     only = launchers.parsed_share(options.only)
     with joined(options) as tell:
         launcher, mesh = launchers.chosen(
-            options.launcher, options.mesh, options.ray_address, options.resources)
+            options.launcher, options.mesh, options.ray_address, options.resources,
+            options.at_once)
         results = run_sweep(chosen, options.out, tell, mesh, launcher, only, options.allow_dirty)
         if only != (0, 1):
             tell(f"{len(results)} runs of this share are done; the same command without --only "

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are trained: here, one after another, or as tasks of a Ray cluster.
+"""Where a sweep's runs are trained: here, one by one or at once, or as tasks of a Ray cluster.
 
 A launcher trains every run in a folder of its own, `folder/run.name`. Finished runs are skipped,
 interrupted ones go on. It returns what their result.json hold, in the order of the runs.
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
+from engram_jax.sweeps.at_once import AtOnce
 from engram_jax.sweeps.compilations import kept_compilations
 from engram_jax.sweeps.member import result_of
 from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
@@ -42,6 +43,7 @@ def local(
 
 def chosen(
     name: str = "local", mesh: str | None = None, address: str = "", resources: str = "",
+    at_once: int = 1,
 ) -> tuple[Launcher, Mesh | None]:
     """The launcher of the command line's words, and the mesh to call it with.
 
@@ -50,16 +52,24 @@ def chosen(
       mesh: "DATAxFSDP" of each run. With Ray it is made on the nodes, and this process is kept
         from taking their devices.
       address, resources: as `RayLauncher`; `resources` written as "CPU=4,GPU=1".
+      at_once: how many runs the local launcher trains side by side, as `AtOnce`; a mesh of theirs
+        is theirs, and this process is kept from taking their devices.
 
     Raises:
       UserError: no such launcher, settings of another one, or as `chosen_mesh`.
     """
     require(name in LAUNCHERS, "launcher", name, f"must be one of {', '.join(LAUNCHERS)}")
+    require(at_once >= 1, "at-once", at_once, "must be at least 1")
     if name == "ray":
+        require(at_once == 1, "at-once", at_once, "is for launcher = 'local'; Ray starts as many "
+                "runs as --resources leaves room for")
         jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are the tasks'
         return RayLauncher(address=address, resources=parsed_resources(resources), mesh=mesh), None
     for field, value in (("ray-address", address), ("resources", resources)):
         require(not value, field, value, "is for launcher = 'ray' only")
+    if at_once > 1:
+        jax.config.update("jax_platforms", "cpu")
+        return AtOnce(count=at_once, mesh=mesh), None
     return local, chosen_mesh(mesh)
 
 
