@@ -18,6 +18,7 @@ from engram_jax.model.layers import Params, rms_norm, wide_linear
 from engram_jax.model.parameters import Declared, matrix, vector
 
 FEW_TOKENS = 256  # up to so many, as in decoding, Sinkhorn on GPUs has a way of its own
+LARGEST = 40.0  # logit of H_res whose exponential's square is still far from float32's end
 OUTPUT = "output"  # of a sub-layer and of what mixes the streams, by the name of `jax.checkpoint`
 
 
@@ -58,7 +59,7 @@ def mixing(params: Params, x_BTMD: jax.Array, rounds: int, eps: float) -> Mixing
                        total_repeat_length=raw.shape[-1])
     raw = raw * scale[None, None] + params["bias"][None, None]
     pre, post, keep = jnp.split(raw, [streams, 2 * streams], axis=-1)
-    residual = sinkhorn(jnp.exp(keep.reshape(*keep.shape[:2], streams, streams)), rounds)
+    residual = sinkhorn(keep.reshape(*keep.shape[:2], streams, streams), rounds)
     return Mixing(jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), residual)
 
 
@@ -76,8 +77,10 @@ def _projected_at_once(eps: float, flat_BTZ: jax.Array, project: jax.Array) -> j
 
 
 @jax.named_scope("sinkhorn")
-def sinkhorn(positive: jax.Array, rounds: int) -> jax.Array:
-    """Rounds of column, then row normalisation of positive matrices [..., M, M].
+def sinkhorn(logits: jax.Array, rounds: int) -> jax.Array:
+    """Rounds of column, then row normalisation of exp(logits), [..., M, M] float32.
+
+    Logits may be of any size: see `_positive`.
 
     A scan: unrolled, twenty rounds and their gradients are most of what there is to compile. A TPU
     keeps the last two axes in tiles of 8 x 128, so there the tokens come last. A GPU starts some
@@ -85,9 +88,25 @@ def sinkhorn(positive: jax.Array, rounds: int) -> jax.Array:
     four streams started. There rounds are unrolled, with sums that need no kernels of their own;
     for few tokens, as in decoding, in a way whose gradient would take minutes to compile.
     """
-    few = positive[..., 0, 0].size <= FEW_TOKENS
+    few = logits[..., 0, 0].size <= FEW_TOKENS
     return _by_device(*(functools.partial(way, rounds) for way in (
-        _rounds, _rounds_of_lanes, _rounds_of_entries if few else _rounds_unrolled)))(positive)
+        _rounds, _rounds_of_lanes, _rounds_of_entries if few else _rounds_unrolled)))(logits)
+
+
+def _positive(logits: jax.Array, axis: int) -> jax.Array:
+    """exp(logits) as Sinkhorn's gradient in float32 can take it; `axis` is that of the rows.
+
+    The gradient of a quotient has the square of the sum that it is divided by, which is 0 or
+    infinite where the largest logit of a column is beyond 44, far before exp itself is. Columns
+    are divided by their sums first, so a column whose largest logit is beyond `LARGEST` is moved
+    there, which changes no result. What is further below the largest of its column counts as no
+    further: a row of such entries alone would have a sum that is too small. Other logits keep their
+    bits.
+    """
+    rows = (jax.lax.index_in_dim(logits, row, axis) for row in range(logits.shape[axis]))
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, rows))
+    beyond = top - jnp.clip(top, -LARGEST, LARGEST)
+    return jnp.exp(jnp.maximum(logits, top - LARGEST) - beyond)
 
 
 def _by_device(
@@ -100,36 +119,38 @@ def _by_device(
         *arguments, tpu=on_tpus, cuda=on_gpus, rocm=on_gpus, default=default)
 
 
-def _rounds(rounds: int, positive: jax.Array) -> jax.Array:
+def _rounds(rounds: int, logits: jax.Array) -> jax.Array:
     def round_(positive: jax.Array, _: None) -> tuple[jax.Array, None]:
         positive = positive / jnp.sum(positive, axis=-2, keepdims=True)
         return positive / jnp.sum(positive, axis=-1, keepdims=True), None
 
-    return jax.lax.scan(round_, positive, length=rounds)[0]
+    return jax.lax.scan(round_, _positive(logits, logits.ndim - 2), length=rounds)[0]
 
 
-def _rounds_of_lanes(rounds: int, positive: jax.Array) -> jax.Array:
+def _rounds_of_lanes(rounds: int, logits: jax.Array) -> jax.Array:
     def round_(positive_MMN: jax.Array, _: None) -> tuple[jax.Array, None]:
         positive_MMN = positive_MMN / jnp.sum(positive_MMN, axis=0, keepdims=True)
         return positive_MMN / jnp.sum(positive_MMN, axis=1, keepdims=True), None
 
-    return _from_lanes(jax.lax.scan(round_, _lanes(positive), length=rounds)[0], positive.shape)
+    positive_MMN = _positive(_lanes(logits), 0)
+    return _from_lanes(jax.lax.scan(round_, positive_MMN, length=rounds)[0], logits.shape)
 
 
-def _rounds_unrolled(rounds: int, positive: jax.Array) -> jax.Array:
-    positive_MMN, streams = _lanes(positive), positive.shape[-1]
+def _rounds_unrolled(rounds: int, logits: jax.Array) -> jax.Array:
+    positive_MMN, streams = _positive(_lanes(logits), 0), logits.shape[-1]
     for _ in range(rounds):
         column_MN = functools.reduce(jnp.add, (positive_MMN[m] for m in range(streams)))
         positive_MMN = positive_MMN / column_MN[None]
         row_MN = functools.reduce(jnp.add, (positive_MMN[:, m] for m in range(streams)))
         positive_MMN = positive_MMN / row_MN[:, None]
-    return _from_lanes(positive_MMN, positive.shape)
+    return _from_lanes(positive_MMN, logits.shape)
 
 
-def _rounds_of_entries(rounds: int, positive: jax.Array) -> jax.Array:
+def _rounds_of_entries(rounds: int, logits: jax.Array) -> jax.Array:
     """The same as factors of rows and columns, with an array for each entry of the matrices, which
     XLA on GPUs makes in two kernels."""
-    flat_NMM, streams = positive.reshape(-1, *positive.shape[-2:]), range(positive.shape[-1])
+    flat_NMM = _positive(logits.reshape(-1, *logits.shape[-2:]), 1)
+    streams = range(logits.shape[-1])
     entry_N = [[flat_NMM[:, i, j] for j in streams] for i in streams]
     row_N = column_N = [jnp.ones_like(entry_N[0][0]) for _ in streams]
     for _ in range(rounds):
@@ -138,12 +159,12 @@ def _rounds_of_entries(rounds: int, positive: jax.Array) -> jax.Array:
         row_N = [1 / functools.reduce(jnp.add, (entry_N[i][j] * column_N[j] for j in streams))
                  for i in streams]
     scale_NMM = jnp.stack(row_N, -1)[:, :, None] * jnp.stack(column_N, -1)[:, None]
-    return (flat_NMM * scale_NMM).reshape(positive.shape)
+    return (flat_NMM * scale_NMM).reshape(logits.shape)
 
 
-def _lanes(positive: jax.Array) -> jax.Array:
+def _lanes(logits: jax.Array) -> jax.Array:
     """[..., M, M] with the tokens last, [M, M, N]."""
-    return jnp.moveaxis(positive.reshape(-1, *positive.shape[-2:]), 0, -1)
+    return jnp.moveaxis(logits.reshape(-1, *logits.shape[-2:]), 0, -1)
 
 
 def _from_lanes(positive_MMN: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -9,6 +9,7 @@
     metrics.jsonl   one object for each logged step; in object storage in parts (`metrics.py`)
     checkpoints/    Orbax
     result.json     written last: its presence means that the run is done
+    diverged.json   of a sweep's run that diverged: why it is not trained again
 """
 
 import datetime
@@ -98,6 +99,15 @@ class RunDirectory:
             raise UserError(f"{error}; remove it, and the command that made the run evaluates its "
                             "last checkpoint again") from error
         return values
+
+    def divergence(self) -> str:
+        """Why a sweep gave this run up; "" where it did not."""
+        return str((self._object("diverged.json") or {}).get("line", ""))
+
+    def give_up(self, line: str) -> None:
+        """Write diverged.json. `train` does not look at it."""
+        self.flush()
+        self._write("diverged.json", {"line": line})
 
     def config(self) -> RunConfig:
         """config.json.

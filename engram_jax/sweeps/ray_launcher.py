@@ -24,6 +24,7 @@ from engram_jax.errors import MachineError, UserError
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import to_dict
 from engram_jax.storage import first_line
+from engram_jax.sweeps.member import result_before
 from engram_jax.sweeps.ray_tasks import Desk, train_here, train_on_slice, wants_slice
 
 RETRIES = 20  # of one run; machines that may be taken away any time need some
@@ -64,7 +65,7 @@ class RayLauncher:
         require(mesh is None, "mesh", mesh, "a mesh of this process is not one of Ray's nodes; "
                 "give RayLauncher the shape")
         folder = RunDirectory(folder).path  # whole: a task has another working directory
-        results = {run.name: _done(run, folder / run.name, say) for run in runs}
+        results = {run.name: result_before(run, folder, say) for run in runs}
         waiting = [run for run in runs if results[run.name] is None]
         if waiting:
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,15 +94,6 @@ class RayLauncher:
             to_dict(run), os.fspath(folder), self.mesh, __version__, desk): run.name
             for run in runs}
         return _gathered(ray, tasks, desk, say)
-
-
-def _done(run: RunConfig, folder: epath.Path, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The result of a run that has finished before."""
-    records = RunDirectory(folder)
-    if (result := records.result()) is not None:
-        records.check(run)
-        say(f"{run.name}: done before, loss {result['loss']:.4f} (in {records.path})")
-    return result
 
 
 @contextlib.contextmanager

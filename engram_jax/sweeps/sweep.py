@@ -27,10 +27,11 @@ from engram_jax.costs import forecast
 from engram_jax.errors import UserError
 from engram_jax.results.arms import Result
 from engram_jax.results.figures import save
-from engram_jax.runs.directory import RunDirectory, git_revision
+from engram_jax.runs.directory import git_revision
 from engram_jax.settings import changed, first_difference, json_text, with_settings
 from engram_jax.storage import refusals, write_text
 from engram_jax.sweeps.launchers import Launcher, local, share
+from engram_jax.sweeps.member import result_before
 
 SEEDS = (0, 1, 2)
 
@@ -138,7 +139,7 @@ def run_sweep(
 
 
 def report_so_far(sweep: Sweep, directory: epath.PathLike, say: Say = print) -> int:
-    """Report the runs of `sweep` in `directory` that are done, and train nothing.
+    """Report the runs of `sweep` in `directory` that are done or diverged, and train nothing.
 
     Returns:
       How many of its runs are done.
@@ -149,9 +150,7 @@ def report_so_far(sweep: Sweep, directory: epath.PathLike, say: Say = print) -> 
     folder, done = epath.Path(directory), []
     _check_same(sweep, folder)
     for run in (runs := sweep.runs()):
-        records = RunDirectory(folder / run.name)
-        if (result := records.result()) is not None:
-            records.check(run)
+        if (result := result_before(run, folder, lambda line: None)) is not None:
             done.append(result)
     require(bool(done), "out", str(directory), "holds no run of this sweep that is done")
     report(sweep.experiment, done, folder, say)

@@ -230,17 +230,69 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 @pytest.mark.parametrize("streams", [2, 4])
 def test_sinkhorn_is_doubly_stochastic(streams):
-    matrices = sinkhorn(jnp.exp(jnp.asarray(random(50, streams, streams))), 20)
+    matrices = sinkhorn(jnp.asarray(random(50, streams, streams)), 20)
     assert (matrices > 0).all()
     for axis in (-1, -2):
         np.testing.assert_allclose(matrices.sum(axis=axis), 1, rtol=0, atol=1e-4)
 
 
 def test_sinkhorn_begins_with_columns_and_ends_with_rows():
-    positive = np.exp(random(3, 3))
+    logits = random(3, 3)
+    positive = np.exp(logits)
     columns = positive / positive.sum(axis=0, keepdims=True)
     expected = columns / columns.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(sinkhorn(jnp.asarray(positive), 1), expected, rtol=1e-5)
+    np.testing.assert_allclose(sinkhorn(jnp.asarray(logits), 1), expected, rtol=1e-5)
+
+
+def log_sinkhorn(logits, rounds):
+    """In float64 and of logarithms, for logits of any size."""
+    for _ in range(rounds):
+        for axis in (-2, -1):
+            logits = logits - np.logaddexp.reduce(logits, axis=axis, keepdims=True)
+    return np.exp(logits)
+
+
+WAYS = ("_rounds", "_rounds_of_lanes", "_rounds_unrolled", "_rounds_of_entries")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("column", [0.0, 30.0, -30.0, 46.0, -46.0, 90.0, -110.0, 1e4, -1e4])
+def test_sinkhorn_of_large_logits(way, column):
+    """A whole column far from 0 changes nothing: not H_res, and not its gradient."""
+    compute = functools.partial(getattr(hyper_connections, way), 5)
+    logits, weight = random(40, 3, 3), random(40, 3, 3)
+    moved = logits.copy()
+    moved[..., 1] += np.float32(column)
+    # Of what float32 holds: at 1e4 the logits themselves have lost bits.
+    expected = log_sinkhorn(moved.astype(np.float64), 5)
+    found, back = jax.vjp(compute, jnp.asarray(moved))
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+    _, plain = jax.vjp(compute, jnp.asarray(moved - np.float32([0, column, 0])))
+    np.testing.assert_allclose(*(pull(jnp.asarray(weight))[0] for pull in (back, plain)),
+                               rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sinkhorn_of_a_row_that_nothing_is_left_of(way):
+    """What the other rows take whole: finite, and the rows are normalised to the end."""
+    logits = jnp.asarray([[0.0, 0.0, 0.0], [-300.0, -60.0, -80.0], [1.0, 2.0, 3.0]])[None]
+    compute = functools.partial(getattr(hyper_connections, way), 20)
+    found, back = jax.vjp(compute, logits)
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)
+    (gradient,) = back(jnp.asarray(random(1, 3, 3)))
+    assert np.isfinite(gradient).all()
+    assert (gradient[0, 1] == 0).all(), "what is negligible counts as its bound"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sinkhorn_of_usual_logits_is_that_of_their_exponentials(way):
+    """Bounds move no bit where they are not reached."""
+    logits = 5 * jnp.asarray(random(40, 4, 4))
+    bounded = jax.jit(functools.partial(getattr(hyper_connections, way), 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hyper_connections, "_positive", lambda logits, axis: jnp.exp(logits))
+        free = jax.jit(functools.partial(getattr(hyper_connections, way), 3))(logits)
+    np.testing.assert_array_equal(bounded(logits), free)
 
 
 @pytest.mark.parametrize("streams", [2, 4])
@@ -268,7 +320,7 @@ def test_connect():
     bias = np.split(np.asarray(params["bias"]), [streams, 2 * streams])
     pre, post, keep = (a * r + b for a, r, b in zip(
         np.asarray(params["scale"]), raw, bias, strict=True))
-    residual = sinkhorn(jnp.exp(keep.reshape(2, 5, streams, streams)), 20)
+    residual = sinkhorn(keep.reshape(2, 5, streams, streams), 20)
     inner = np.tanh(np.einsum("btm,btmd->btd", 1 / (1 + np.exp(-pre)), x))
     expected = np.einsum("btij,btjd->btid", residual, x) + np.einsum(
         "btm,btd->btmd", 2 / (1 + np.exp(-post)), inner)

@@ -108,7 +108,7 @@ def test_sinkhorn_of_few_tokens_has_its_own_way_on_gpus(monkeypatch, tokens, way
     taken = []
     for name in ("_rounds_of_entries", "_rounds_unrolled"):
         monkeypatch.setattr(hyper_connections, name,
-                            lambda rounds, positive, name=name: (taken.append(name), positive)[1])
-    jax.jit(lambda positive: hyper_connections.sinkhorn(positive, 20)).trace(
+                            lambda rounds, logits, name=name: (taken.append(name), logits)[1])
+    jax.jit(lambda logits: hyper_connections.sinkhorn(logits, 20)).trace(
         jnp.ones((1, tokens, 4, 4))).lower(lowering_platforms=("cuda",))
     assert set(taken) == {way}

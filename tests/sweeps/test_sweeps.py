@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import shutil
 import types
 
 import pytest
@@ -117,10 +118,13 @@ def test_table_and_figure_stand_beside_the_results(swept):
 def test_a_run_that_diverges_does_not_stop_the_others(
     swept, micro_sweep, tmp_path, monkeypatch, capsys
 ):
-    train = member.train
+    train, trained = member.train, []
 
     def diverging(run, directory, say, mesh):
+        trained.append(run.name)
         if run.name == "engram-32-seed0":
+            shutil.copytree(swept[0] / run.name, directory)
+            (directory / "result.json").unlink()
             raise Diverged("diverged at step 2: learning/loss is nan")
         return train(run, swept[0] / run.name, say, mesh)
 
@@ -135,6 +139,21 @@ def test_a_run_that_diverges_does_not_stop_the_others(
     table = (tmp_path / "table.txt").read_text()
     assert "engram-32-seed0: diverged" in table
     assert "text.txt, Engram: no line, for engram-32-seed0 diverged" in table
+
+    (tmp_path / "table.txt").unlink()
+    trained.clear()
+    assert main.main(words) == 1, "the same again: it has come to its end"
+    assert "engram-32-seed0" not in trained
+    again = capsys.readouterr()
+    assert f"remove {tmp_path}/engram-32-seed0/diverged.json to try again" in again.out
+    assert again.err == said.err
+    assert (tmp_path / "table.txt").read_text() == table
+    (tmp_path / "table.txt").unlink()
+    assert main.main([*words, "--so-far"]) == 0
+    assert "engram-32-seed0: diverged" in capsys.readouterr().out
+    (tmp_path / "engram-32-seed0/diverged.json").unlink()
+    assert main.main(words) == 1
+    assert "engram-32-seed0" in trained
 
 
 def test_a_finished_sweep_trains_nothing(swept, micro_sweep, monkeypatch):
