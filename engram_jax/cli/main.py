@@ -26,8 +26,9 @@ from engram_jax.cli import (
     sweeps,
     texts,
 )
-from engram_jax.cli.endings import ending, quieten
+from engram_jax.cli.endings import ending
 from engram_jax.cli.words import Parser
+from engram_jax.quiet import quieten
 
 GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 FAMILIES = (models, fields, texts, runs, evaluation, sweeps, results, serving, released,

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import MachineError, Stopped
+from engram_jax.quiet import quieten
 from engram_jax.settings import from_dict, to_dict
 from engram_jax.sweeps import compilations
 from engram_jax.sweeps.member import result_of
@@ -112,6 +113,7 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
 def _begin(settings: Mapping[str, Any]) -> None:
     """What a new process does first; `settings` are JAX's, where programs are kept."""
+    quieten()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.setsid()  # a terminal's Ctrl-C is for the first process, which tells the others
     for name, value in settings.items():

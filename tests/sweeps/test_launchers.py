@@ -1,5 +1,7 @@
 """Launchers of sweeps: a Ray cluster gives what this process gives, whatever is killed."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,10 +22,11 @@ from micro import STEPS, micro, plain, with_data, with_training, write_text
 
 from engram_jax import __version__
 from engram_jax.cli import main
-from engram_jax.errors import MachineError, UserError
+from engram_jax.errors import MachineError, Stopped, UserError
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.settings import to_dict
-from engram_jax.sweeps import launchers, ray_launcher, ray_tasks, sweep
+from engram_jax.sweeps import at_once, launchers, ray_launcher, ray_tasks, sweep
+from engram_jax.sweeps.at_once import AtOnce
 from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
 
 pytestmark = [
@@ -186,6 +189,102 @@ def test_resources_as_words():
     for text in ("GPU", "GPU=", "=1", "GPU=x", "GPU=0", "GPU=1.5", "GPU=inf", "CPU=1,,GPU=1"):
         with pytest.raises(UserError, match=re.escape(f"resources = {text!r}: must be NAME=")):
             parsed_resources(text)
+
+
+# --- Runs side by side on one machine ---
+
+
+@pytest.fixture
+def as_here(compilations, monkeypatch):
+    """Other processes compile as this one does."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilations))
+
+
+def signalled(place, number, who):
+    """Send a signal once both runs have a checkpoint; a thread."""
+    def wait_and_send():
+        while len({path.parent for path in place.glob("*/checkpoints/[0-9]*")}) < 2:
+            time.sleep(0.01)
+        os.kill(who(), number)
+
+    thread = threading.Thread(target=wait_and_send, daemon=True)
+    thread.start()
+    return thread
+
+
+def workers():
+    return [child for child in psutil.Process().children(recursive=True)
+            if "spawn_main" in " ".join(child.cmdline())]
+
+
+@pytest.mark.slow
+def test_runs_at_once_are_stopped_together_and_go_on_to_the_same_bits(
+    as_here, two_runs, alone, tmp_path, capfd
+):
+    launch, said = AtOnce(count=2), []
+    longer = [with_training(run, steps=4000) for run in two_runs]
+    thread = signalled(tmp_path / "longer", signal.SIGTERM, os.getpid)
+    with pytest.raises(Stopped, match="SIGTERM; the same command goes on"):
+        launch(longer, tmp_path / "longer", said.append)
+    thread.join()
+    assert not workers()
+    for run in longer:
+        records = RunDirectory(tmp_path / "longer" / run.name)
+        last = max(int(entry.name) for entry in records.checkpoints.iterdir())
+        assert last == records.metrics()[-1]["step"] >= 2
+    assert losses(launch(two_runs, tmp_path, said.append)) == losses(alone)
+    assert logged(tmp_path, two_runs) == logged(alone.place, two_runs)
+    assert re.fullmatch(r"seed-[01]: done, loss .*; 2 of 2", said[-1])
+    told = capfd.readouterr()
+    assert f"seed-1: steps 1 to {STEPS} (the first one compiles)" in told.out
+    assert not told.err
+
+
+@pytest.mark.slow
+def test_a_process_that_is_lost_ends_the_sweep_and_the_others(as_here, two_runs, tmp_path):
+    longer = [with_training(run, steps=4000) for run in two_runs]
+    thread = signalled(tmp_path, signal.SIGKILL, lambda: workers()[0].pid)
+    with pytest.raises(MachineError, match=r"a process of the sweep was lost .*goes on from the"):
+        AtOnce(count=2)(longer, tmp_path, silent)
+    thread.join()
+    assert not workers()
+
+
+def test_what_the_user_can_mend_ends_runs_at_once_with_its_line(as_here, two_runs, tmp_path):
+    bad = [with_data(run, path="/nowhere/at/all") for run in two_runs]
+    with pytest.raises(UserError, match=r"^data.path = '/nowhere/at/all': does not exist;"):
+        AtOnce(count=2)(bad, tmp_path, silent)
+    assert not workers()
+
+
+def test_the_first_seed_comes_first_and_its_longest_run(two_runs, monkeypatch, tmp_path):
+    begun = []
+
+    class Pool:
+        def submit(self, train, values, folder, mesh):
+            begun.append(values["name"])
+            done = concurrent.futures.Future()
+            done.set_result({"name": values["name"], "loss": 1.0})
+            return done
+
+    monkeypatch.setattr(at_once, "_processes", lambda count: contextlib.nullcontext(Pool()))
+    first, second = two_runs
+    long = dataclasses.replace(with_training(first, steps=STEPS + 1), name="long")
+    results = AtOnce(count=2)([second, first, long], tmp_path, silent)
+    assert begun == ["long", "seed-0", "seed-1"]
+    assert [result["name"] for result in results] == ["seed-1", "seed-0", "long"]
+
+
+def test_how_many_at_once_as_words(capsys, tmp_path):
+    words = ["sweep", "allocation", "--out", str(tmp_path)]
+    for added, line in [
+        (["--at-once", "0"], "at-once = 0: must be at least 1"),
+        (["--at-once", "2", "--launcher", "ray"], "at-once = 2: is for launcher = 'local'; Ray"),
+        (["--at-once", "2", "--distributed"], "at-once = 2: starts the processes itself; leave"),
+    ]:
+        assert main.main([*words, *added]) == 2
+        assert capsys.readouterr().err.startswith(f"engram-jax: {line}")
 
 
 # --- Jobs that share a sweep ---
