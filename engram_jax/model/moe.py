@@ -18,6 +18,8 @@ from engram_jax.model.layers import Params, ffn, ffn_parameters
 from engram_jax.model.parameters import Declared, counted_as, expert_matrix, router
 from engram_jax.model.ragged import ragged_product
 
+LEAST = -32.0  # logit of the router, see `route`
+
 
 def moe_parameters(key: jax.Array, width: int, config: MoEConfig) -> Declared:
     """router [D, E]; experts gate, up [E, D, F], down [E, F, D]; shared, one FFN."""
@@ -83,9 +85,15 @@ def moe(
 def route(
     router_DE: jax.Array, x_ND: jax.Array, bias_E: jax.Array, config: MoEConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Experts int32 [N, K] and their weights float32 [N, K], normalised to 1, times the scale."""
-    scores_NE = jax.nn.sigmoid(jnp.matmul(
-        x_ND.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST))
+    """Experts int32 [N, K] and their weights float32 [N, K], normalised to 1, times the scale.
+
+    Nothing keeps logits from falling together, as weights of small scores are those of their
+    ratios. Below `LEAST` they count as that: the gradient of the quotient has the square of the
+    scores' sum, which float32 no longer holds from -44 on.
+    """
+    logits_NE = jnp.matmul(
+        x_ND.astype(jnp.float32), router_DE, precision=jax.lax.Precision.HIGHEST)
+    scores_NE = jax.nn.sigmoid(jnp.maximum(logits_NE, LEAST))
     picking_NE = jax.lax.stop_gradient(scores_NE) + bias_E[None]
     _, choice_NK = jax.lax.top_k(picking_NE, config.top_k)
     picked_NK = jnp.take_along_axis(scores_NE, choice_NK, axis=1)

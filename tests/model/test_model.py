@@ -422,6 +422,26 @@ def test_the_bias_picks_but_never_weighs():
     assert not grad.any()
 
 
+@pytest.mark.parametrize("logit", [0.0, -20.0, -31.0, -46.0, -90.0, -200.0])
+def test_weights_of_scores_that_fell_together(logit):
+    """They are those of the scores' ratios, and have a gradient, as long as float32 holds them."""
+    config = dataclasses.replace(MOE, top_k=2, scale=1.0)
+    x = jnp.ones((1, 1))
+    offsets = np.linspace(-0.5, 0.5, config.experts, dtype=np.float32)
+    router, pull = jnp.asarray(logit + offsets)[None], random(1, 2)
+    (weights, back) = jax.vjp(
+        lambda router: route(router, x, jnp.zeros(config.experts), config)[1], router)
+    (gradient,) = back(jnp.asarray(pull))
+    scores = 1 / (1 + np.exp(-np.maximum(np.asarray(router, np.float64)[0, ::-1][:2], -32)))
+    share = scores / scores.sum()
+    np.testing.assert_allclose(weights[0], share, rtol=1e-4)
+    expected = np.zeros(config.experts)
+    if logit > -32:
+        inner = pull[0] - (pull[0] * share).sum()
+        expected[::-1][:2] = share * inner * (1 - scores)
+    np.testing.assert_allclose(gradient[0], expected, rtol=1e-3, atol=1e-6)
+
+
 def test_balancing_moves_every_bias_against_its_load():
     bias = jnp.array([[0.5, 0.0, -1.0, 0.0]])
     load = jnp.array([[4, 0, 2, 2]])
