@@ -44,7 +44,7 @@ def add(commands: Commands) -> None:
     add_directory(command)
     add_set(command)
     add_json(command)
-    add_mesh(command)
+    add_mesh(command, "all devices as 1xN (tasks and long texts: one device)")
     command.add_argument("--step", type=int, default=None, metavar="N",
                          help="of the checkpoint (default: the last)")
     command.add_argument("--limit", type=int, default=None, metavar="N",
@@ -212,7 +212,8 @@ def _masked(options: Options, model: "Served") -> "list[Masked]":
         PIECES if options.limit is None else options.limit)
     if not options.longppl:
         return [long_texts.Masked(piece, []) for piece in pieces]
-    evaluator = served(RunDirectory(options.longppl), options.memory, options.dtype)
+    evaluator = served(RunDirectory(options.longppl), options.memory, options.dtype,
+                       mesh=options.mesh)
     with contextlib.closing(evaluator.rows):
         return long_texts.masked_by(
             evaluator, pieces, KeyTokens(window=options.window, slide=options.slide),
@@ -250,6 +251,7 @@ def _served(options: Options) -> Iterator["Served"]:
 
     require(not options.settings, "set", options.settings[:1],
             "is for the loss alone; tasks take a run as it is")
-    model = served(RunDirectory(options.directory), options.memory, options.dtype, options.step)
+    model = served(RunDirectory(options.directory), options.memory, options.dtype, options.step,
+                   options.mesh)
     with contextlib.closing(model.rows):
         yield model

@@ -11,6 +11,7 @@ from engram_jax.cli.words import (
     add_command,
     add_directories,
     add_json,
+    add_mesh,
     keeping_programs,
     say,
 )
@@ -98,6 +99,7 @@ def _add_analyze(commands: Commands) -> None:
     command.add_argument("--limit", type=int, default=None, metavar="N",
                          help="questions of a task of --harness (default all)")
     command.add_argument("--out", metavar="FOLDER", help="gets WHAT.json (default: printed)")
+    add_mesh(command, "one device")
 
 
 @keeping_programs
@@ -109,7 +111,7 @@ def analyze(options: Options) -> None:
     require(not options.harness or options.what == "suppression", "--harness", options.harness,
             f"is of analyze suppression, not of analyze {options.what}")
     findings = analyses.analyze(options.what, options.directories, options.text, options.spans,
-                                options.tasks)
+                                options.tasks, options.mesh)
     if options.harness:
         _add_retained(options, findings)
     text = json_text(findings, indent=1)
@@ -130,7 +132,7 @@ def _add_retained(options: Options, findings: dict[str, typing.Any]) -> None:
     for line in chosen.told():
         print(line, file=sys.stderr)
     for directory in options.directories:
-        model = served(RunDirectory(directory))
+        model = served(RunDirectory(directory), mesh=options.mesh)
         with contextlib.closing(model.rows):
             findings[model.run.name]["harness"] = retained.retained(
                 model, chosen, options.include, options.limit)
@@ -146,11 +148,12 @@ def _add_report(commands: Commands) -> None:
                          help="the page (default report.html)")
     command.add_argument("--text", metavar="FILE",
                          help="that the runs read (default: the first run's validation text)")
+    add_mesh(command, "one device")
 
 
 @keeping_programs
 def report(options: Options) -> None:
     from engram_jax.report.page import write_report
 
-    write_report(options.directories, options.out, options.text, say)
+    write_report(options.directories, options.out, options.text, say, options.mesh)
     say(f"the page: {options.out}")

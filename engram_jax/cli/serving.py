@@ -11,6 +11,7 @@ from engram_jax.cli.words import (
     add_command,
     add_directory,
     add_json,
+    add_mesh,
     keeping_programs,
     say,
 )
@@ -46,6 +47,7 @@ def _add_generate(commands: Commands) -> None:
                          help="sample from the likeliest tokens that together have this "
                          "probability (default 1)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    add_mesh(command, "one device")
 
 
 @keeping_programs
@@ -54,7 +56,8 @@ def generate(options: Options) -> None:
     from engram_jax.inference.serving import served
     from engram_jax.runs.directory import RunDirectory
 
-    model = served(RunDirectory(options.directory), options.memory, options.dtype)
+    model = served(RunDirectory(options.directory), options.memory, options.dtype,
+                   mesh=options.mesh)
     with contextlib.closing(model.rows):
         made = pieces(model, options.prompt, tokens=options.tokens, cache=options.cache,
                       temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,

@@ -59,12 +59,12 @@ def add_json(command: Parser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
-def add_mesh(command: Parser) -> None:
+def add_mesh(command: Parser, default: str = "all devices as 1xN") -> None:
     command.add_argument("--mesh", metavar="DATAxFSDP[xEXPERT[xSEQUENCE]]", default=None,
                          help="split tables over all axes, batches over the first three, "
                          "parameters over the second and third; tokens travel to experts along "
                          "the third, each sequence is split over the fourth; default "
-                         "$ENGRAM_MESH, or else all devices as 1xN")
+                         f"$ENGRAM_MESH, or else {default}")
 
 
 def add_directory(command: Parser) -> None:

@@ -43,7 +43,8 @@ class EngramLM(TemplateLM):
 
     Args:
       path: the run's folder, or a run that is served.
-      memory, dtype: where its tables lie and in what, as `inference.serving.served` takes them.
+      memory, dtype, mesh: where its tables and parameters lie and in what, as
+        `inference.serving.served` takes them.
       batch_size: sequences at once.
       max_length: tokens that the model reads at most; 0 is the length that it was trained at, or
         to which it was extended. Longer contexts lose their beginning.
@@ -53,10 +54,11 @@ class EngramLM(TemplateLM):
     """
 
     def __init__(self, path: str | Served, memory: str = "device", dtype: str = "",
-                 batch_size: int | str = 8, max_length: int = 0, **_: Any):
+                 batch_size: int | str = 8, max_length: int = 0, mesh: str | None = None,
+                 **_: Any):
         super().__init__()
         self._model = path if isinstance(path, Served) else served(
-            RunDirectory(path), memory, dtype)
+            RunDirectory(path), memory, dtype, mesh=mesh)
         self.scorer = Scorer(self._model, int(batch_size))
         trained = self._model.length
         self.max_length = int(max_length) or trained

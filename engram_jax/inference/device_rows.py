@@ -19,7 +19,7 @@ from engram_jax.tables.layout import gather_rows
 
 
 class DeviceRows(RowSource):
-    """Brings the rows of tokens from tables that lie whole on one device.
+    """Brings the rows of tokens from tables that lie on the device, or are split over a mesh.
 
     Args:
       config: of the tables.

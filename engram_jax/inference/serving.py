@@ -20,7 +20,7 @@ from engram_jax.runs.checkpoints import last_checkpoint
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.export import SavedTables
 from engram_jax.runs.reader import Reader, reader_of
-from engram_jax.training.placement import placed_state, single_mesh
+from engram_jax.training.placement import placed_state, serving_mesh
 
 HOMES = ("device", "host", "disk")
 
@@ -32,7 +32,7 @@ class Served:
     Attributes:
       run, reader: its config, and how it reads text.
       step: of its checkpoint.
-      params, router_bias: of the model, on this process's first device; the parameters as
+      params, router_bias: of the model, split over the mesh; the parameters as
         `stages.serving_params` keeps them.
       rows: where its rows come from.
     """
@@ -60,19 +60,20 @@ class Served:
 
 
 def engine(
-    directory: epath.PathLike, memory: str = "device", dtype: str = "", **settings: Any
+    directory: epath.PathLike, memory: str = "device", dtype: str = "", mesh: str | None = None,
+    **settings: Any,
 ) -> Engine:
     """Make an engine of a run's last checkpoint; leaving it as a context closes its tables.
 
     Args:
       directory: of the run.
-      memory, dtype: where its tables are, as `served` takes them.
+      memory, dtype, mesh: where its tables and parameters are, as `served` takes them.
       settings: `slots`, `length`, `chunk` and `overlap`, as `Engine` takes them.
 
     Raises:
       UserError, MachineError: as `served`; or a setting out of range.
     """
-    model = served(RunDirectory(directory), memory, dtype)
+    model = served(RunDirectory(directory), memory, dtype, mesh=mesh)
     try:
         return model.engine(**settings)
     except BaseException:
@@ -81,7 +82,8 @@ def engine(
 
 
 def served(
-    records: RunDirectory, memory: str = "device", dtype: str = "", step: int | None = None
+    records: RunDirectory, memory: str = "device", dtype: str = "", step: int | None = None,
+    mesh: str | None = None,
 ) -> Served:
     """Load a checkpoint of a run to be served.
 
@@ -91,6 +93,8 @@ def served(
         file in the run's folder, which is written if it is not there.
       dtype: of the rows on host or disk, one of `config.ROW_DTYPES`; "" is that of training.
       step: of the checkpoint; None is the last one.
+      mesh: as `serving_mesh` takes it. A model that does not fit one device is split as in
+        training, and its programs by XLA: each device computes a part of each token.
 
     Raises:
       UserError: no such checkpoint, or a setting out of range.
@@ -102,11 +106,12 @@ def served(
     require(not dtype or memory != "device", "dtype", dtype,
             "is of tables on host or disk; on the device they are as in training")
     run = records.config()
+    there = serving_mesh(run, mesh, tables=memory == "device")
     reader = reader_of(records)
     saved = SavedTables(records, reader, step)
     fields = ("params", "router_bias", *(["tables"] if memory == "device" else []))
     with last_checkpoint(records, reader) as checkpoint:
-        state = checkpoint.restore(placed_state(run, single_mesh()), step=saved.step, only=fields)
+        state = checkpoint.restore(placed_state(run, there), step=saved.step, only=fields)
     end_id = reader.end_id if run.model.isolate_documents else None
     rows: RowSource
     if memory == "device":

@@ -228,6 +228,7 @@ ANALYSES: dict[str, Callable[..., dict[str, Any]]] = {
 def analyze(
     what: str, directories: Sequence[epath.PathLike], file: epath.PathLike | None = None,
     spans_file: epath.PathLike | None = None, tasks_file: epath.PathLike | None = None,
+    mesh: str | None = None,
 ) -> dict[str, Any]:
     """One analysis of trained runs.
 
@@ -238,6 +239,7 @@ def analyze(
       spans_file: of "cka", the spans whose last tokens are compared, as `spans` reads them; None
         are names in the text.
       tasks_file: of "suppression", prompts and answers, as `tasks` reads them.
+      mesh: of each run, as `serving_mesh` takes it.
 
     Raises:
       UserError: no run or checkpoint, two runs of one name, no text, a file that the analysis does
@@ -254,7 +256,7 @@ def analyze(
         text, options["marked"] = _marked(read_file(spans_file, "spans"), text)
     if tasks_file is not None:
         options["examples"] = tasks.parsed(read_file(tasks_file, "tasks"))
-    runs = [open_run(RunDirectory(directory)) for directory in directories]
+    runs = [open_run(RunDirectory(directory), mesh) for directory in directories]
     names = [opened.name for opened in runs]
     require(len(set(names)) == len(names), "run", names, "must have different names to be told "
             "apart")

@@ -26,8 +26,8 @@ from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.reader import Reader, reader_of
 from engram_jax.settings import changed
 from engram_jax.tables.layout import gather_rows
-from engram_jax.training.placement import placed_state, single_mesh
-from engram_jax.training.state import TrainState
+from engram_jax.training.placement import placed_state, serving_mesh
+from engram_jax.training.state import READ, TrainState
 
 
 class Observation(NamedTuple):
@@ -120,7 +120,7 @@ class Opened:
 
     Attributes:
       run, reader: its config, and how it reads text.
-      state: its last checkpoint, on this process's first device.
+      state: its last checkpoint, split over the mesh.
       fingerprint: of the text that it was trained on; "" if that is not known.
     """
 
@@ -193,17 +193,20 @@ def _only_head(config: ModelConfig) -> ModelConfig:
                             "depth": 1})
 
 
-def open_run(records: RunDirectory) -> Opened:
+def open_run(records: RunDirectory, mesh: str | None = None) -> Opened:
     """The last checkpoint of a run.
 
+    Args:
+      records: of the run.
+      mesh: as `serving_mesh` takes it.
+
     Raises:
-      UserError: no run, or no checkpoint in it.
+      UserError: no run, no checkpoint in it, or as `serving_mesh`.
       MachineError: what is there cannot be read.
     """
     run = records.config()
     reader = reader_of(records)
     with last_checkpoint(records, reader) as checkpoint:
-        state = checkpoint.restore(placed_state(run, single_mesh()),
-                              only=("params", "router_bias", "tables"))
+        state = checkpoint.restore(placed_state(run, serving_mesh(run, mesh)), only=READ)
     return Opened(run=run, reader=reader, state=state,
                   fingerprint=str(records.env().get("data_fingerprint", "")))

@@ -143,7 +143,8 @@ def _beginning(opened: Opened, text: str, batches: int) -> str:
 
 
 def material(
-    directories: Sequence[epath.PathLike], file: epath.PathLike | None = None
+    directories: Sequence[epath.PathLike], file: epath.PathLike | None = None,
+    mesh: str | None = None,
 ) -> Material:
     """The arms of all runs in `directories`, opened.
 
@@ -151,19 +152,21 @@ def material(
       directories: as `comparing.arms` takes them; where the first is a run itself, they keep their
         order.
       file: the text that is read, UTF-8; None is the first run's validation text.
+      mesh: of each run, as `serving_mesh` takes it.
 
     Raises:
-      UserError: no run, a run without a checkpoint, or no such file.
+      UserError: no run, a run without a checkpoint, or no such file; or as `serving_mesh`.
       MachineError: something cannot be read.
     """
     arms = comparing.arms(directories)
     if not (epath.Path(directories[0]).expanduser() / "config.json").exists():
         arms = _in_order(arms)
-    subjects = [Subject(arm=arm, look=look, opened=_opened(arm))
+    subjects = [Subject(arm=arm, look=look, opened=_opened(arm, mesh))
                 for arm, look in zip(arms, looks(arms), strict=True)]
     first = next((subject.opened for subject in subjects if subject.opened), None)
     if first is None:
-        first = open_run(RunDirectory(arms[0].runs[0].path))  # which says why it cannot be opened
+        # Which says why it cannot be opened.
+        first = open_run(RunDirectory(arms[0].runs[0].path), mesh)
     if file is not None:
         text = read_file(file, "text")
         require(bool(text), "text", str(file), "is empty")
@@ -183,11 +186,11 @@ def _in_order(arms: Sequence[Arm]) -> list[Arm]:
                                          slots(arm.runs[0].config)))
 
 
-def _opened(arm: Arm) -> Opened | None:
+def _opened(arm: Arm, mesh: str | None) -> Opened | None:
     """The first finished run, or else the first with a checkpoint."""
     for run in sorted(arm.runs, key=lambda run: run.result is None):
         try:
-            return open_run(RunDirectory(run.path))
+            return open_run(RunDirectory(run.path), mesh)
         except UserError:
             if run.result is not None:
                 raise

@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 def write_report(
     directories: Sequence[epath.PathLike], out: epath.PathLike = "report.html",
-    file: epath.PathLike | None = None, say: Say = print,
+    file: epath.PathLike | None = None, say: Say = print, mesh: str | None = None,
 ) -> None:
     """Write the page of the runs in `directories`.
 
@@ -45,6 +45,7 @@ def write_report(
       out: the page; replaced whole.
       file: the text that the runs read; None is the first one's validation text.
       say: gets a line for each section that is done.
+      mesh: of each run, as `serving_mesh` takes it.
 
     Raises:
       UserError: no run, a run without a checkpoint, no such text, or an `out` that is a folder or
@@ -57,14 +58,15 @@ def write_report(
     if is_local(path):
         require(path.parent.is_dir() and os.access(path.parent, os.W_OK), "out", os.fspath(out),
                 "its folder is not there or cannot be written")
-    gathered = material(directories, file)
+    gathered = material(directories, file, mesh)
     sections = []
     for make in SECTIONS:
         if (section := make(gathered)) is not None:
             sections.append(section)
             say(f"done: {section.title}")
     words = ["engram-jax", "report", *map(os.fspath, directories), "--out", os.fspath(out),
-             *(["--text", os.fspath(file)] if file else [])]
+             *(["--text", os.fspath(file)] if file else []),
+             *(["--mesh", mesh] if mesh else [])]
     title = gathered.arms[0].name if len(gathered.arms) == 1 else ", ".join(
         RunDirectory(directory).path.name for directory in directories)
     write_text(path, page(title, gathered, [*sections, records(gathered, shlex.join(words))]))

@@ -105,6 +105,24 @@ def reading_mesh(run: RunConfig, shape: str | None = None) -> Mesh:
     return mesh
 
 
+def serving_mesh(run: RunConfig, shape: str | None = None, tables: bool = True) -> Mesh:
+    """The mesh on which a trained run generates and is looked into: as `chosen_mesh`, but this
+    process's first device where nobody named a mesh; `tables` says whether they lie there, too.
+
+    Raises:
+      UserError: as `chosen_mesh`, or the mesh does not divide a table.
+    """
+    if not (shape or os.environ.get("ENGRAM_MESH")):
+        return single_mesh()
+    mesh = chosen_mesh(shape)
+    for site in sites(run.model) if tables else ():
+        shards = layout_of(site).shards
+        require(shards % mesh.size == 0, "mesh", shape_of(mesh),
+                f"has {mesh.size} devices, which must divide the {shards} shards of the run's "
+                f"table {site.name}")
+    return mesh
+
+
 def shape_of(mesh: Mesh) -> str:
     """ "data x fsdp", as the command line takes it, and "x expert" where experts are shared or
     "x expert x sequence" where sequences are split."""
