@@ -65,12 +65,18 @@ def forecast(run: RunConfig, mesh: Mesh | None = None) -> Forecast:
         seconds=flops / (EFFICIENCY * mesh.size * _flops_a_second(run.model.compute_dtype)))
 
 
-def check(forecasts: Sequence[Forecast]) -> None:
-    """Refuse runs that do not fit (UserError)."""
+def check(forecasts: Sequence[Forecast], at_once: int = 1) -> None:
+    """Refuse runs that do not fit (UserError), or that do not `at_once` on the same devices."""
     for each in forecasts:
         require(each.fits, "run", each.run.name,
                 f"needs {_gb(each.memory_bytes)} without activations, and the devices have "
                 f"{_gb(each.available_bytes)}: take more of them or a smaller scale")
+    together = sum(sorted(each.memory_bytes for each in forecasts)[-at_once:])
+    if forecasts:
+        available = forecasts[0].available_bytes
+        require(together <= available, "at-once", at_once,
+                f"runs need {_gb(together)} without activations, and the devices have "
+                f"{_gb(available)}: take fewer at once")
 
 
 def table(forecasts: Sequence[Forecast]) -> str:

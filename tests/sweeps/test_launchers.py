@@ -1,9 +1,9 @@
 """Launchers of sweeps: a Ray cluster gives what this process gives, whatever is killed."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -24,7 +24,7 @@ from engram_jax import __version__
 from engram_jax.cli import main
 from engram_jax.errors import MachineError, Stopped, UserError
 from engram_jax.runs.directory import RunDirectory
-from engram_jax.settings import to_dict
+from engram_jax.settings import changed, to_dict
 from engram_jax.sweeps import at_once, launchers, ray_launcher, ray_tasks, sweep
 from engram_jax.sweeps.at_once import AtOnce
 from engram_jax.sweeps.ray_launcher import RayLauncher, parsed_resources
@@ -201,16 +201,36 @@ def as_here(compilations, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilations))
 
 
-def signalled(place, number, who):
-    """Send a signal once both runs have a checkpoint; a thread."""
+def both_train(place):
+    return len(list(place.glob("*/metrics.jsonl"))) == 2
+
+
+def one_is_done(place):
+    return both_train(place) and (place / "seed-0/result.json").exists()
+
+
+def signalled(place, number, who, when=both_train):
+    """Send a signal once runs have come so far; a thread."""
     def wait_and_send():
-        while len({path.parent for path in place.glob("*/checkpoints/[0-9]*")}) < 2:
+        while not when(place):
             time.sleep(0.01)
         os.kill(who(), number)
 
     thread = threading.Thread(target=wait_and_send, daemon=True)
     thread.start()
     return thread
+
+
+def rare(run, **settings):
+    """A long run whose only checkpoint is that of where it is told to stop."""
+    return with_training(run, **{"steps": 4000, "checkpoint_every": 4000, **settings})
+
+
+def steps_kept(place):
+    """Whether the last step of each run that began is in a checkpoint, by name."""
+    return {path.parent.name: (RunDirectory(path.parent).metrics()[-1]["step"]
+                               == max(map(int, os.listdir(path.parent / "checkpoints")), default=0))
+            for path in place.glob("*/metrics.jsonl")}
 
 
 def workers():
@@ -223,16 +243,15 @@ def test_runs_at_once_are_stopped_together_and_go_on_to_the_same_bits(
     as_here, two_runs, alone, tmp_path, capfd
 ):
     launch, said = AtOnce(count=2), []
-    longer = [with_training(run, steps=4000) for run in two_runs]
-    thread = signalled(tmp_path / "longer", signal.SIGTERM, os.getpid)
+    place = tmp_path / "longer"
+    longer = [dataclasses.replace(rare(run, seed=seed), name=f"{run.name}-{seed}")
+              for seed in (0, 1, 2) for run in two_runs]
+    thread = signalled(place, signal.SIGTERM, os.getpid)
     with pytest.raises(Stopped, match="SIGTERM; the same command goes on"):
-        launch(longer, tmp_path / "longer", said.append)
+        launch(longer, place, said.append)
     thread.join()
     assert not workers()
-    for run in longer:
-        records = RunDirectory(tmp_path / "longer" / run.name)
-        last = max(int(entry.name) for entry in records.checkpoints.iterdir())
-        assert last == records.metrics()[-1]["step"] >= 2
+    assert steps_kept(place) == {"seed-0-0": True, "seed-1-0": True}, "and no other has begun"
     assert losses(launch(two_runs, tmp_path, said.append)) == losses(alone)
     assert logged(tmp_path, two_runs) == logged(alone.place, two_runs)
     assert re.fullmatch(r"seed-[01]: done, loss .*; 2 of 2", said[-1])
@@ -243,12 +262,51 @@ def test_runs_at_once_are_stopped_together_and_go_on_to_the_same_bits(
 
 @pytest.mark.slow
 def test_a_process_that_is_lost_ends_the_sweep_and_the_others(as_here, two_runs, tmp_path):
-    longer = [with_training(run, steps=4000) for run in two_runs]
+    longer = [rare(run, seed=0) for run in two_runs]
     thread = signalled(tmp_path, signal.SIGKILL, lambda: workers()[0].pid)
     with pytest.raises(MachineError, match=r"a process of the sweep was lost .*goes on from the"):
         AtOnce(count=2)(longer, tmp_path, silent)
     thread.join()
     assert not workers()
+    assert sorted(steps_kept(tmp_path).values()) == [False, True], "of the lost, of the other"
+
+
+@pytest.mark.slow
+def test_a_process_without_work_takes_no_run_with_it(as_here, two_runs, tmp_path):
+    runs = [two_runs[0], rare(two_runs[1])]
+    thread = signalled(tmp_path, signal.SIGTERM, os.getpid, one_is_done)
+    with pytest.raises(Stopped):
+        AtOnce(count=2)(runs, tmp_path, silent)
+    thread.join()
+    assert steps_kept(tmp_path) == {"seed-0": True, "seed-1": True}
+
+
+ALONE = """
+import sys
+from engram_jax.settings import from_dict
+from engram_jax.sweeps.at_once import AtOnce
+from etils import epath
+import json
+
+if __name__ == "__main__":
+    runs = [from_dict(values) for values in json.loads(sys.argv[1])]
+    AtOnce(count=2)(runs, epath.Path(sys.argv[2]), print)
+"""
+
+
+@pytest.mark.slow
+def test_runs_end_with_the_process_that_started_them(as_here, two_runs, tmp_path):
+    place = tmp_path / "runs"
+    longer = [dataclasses.replace(rare(run, seed=seed), name=f"{run.name}-{seed}")
+              for seed in (0, 1, 2) for run in two_runs]
+    (tmp_path / "alone.py").write_text(ALONE)
+    command = subprocess.Popen([sys.executable, str(tmp_path / "alone.py"), json.dumps(
+        [to_dict(run) for run in longer]), str(place)], stdout=subprocess.DEVNULL)
+    signalled(place, signal.SIGKILL, lambda: command.pid).join()
+    others = psutil.Process(command.pid).children(recursive=True)
+    command.wait()
+    assert not psutil.wait_procs(others, timeout=60)[1]
+    assert steps_kept(place) == {"seed-0-0": True, "seed-1-0": True}, "and no other has begun"
 
 
 def test_what_the_user_can_mend_ends_runs_at_once_with_its_line(as_here, two_runs, tmp_path):
@@ -258,17 +316,50 @@ def test_what_the_user_can_mend_ends_runs_at_once_with_its_line(as_here, two_run
     assert not workers()
 
 
+def test_runs_that_do_not_fit_are_refused_where_the_devices_are(two_runs, tmp_path):
+    large = changed(two_runs[0], {"model.engram.rows_per_head": [5 * 10**8, 5 * 10**8]})
+    with pytest.raises(UserError, match=r"^run = 'seed-0': needs .* GB without activations"):
+        AtOnce(count=2)([large], tmp_path, silent)
+    assert not (tmp_path / "seed-0").exists()
+
+
+def test_an_error_of_a_library_s_own_kind_reaches_the_first_process():
+    class Odd(RuntimeError):
+        def __init__(self, one, two):
+            super().__init__(f"RESOURCE_EXHAUSTED: {one} {two}")
+
+    try:
+        raise Odd(1, 2)
+    except Odd as error:
+        told = at_once._portable(error)
+    assert str(told) == "Odd: RESOURCE_EXHAUSTED: 1 2"
+    assert "raise Odd(1, 2)" in told.__notes__[0]
+    line = "stopped"
+    assert type(at_once._portable(Stopped(line))) is Stopped
+
+
 def test_the_first_seed_comes_first_and_its_longest_run(two_runs, monkeypatch, tmp_path):
     begun = []
 
-    class Pool:
-        def submit(self, train, values, folder, mesh):
-            begun.append(values["name"])
-            done = concurrent.futures.Future()
-            done.set_result({"name": values["name"], "loss": 1.0})
-            return done
+    class Worker:
+        busy = False
 
-    monkeypatch.setattr(at_once, "_processes", lambda count: contextlib.nullcontext(Pool()))
+        def __init__(self):
+            self.pipe, theirs = multiprocessing.Pipe()
+            theirs.close()  # so that `wait` takes it for ready
+
+        def ask(self, task, *arguments):
+            self.busy = task is at_once._train
+            if self.busy:
+                self.name = arguments[0]["name"]
+                begun.append(self.name)
+
+        def answer(self):
+            self.busy = False
+            return {"name": getattr(self, "name", ""), "loss": 1.0}
+
+    monkeypatch.setattr(at_once, "_workers", lambda count: contextlib.nullcontext(
+        [Worker() for _ in range(count)]))
     first, second = two_runs
     long = dataclasses.replace(with_training(first, steps=STEPS + 1), name="long")
     results = AtOnce(count=2)([second, first, long], tmp_path, silent)

@@ -268,6 +268,15 @@ def test_what_does_not_fit_is_not_begun(micro_sweep, monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_does_not_fit_together_is_not_begun_at_once(arms):
+    forecasts = [dataclasses.replace(forecast.forecast(arms[1]), memory_bytes=memory,
+                                     available_bytes=10**9) for memory in (4e8, 1e8, 5e8, 2e8)]
+    forecast.check(forecasts, 2)
+    with pytest.raises(UserError, match=r"^at-once = 3: runs need 1\.1 GB .* have 1\.0 GB: take"):
+        forecast.check(forecasts, 3)
+    forecast.check([], 3)
+
+
 def test_a_forecast_counts_state_and_gradients(arms):
     run = arms[1]
     found, numbers = forecast.forecast(run), account(run)
