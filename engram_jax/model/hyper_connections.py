@@ -98,15 +98,15 @@ def _positive(logits: jax.Array, axis: int) -> jax.Array:
 
     The gradient of a quotient has the square of the sum that it is divided by, which is 0 or
     infinite where the largest logit of a column is beyond 44, far before exp itself is. Columns
-    are divided by their sums first, so a column whose largest logit is beyond `LARGEST` is moved
-    there, which changes no result. What is further below the largest of its column counts as no
-    further: a row of such entries alone would have a sum that is too small. Other logits keep their
-    bits.
+    are divided by their sums first, so one whose largest logit is beyond `LARGEST` is moved to
+    where that is 0, which changes no result. What is further than `LARGEST` below the largest of
+    its column counts as no further: a row of such entries alone would have a sum that is too
+    small. Other logits keep their bits.
     """
     rows = (jax.lax.index_in_dim(logits, row, axis) for row in range(logits.shape[axis]))
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, rows))
-    beyond = top - jnp.clip(top, -LARGEST, LARGEST)
-    return jnp.exp(jnp.maximum(logits, top - LARGEST) - beyond)
+    shift = jnp.where(jnp.abs(top) > LARGEST, top, 0)  # whole: of 1e9 the 40 less is no other float
+    return jnp.exp(jnp.maximum(logits - shift, top - shift - LARGEST))
 
 
 def _by_device(

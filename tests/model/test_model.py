@@ -285,6 +285,17 @@ def test_sinkhorn_of_a_row_that_nothing_is_left_of(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [1e9, 1e20, 3e38])
+def test_sinkhorn_of_logits_beside_which_forty_is_nothing(way, size):
+    logits = jnp.asarray([[size, 0.0, -size], [0.0, size, -size], [0.0, 0.0, -size / 2]],
+                         jnp.float32)[None]
+    compute = functools.partial(getattr(hyper_connections, way), 3)
+    kept, back = jax.vjp(compute, logits)
+    np.testing.assert_allclose(kept[0], np.eye(3), atol=1e-6)
+    assert np.isfinite(back(jnp.asarray(random(1, 3, 3)))[0]).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_sinkhorn_of_usual_logits_is_that_of_their_exponentials(way):
     """Bounds move no bit where they are not reached."""
     logits = 5 * jnp.asarray(random(40, 4, 4))
