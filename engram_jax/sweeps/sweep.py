@@ -25,7 +25,7 @@ from engram_jax import distributed
 from engram_jax.config import RunConfig, require
 from engram_jax.costs import forecast
 from engram_jax.errors import UserError
-from engram_jax.results.arms import Result
+from engram_jax.results.arms import Result, diverged
 from engram_jax.results.figures import save
 from engram_jax.runs.directory import git_revision
 from engram_jax.settings import changed, first_difference, json_text, with_settings
@@ -142,7 +142,7 @@ def report_so_far(sweep: Sweep, directory: epath.PathLike, say: Say = print) -> 
     """Report the runs of `sweep` in `directory` that are done or diverged, and train nothing.
 
     Returns:
-      How many of its runs are done.
+      How many of its runs are done or diverged.
 
     Raises:
       UserError: none is, or the folder holds another sweep or other runs.
@@ -154,7 +154,9 @@ def report_so_far(sweep: Sweep, directory: epath.PathLike, say: Say = print) -> 
             done.append(result)
     require(bool(done), "out", str(directory), "holds no run of this sweep that is done")
     report(sweep.experiment, done, folder, say)
-    say(f"{len(done)} of {len(runs)} runs are done")
+    lost = diverged(done)
+    say(f"{len(done)} of {len(runs)} runs are done"
+        + f", of which diverged: {', '.join(lost)}" * bool(lost))
     return len(done)
 
 

@@ -11,6 +11,7 @@ from micro import micro, write_text
 from engram_jax.cli import main
 from engram_jax.costs.hlo import bytes_of, parse
 from engram_jax.errors import UserError
+from engram_jax.evaluation.scoring import Scorer
 from engram_jax.hashing.addressing import address
 from engram_jax.inference.device_rows import DeviceRows
 from engram_jax.inference.engine import Engine, Request
@@ -41,6 +42,16 @@ def test_the_same_text(trained, memory):
         with engine(trained, memory, mesh=mesh, slots=2, length=16) as running:
             texts[mesh] = running.generate(REQUESTS)
     assert texts["2x2"] == texts["1x1"]
+
+
+def test_tasks_have_the_same_scores(trained):
+    tokens_BT = np.arange(24, dtype=np.int32).reshape(3, 8) + 5
+    scores = []
+    for mesh in ("1x1", "2x2"):
+        model = served(RunDirectory(trained), mesh=mesh)
+        scores.append(Scorer(model, batch_size=2)(tokens_BT, tokens_BT + 1))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5),
+                 *scores)
 
 
 def test_each_device_has_its_part(trained):

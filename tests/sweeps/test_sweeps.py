@@ -150,7 +150,9 @@ def test_a_run_that_diverges_does_not_stop_the_others(
     assert (tmp_path / "table.txt").read_text() == table
     (tmp_path / "table.txt").unlink()
     assert main.main([*words, "--so-far"]) == 0
-    assert "engram-32-seed0: diverged" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "engram-32-seed0: diverged" in told
+    assert told.splitlines()[-1].endswith("runs are done, of which diverged: engram-32-seed0")
     (tmp_path / "engram-32-seed0/diverged.json").unlink()
     assert main.main(words) == 1
     assert "engram-32-seed0" in trained
