@@ -99,9 +99,9 @@ def _positive(logits: jax.Array, axis: int) -> jax.Array:
     The gradient of a quotient has the square of the sum that it is divided by, which is 0 or
     infinite where the largest logit of a column is beyond 44, far before exp itself is. Columns
     are divided by their sums first, so one whose largest logit is beyond `LARGEST` is moved to
-    where that is 0, which changes no result after a round. What is further than `LARGEST` below the largest of
-    its column counts as no further: a row of such entries alone would have a sum that is too
-    small. Other logits keep their bits.
+    where that is 0, which changes no result after a round. What is further than `LARGEST` below
+    the largest of its column counts as no further: a row of such entries alone would have a sum
+    that is too small. Other logits keep their bits.
     """
     rows = (jax.lax.index_in_dim(logits, row, axis) for row in range(logits.shape[axis]))
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, rows))
