@@ -1,5 +1,6 @@
 """Losses by optimizer and rate, paired by seed with dense Adam."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -24,12 +25,18 @@ def table(results: Sequence[Result]) -> str:
     lines = [f"{'optimizer':<24}{'rate':>7}{'loss':>9}{'sd':>8}{'against dense Adam (95 %)':>33}"
              f"{'state B/row':>13}{'seeds':>7}"]
     for (optimizer, multiplier), losses in grouped.items():
-        spread = f"{statistics.stdev(losses.values()):.4f}" if len(losses) > 1 else "-"
+        whole = _finite(losses)
+        mean = f"{statistics.mean(losses.values()):.4f}" if whole else "diverged"
+        spread = f"{statistics.stdev(losses.values()):.4f}" if whole and len(losses) > 1 else "-"
         lines.append(
-            f"{optimizer:<24}{f'x{multiplier:g}':>7}{statistics.mean(losses.values()):>9.4f}"
+            f"{optimizer:<24}{f'x{multiplier:g}':>7}{mean:>9}"
             f"{spread:>8}{_gap(losses, grouped.get((ORACLE, multiplier), {})):>33}"
             f"{_bytes(optimizer):>13}{len(losses):>7}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{name}: diverged" for name in grouping.diverged(results))])
+
+
+def _finite(losses: Mapping[int, float]) -> bool:
+    return all(map(math.isfinite, losses.values()))
 
 
 def _arms(results: Sequence[Result]) -> dict[tuple[str, float], dict[int, float]]:
@@ -52,7 +59,7 @@ def label(run: RunConfig) -> str:
 
 
 def _gap(losses: Mapping[int, float], oracle: Mapping[int, float]) -> str:
-    gap = paired(losses, oracle)
+    gap = paired(losses, oracle) if _finite(losses) and _finite(oracle) else None
     if gap is None or gap.low is None or losses == oracle:
         return "-"
     return gap.signed()

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import matplotlib.pyplot as plt
 import pytest
 
 from engram_jax.results import arms
@@ -12,6 +13,7 @@ from experiments.allocation import report as allocation
 from experiments.looking_inside import measure
 from experiments.looking_inside import report as looking_inside
 from experiments.memory_scaling import report as memory_scaling
+from experiments.row_optimizers import report as row_optimizers
 
 COMMITTED = [path.parent.name for path in figures.HERE.glob("*/results.csv")]
 
@@ -89,6 +91,16 @@ def test_runs_that_diverged_are_named_and_have_no_part_in_means_or_curves():
     runs = [made(f"small-rho-{rho}", 0, loss) | {"rho": rho}
             for rho, loss in ((0.4, 3.9), (0.6, nan), (0.8, 3.7), (1, 3.6))]
     assert allocation.table(runs).endswith("small: no parabola, for small-rho-0.6-seed0 diverged")
+
+
+def test_row_optimizers_of_which_one_diverged():
+    table = figures.HERE / "row_optimizers" / "results.csv"
+    results = from_csv(table.read_text())
+    lost = results[-1] | {"loss": float("nan")}
+    text = row_optimizers.table([*results[:-1], lost])
+    assert text.endswith(f"{lost['name']}: diverged")
+    assert "nan" not in text
+    plt.close(row_optimizers.figure([*results[:-1], lost]))
 
 
 # --- Looking inside ---
