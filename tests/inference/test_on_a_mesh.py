@@ -35,7 +35,8 @@ def bytes_here(tree):
     return here, sum(leaf.nbytes for leaf in leaves)
 
 
-@pytest.mark.parametrize("memory", ["device", "host"])
+@pytest.mark.parametrize("memory", [
+    "device", pytest.param("host", marks=pytest.mark.slow)])
 def test_the_same_text(trained, memory):
     texts = {}
     for mesh in ("1x1", "2x2"):
@@ -90,7 +91,8 @@ def test_experts_and_streams_on_a_mesh(tmp_path):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("what", ["gates", "suppression"])
+@pytest.mark.parametrize("what", [
+    pytest.param("gates", marks=pytest.mark.slow), "suppression"])
 def test_the_same_findings(trained, what):
     alone, split = (analyses.analyze(what, [trained], mesh=mesh) for mesh in ("1x1", "1x4"))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4)
@@ -115,6 +117,7 @@ def test_one_device_unless_a_mesh_is_named(trained, monkeypatch):
     assert placement.serving_mesh(run, "1x2").size == 2
 
 
+@pytest.mark.slow
 def test_the_command(trained, capsys):
     texts = []
     for words in ([], ["--mesh", "2x2"]):

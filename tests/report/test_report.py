@@ -210,7 +210,7 @@ def sizes(tmp_path_factory):
 
 
 def test_arms_are_in_the_order_of_their_memories_and_told_apart(sizes, monkeypatch):
-    monkeypatch.setattr(findings, "open_run", lambda records: None)
+    monkeypatch.setattr(findings, "open_run", lambda records, mesh: None)
     monkeypatch.setattr(findings, "validation_text", lambda opened: "")
     found = findings.material([sizes])
     assert [subject.name for subject in found.subjects] == ["a4", "a1", "a3", "a0", "a2"]
