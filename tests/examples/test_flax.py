@@ -65,7 +65,8 @@ def pure_loss(example):
     return params, flax_linen.loss_fn
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [
+    "linen", pytest.param("nnx", marks=pytest.mark.slow)])
 def test_gradients_are_those_of_a_dense_table_on_one_device(name):
     example = EXAMPLES[name]
     config, devices = example.ENGRAM, jax.devices()

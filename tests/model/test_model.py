@@ -543,6 +543,7 @@ def test_models_that_differ_in_their_memory_start_alike(monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, blocks(arm), first)
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_number():
     config = dataclasses.replace(
         PLAIN, depth=2, moe=MoEConfig(experts=3, top_k=1, shared=0, expert_ffn=8, dense_layers=0))

@@ -77,6 +77,7 @@ def test_an_evaluation_that_fails_costs_no_step(run, trained, tmp_path, monkeypa
     assert loss(tmp_path) == loss(trained)
 
 
+@pytest.mark.slow
 def test_an_evaluation_on_the_way_that_fails_is_made_up_for(run, tmp_path, monkeypatch):
     often = with_training(run, checkpoint_every=2, evaluate_every=4)
     train.train(often, tmp_path / "whole", silent)

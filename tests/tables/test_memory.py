@@ -297,6 +297,7 @@ def test_capacity_changes_rounds_and_no_bit(capacity):
 HALF = dataclasses.replace(CONFIG, table_dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_a_bfloat16_table_decodes_itself():
     memory = memory_on("8 auto", HALF, dtype="bfloat16")
     tables = memory.init(jax.random.key(0))
