@@ -38,8 +38,11 @@ def test_a_figure_is_rebuilt_from_its_table(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "said"), [
     ("tuning", ["-0.2020 (-0.2542 to -0.1499)", "-0.0511 (-0.1016 to -0.0006)"]),
     ("capacity", ["689 (627 to 750)", "154 (113 to 195)", "162 (114 to 211)", "282 (263 to 301)"]),
-    ("tokens", ["-0.1641", "-0.1530", "-0.0648", "-0.1635", "-0.2190", "-0.1061", "-0.2013",
-                "-0.2228", "-0.1162"])])
+    ("tokens", ["-0.2324 (-0.6031 to +0.1382) [3]", "-0.2900 (-0.6598 to +0.0798) [3]",
+                "-0.0281 [1]", "-0.0240 (-0.1218 to +0.0739) [2]",
+                "-0.3915 (-0.5336 to -0.2493) [3]", "-0.3249 (-0.6951 to +0.0453) [2]",
+                "+0.2162 (+0.0688 to +0.3636) [3]", "-0.0263 (-0.0417 to -0.0108) [3]",
+                "-0.0396 (-0.0762 to -0.0030) [3]", "+0.0252 (-0.0044 to +0.0549) [3]"])])
 def test_what_a_page_says_is_what_its_table_prints(name, said, tmp_path, monkeypatch):
     shutil.copytree(figures.HERE / name, tmp_path / name, ignore=lambda *_: ["__pycache__"])
     monkeypatch.setattr(figures, "HERE", tmp_path)
