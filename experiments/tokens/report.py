@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from engram_jax.costs.accounting import short
 from engram_jax.results import arms, figures
@@ -106,7 +106,9 @@ def _draw(axes: Axes, told: Effects, paper: Mapping[str, float]) -> None:
         if arm in paper:
             axes.axhline(paper[arm], color=colour, linewidth=1, linestyle=":")
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(tokens)))
+    axes.set_xticks(sorted({tokens for each in told.values() for tokens in each}))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: short(int(tokens))))
     axes.set_xlabel("tokens trained on; dotted: the paper's effect")
     axes.set_ylabel("loss less the baseline's (nats)")
     axes.legend(frameon=False, fontsize=8)
