@@ -2,7 +2,7 @@
 
 Experts that are gathered travel whole to every device: each time that a block runs in the compute
 dtype, and their gradients in float32. Along an axis of X devices that share them, each gathers a
-share of them, and tokens travel instead, once for each expert that they pick. Both are counted as
+share of them, and tokens and results travel instead (`model.sent_experts`). Both are counted as
 `breakdown.Torus` counts collectives; nothing of it was compared with a running TPU.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from engram_jax.config import RunConfig
 from engram_jax.costs.breakdown import Torus
 from engram_jax.costs.collectives import Collective
-from engram_jax.model.sent_experts import ROOM
+from engram_jax.model.sent_experts import ROOM, pays_to_all
 
 _WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 SHARES = 64  # no more devices than these share the experts
@@ -70,10 +70,19 @@ def sharing(run: RunConfig, torus: Torus, split: int, devices: int) -> Sharing:
     if devices == 1:
         return Sharing(1, weights, weights_s)
     tokens = run.data.batch_size * run.data.sequence_length // math.prod(torus.sizes) // parts
-    sent = ROOM * tokens * moe.top_k * model.width * width
-    trips = times * (4 + again)  # a recomputation sends tokens, and no results
-    return Sharing(devices, weights, weights_s, trips * sent * (devices - 1) / devices,
-                   trips * seconds("all-to-all", sent, devices))
+    one = tokens * model.width * width
+    each = ROOM * moe.top_k * one
+    # Tokens there, gradients of what they got there, and, computed anew, tokens once more; back come
+    # results, and gradients of tokens.
+    there_again, back_again = times * (2 + again), times * 2
+    if pays_to_all(moe.top_k, devices, torus=True):
+        sent = there_again * one * devices + back_again * each
+        sent_s = (there_again * seconds("all-gather", one, devices)
+                  + back_again * seconds("all-to-all", each, devices))
+    else:
+        sent = (there_again + back_again) * each
+        sent_s = (there_again + back_again) * seconds("all-to-all", each, devices)
+    return Sharing(devices, weights, weights_s, sent * (devices - 1) / devices, sent_s)
 
 
 def chosen(run: RunConfig, torus: Torus, split: int) -> Sharing | None:

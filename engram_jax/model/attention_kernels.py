@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from engram_jax.config import AttentionConfig, require
@@ -218,6 +219,7 @@ def splash(
     query_BTHX = (query_BTHX.astype(jnp.float32) * scale).astype(query_BTHX.dtype)
     query, key, value = (
         jnp.swapaxes(_lengthened(part, block), 1, 2) for part in (query_BTHX, key_BSHX, value_BSHV))
+    query = checkpoint_name(query, RESIDUALS)  # of the three what costs most to make anew
     segments = None
     if documents_BT is not None:
         own = _lengthened(documents_BT, block, -1)

@@ -1,18 +1,21 @@
 """Expert parallelism: tokens travel to their experts, and not experts to every token.
 
 The devices of one mesh axis share the experts among them, in their order. Each device lays its
-assignments (token, choice) out expert after expert, so what goes to a peer is one stretch of them;
-stretches travel by all_to_all, meet their experts, and travel back. Shapes are static: a round
-takes C assignments to each peer, and where somebody has more, all do another round. Nothing is
-dropped, and every token gets what it would get from a device that had all experts.
+assignments (token, choice) out expert after expert, so what a peer is to do for it is one stretch
+of them, and what comes back for each travels by all_to_all. Tokens reach their experts in one of
+two ways: with their assignments, once for each, or, where a token picks experts of most peers
+anyhow, once and to everybody. Shapes are static: a round does C assignments of each peer, and where
+somebody has more, all do further rounds, a quarter of that each. Nothing is dropped, and every
+token gets what it would get from a device that had all experts.
 
 The owner of an expert weighs its hidden units. So no gradient asks for what came back, and a
 backward pass that computes anew what it needs sends tokens once more, and no results.
 
 Runs inside `jax.shard_map`.
 
-Shapes: N tokens, K choices, A = N K assignments, P peers, C assignments to each peer in a round,
-D width, E experts, X experts of one device.
+Shapes: N tokens, K choices, A = N K assignments, P peers, C assignments of each peer in a round,
+S = P C of all, T tokens that have come, R rows of the experts' FFN, D width, E experts, X experts
+of one device.
 """
 
 import dataclasses
@@ -26,7 +29,18 @@ import jax.numpy as jnp
 from engram_jax.model import moe
 from engram_jax.model.layers import Params
 
-ROOM = 1.25  # over the even share of a device's assignments
+ROOM = 1.125  # over the even share of a device's assignments
+FURTHER = 4  # a further round has room for one in so many of the first
+
+
+def pays_to_all(choices: int, devices: int, torus: bool) -> bool:
+    """Shall a token go once to all, and not once for each of its choices?
+
+    Where every two devices have a link of their own, if that is less to send. On an axis of a torus
+    what goes from all to all crosses a quarter of the axis on average, and what goes to all takes
+    every link once.
+    """
+    return ROOM * choices >= (4 if torus else devices)
 
 
 class Way(NamedTuple):
@@ -39,7 +53,7 @@ class Way(NamedTuple):
       expert_A: int32, their experts.
       begin_P: int32, where each peer's stretch of them begins.
       count_P: int32, its length.
-      rounds: int32 scalar, how many all devices do.
+      most: int32 scalar, the longest stretch of all devices.
     """
 
     place_A: jax.Array
@@ -48,17 +62,26 @@ class Way(NamedTuple):
     expert_A: jax.Array
     begin_P: jax.Array
     count_P: jax.Array
-    rounds: jax.Array
+    most: jax.Array
 
 
 class Round(NamedTuple):
-    """One round: slot_NK int32, where each assignment lies among P * C slots (P * C if it is of
-    another round); source_S int32, the assignment in each slot (A in empty ones); expert_S int32,
-    its expert by the number that its owner gives it (X in empty ones)."""
+    """One round: what this device sends, and as an owner of experts has to do.
+
+    Attributes:
+      slot_NK: int32, where each assignment lies among those that leave, [P, C] in a row (S if it is
+        of another round).
+      source_S: int32, the assignment in each of these places (A in empty ones).
+      token_R: int32, of each row of the FFN its token among those that have come (T in empty ones).
+      row_S: int32, of each assignment that has come its row (R in empty ones).
+      groups: the rows.
+    """
 
     slot_NK: jax.Array
     source_S: jax.Array
-    expert_S: jax.Array
+    token_R: jax.Array
+    row_S: jax.Array
+    groups: moe.Groups
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,12 +92,14 @@ class SentExperts:
       axis: mesh axis along which they are shared.
       devices: along that axis.
       everywhere: all mesh axes; devices agree on the number of rounds.
-      room: assignments to each peer in a round, over the even share of a device's.
+      to_all: a token travels once, to all peers, and not with each of its assignments.
+      room: assignments of each peer in the first round, over the even share of a device's.
     """
 
     axis: str
     devices: int
     everywhere: tuple[str, ...]
+    to_all: bool
     room: float = ROOM
 
     def __call__(
@@ -87,7 +112,7 @@ class SentExperts:
         return out_ND, load_E
 
     def way(self, choice_NK: jax.Array, number: int) -> Way:
-        """Lay the assignments out, and agree on the rounds."""
+        """Lay the assignments out, and find who has most for a peer."""
         each, choice_A = -(-number // self.devices), choice_NK.reshape(-1)
         iota_A = jnp.arange(choice_A.size, dtype=jnp.int32)
         expert_A, order_A = jax.lax.sort_key_val(choice_A, iota_A)
@@ -96,38 +121,78 @@ class SentExperts:
         count_P = jnp.searchsorted(expert_A, first_P + each).astype(jnp.int32) - begin_P
         peer_A = choice_A // each
         sorted_A = jnp.zeros_like(iota_A).at[order_A].set(iota_A, unique_indices=True)
-        most = jax.lax.pmax(jnp.max(count_P), self.everywhere)
-        rounds = -(-most // self.capacity(choice_A.size))
         return Way(sorted_A - begin_P[peer_A], peer_A, order_A, expert_A % each, begin_P, count_P,
-                   rounds)
+                   jax.lax.pmax(jnp.max(count_P), self.everywhere))
 
     def capacity(self, assignments: int) -> int:
-        """C: whole rows of eight, as a TPU keeps them, and no more than there are."""
+        """C of the first round: whole rows of eight, as a TPU keeps them, and no more than there
+        are."""
         share = math.ceil(self.room * assignments / self.devices)
         return min(-(-share // 8) * 8, assignments)
 
-    def _round(
-        self, experts: Params, x_ND: jax.Array, weight_NK: jax.Array, way: Way, number: jax.Array
-    ) -> jax.Array:
-        """What the assignments of one round get from their experts, [N, D]."""
-        here = self._slots(way, number, weight_NK.shape, experts["gate"].shape[0])
-        got_SD, expert_S = self._swap(_sent(x_ND, here)), self._swap(here.expert_S)
-        weight_S = self._swap(_weights(weight_NK, here))
-        return _received(self._swap(_own(experts, got_SD, expert_S, weight_S)), here)
+    def further(self, assignments: int) -> int:
+        """C of each further round."""
+        return -(-self.capacity(assignments) // (8 * FURTHER)) * 8
 
-    def _slots(self, way: Way, number: jax.Array, shape: tuple[int, ...], each: int) -> Round:
+    def rounds(self, way: Way) -> jax.Array:
+        """How many all devices do, int32."""
         size = way.order_A.size
-        capacity = self.capacity(size)
-        start = number * capacity
-        mine_A = (way.place_A >= start) & (way.place_A < start + capacity)
-        slot_A = jnp.where(mine_A, way.peer_A * capacity + way.place_A - start,
-                           self.devices * capacity)
-        place_1C = start + jnp.arange(capacity, dtype=jnp.int32)[None]
+        return 1 + jnp.maximum(way.most - self.capacity(size) + self.further(size) - 1,
+                               0) // self.further(size)
+
+    def round(
+        self, experts: Params, x_ND: jax.Array, weight_NK: jax.Array, way: Way,
+        number: jax.Array | int,
+    ) -> jax.Array:
+        """What the assignments of one round get from their experts, [N, D].
+
+        Args:
+          experts, x_ND, weight_NK: as in a call.
+          way: laid out.
+          number: of the round; 0 itself, or an array for one of the others.
+        """
+        here = self._round(way, number, weight_NK.shape, experts["gate"].shape[0])
+        weight_S = self._swap(_weights(weight_NK, here))
+        weight_R = moe.to_slots(weight_S[:, None], here.groups)[:, 0]
+        out_RD = moe.grouped_ffn(experts, _sent(self, x_ND, here), here.groups, weight_R)
+        return _received(self, out_RD, here)
+
+    def _round(
+        self, way: Way, number: jax.Array | int, shape: tuple[int, ...], each: int
+    ) -> Round:
+        size = way.order_A.size
+        first, further = self.capacity(size), self.further(size)
+        start, room = (0, first) if isinstance(number, int) else (
+            first + (number - 1) * further, further)
+        mine_A = (way.place_A >= start) & (way.place_A < start + room)
+        slot_A = jnp.where(mine_A, way.peer_A * room + way.place_A - start, self.devices * room)
+        place_1C = start + jnp.arange(room, dtype=jnp.int32)[None]
         used_PC = place_1C < way.count_P[:, None]
         at_S = jnp.where(used_PC, way.begin_P[:, None] + place_1C, size).reshape(-1)
         source_S = way.order_A.at[at_S].get(mode="fill", fill_value=size)
-        expert_S = way.expert_A.at[at_S].get(mode="fill", fill_value=each)
-        return Round(slot_A.reshape(shape), source_S, expert_S)
+
+        # As an owner: empty places are those of one more expert, which comes last and has no
+        # matrix.
+        expert_S = self._swap(way.expert_A.at[at_S].get(mode="fill", fill_value=each))
+        groups = moe.group(expert_S[:, None], each + 1)
+        row_S = jnp.where(expert_S < each, groups.slot_NK[:, 0], groups.source_P.size)
+        if self.to_all:
+            peer_S = jnp.repeat(jnp.arange(self.devices, dtype=jnp.int32), room)
+            token_S, tokens = (peer_S * shape[0] + self._swap(source_S // shape[1]),
+                               self.devices * shape[0])
+        else:
+            token_S, tokens = jnp.arange(source_S.size, dtype=jnp.int32), source_S.size
+        token_S = jnp.where(expert_S < each, token_S, tokens)
+        token_R = token_S.at[groups.source_P].get(mode="fill", fill_value=tokens)
+        return Round(slot_A.reshape(shape), source_S, token_R, row_S,
+                     groups._replace(padded_E=groups.padded_E[:each]))
+
+    def _tokens(self, x_ND: jax.Array, here: Round) -> jax.Array:
+        """The tokens that come to this device, [T, D]."""
+        if self.to_all:
+            return jax.lax.all_gather(x_ND, self.axis, tiled=True)
+        token_S = here.source_S // here.slot_NK.shape[1]
+        return self._swap(x_ND.at[token_S].get(mode="fill", fill_value=0))
 
     def _swap(self, slots: jax.Array) -> jax.Array:
         """What each peer has for this device, in the peers' order."""
@@ -136,44 +201,32 @@ class SentExperts:
         return jax.lax.all_to_all(slots, self.axis, 0, 0, tiled=True)
 
 
-def _own(
-    experts: Params, x_SD: jax.Array, expert_S: jax.Array, weight_S: jax.Array
-) -> jax.Array:
-    """The weighed FFN of each slot's expert, one of this device's; zeros in empty slots."""
-    each = experts["gate"].shape[0]
-    # Empty slots are those of one more expert, which comes last and has no matrix.
-    groups = moe.group(expert_S[:, None], each + 1)
-    weight_P1, mine = (moe.to_slots(weight_S[:, None], groups),
-                       groups._replace(padded_E=groups.padded_E[:each]))
-    out_PD = moe.grouped_ffn(experts, moe.to_slots(x_SD, groups), mine, weight_P1[:, 0])
-    return jnp.where((expert_S < each)[:, None], moe.from_slots(out_PD, groups)[:, 0], 0)
-
-
 # Each of the two is the other's gradient, and both are gathers: the same bits each run.
 
 
-@jax.custom_vjp
-def _sent(x_ND: jax.Array, here: Round) -> jax.Array:
-    """Each slot's token, [S, D]; zeros in empty slots."""
-    return x_ND.at[here.source_S // here.slot_NK.shape[1]].get(mode="fill", fill_value=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sent(routed: SentExperts, x_ND: jax.Array, here: Round) -> jax.Array:
+    """The token of each row, [R, D]; zeros in empty rows."""
+    return routed._tokens(x_ND, here).at[here.token_R].get(mode="fill", fill_value=0)
 
 
-@jax.custom_vjp
-def _received(out_SD: jax.Array, here: Round) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _received(routed: SentExperts, out_RD: jax.Array, here: Round) -> jax.Array:
     """What came back for each token, added up in float32, [N, D]."""
+    out_SD = routed._swap(out_RD.at[here.row_S].get(mode="fill", fill_value=0))
     out_NKD = out_SD.at[here.slot_NK].get(mode="fill", fill_value=0)
-    return jnp.sum(out_NKD, axis=1, dtype=jnp.float32).astype(out_SD.dtype)
+    return jnp.sum(out_NKD, axis=1, dtype=jnp.float32).astype(out_RD.dtype)
 
 
-_sent.defvjp(lambda x, here: (_sent(x, here), here),
-             lambda here, grad_SD: (_received(grad_SD, here), None))
-_received.defvjp(lambda out, here: (_received(out, here), here),
-                 lambda here, grad_ND: (_sent(grad_ND, here), None))
+_sent.defvjp(lambda routed, x, here: (_sent(routed, x, here), here),
+             lambda routed, here, grad_RD: (_received(routed, grad_RD, here), None))
+_received.defvjp(lambda routed, out, here: (_received(routed, out, here), here),
+                 lambda routed, here, grad_ND: (_sent(routed, grad_ND, here), None))
 
 
 @jax.custom_vjp
 def _weights(weight_NK: jax.Array, here: Round) -> jax.Array:
-    """Each slot's weight, [S]; 0 in empty slots."""
+    """The weight of each assignment that leaves, [S]; 0 in empty places."""
     return weight_NK.reshape(-1).at[here.source_S].get(mode="fill", fill_value=0)
 
 
@@ -193,11 +246,11 @@ def _rounds(
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number, out_ND = carry
-        return number + 1, out_ND + routed._round(experts, x_ND, weight_NK, way, number)
+        return number + 1, out_ND + routed.round(experts, x_ND, weight_NK, way, number)
 
-    first_ND = routed._round(experts, x_ND, weight_NK, way, jnp.int32(0))
+    rounds, first_ND = routed.rounds(way), routed.round(experts, x_ND, weight_NK, way, 0)
     return jax.lax.while_loop(
-        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), first_ND))[1]
+        lambda carry: carry[0] < rounds, again, (jnp.int32(1), first_ND))[1]
 
 
 def _rounds_backward(
@@ -205,9 +258,10 @@ def _rounds_backward(
 ) -> tuple[Params, jax.Array, jax.Array, None]:
     """Rounds are computed anew; gradients add up over them in float32."""
     given, way = saved
+    rounds = routed.rounds(way)
 
-    def of(number: jax.Array) -> Given:
-        _, back = jax.vjp(lambda experts, x_ND, weight_NK: routed._round(
+    def of(number: jax.Array | int) -> Given:
+        _, back = jax.vjp(lambda experts, x_ND, weight_NK: routed.round(
             experts, x_ND, weight_NK, way, number), *given)
         return jax.tree.map(lambda grad: grad.astype(jnp.float32), back(grad_ND))
 
@@ -216,7 +270,7 @@ def _rounds_backward(
         return number + 1, jax.tree.map(jnp.add, sums, of(number))
 
     _, sums = jax.lax.while_loop(
-        lambda carry: carry[0] < way.rounds, again, (jnp.int32(1), of(jnp.int32(0))))
+        lambda carry: carry[0] < rounds, again, (jnp.int32(1), of(0)))
     grads = jax.tree.map(lambda total, array: total.astype(array.dtype), sums, given)
     return *grads, None
 

@@ -20,7 +20,7 @@ from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
 from engram_jax.model import attention_kernels, transformer
 from engram_jax.model.moe import Routed, experts_here
-from engram_jax.model.sent_experts import SentExperts
+from engram_jax.model.sent_experts import SentExperts, pays_to_all
 from engram_jax.settings import changed
 from engram_jax.tables import collectives
 from engram_jax.tables.layout import layout_of
@@ -196,11 +196,14 @@ def param_split(run: RunConfig, mesh: Mesh) -> Split:
         collectives.neighbours(list(mesh.devices[0, :, 0, 0])))
 
 
-def routed(mesh: Mesh) -> Routed:
+def routed(run: RunConfig, mesh: Mesh) -> Routed:
     """How tokens and experts come together on a mesh."""
-    if mesh.shape[EXPERT] == 1:
+    moe, devices = run.model.moe, mesh.shape[EXPERT]
+    if moe is None or devices == 1:
         return experts_here
-    return SentExperts(axis=EXPERT, devices=mesh.shape[EXPERT], everywhere=AXES)
+    torus = mesh.devices.flat[0].platform == "tpu"
+    return SentExperts(axis=EXPERT, devices=devices, everywhere=AXES,
+                       to_all=pays_to_all(moe.top_k, devices, torus))
 
 
 def local_memory(run: RunConfig, mesh: Mesh) -> LocalMemory:

@@ -57,7 +57,7 @@ def train_step(
     placement.check(run, mesh)
     settled = placement.settled(run, mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
-    routed, stretch = placement.routed(mesh), stretch_of(mesh)
+    routed, stretch = placement.routed(run, mesh), stretch_of(mesh)
     transform = optimizer(run.optimizer, transformer.declared(run.model), split.by_matrix)
     rate = schedule(run.optimizer, run.training.steps)
 
@@ -237,7 +237,7 @@ def evaluation_step(
     placement.check(run, mesh)
     settled = placement.settled(run, mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
-    routed, stretch = placement.routed(mesh), stretch_of(mesh)
+    routed, stretch = placement.routed(run, mesh), stretch_of(mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         lookup = memory.lookup(state.tables, row_ids(run, addressing, batch, stretch))

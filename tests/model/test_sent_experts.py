@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from engram_jax.config import MoEConfig
 from engram_jax.model.moe import experts_here, moe, moe_parameters
 from engram_jax.model.parameters import values
-from engram_jax.model.sent_experts import SentExperts
+from engram_jax.model.sent_experts import SentExperts, pays_to_all
 from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES, own_gathered
 
@@ -25,12 +25,12 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def outputs_and_gradients(x_BTD, bias_E, room):
+def outputs_and_gradients(x_BTD, bias_E, room, to_all=False):
     """Of `moe` on eight devices, four of which share the experts; `room` None has all at home."""
     mesh = placement.make_mesh(1, 2, expert=4)
     params = values(moe_parameters(jax.random.key(0), WIDTH, CONFIG))
     routed = experts_here if room is None else SentExperts(
-        axis="expert", devices=4, everywhere=AXES, room=room)
+        axis="expert", devices=4, everywhere=AXES, to_all=to_all, room=room)
 
     def local(params, x_BTD):
         def loss(params, x_BTD):
@@ -66,24 +66,36 @@ def at_home(skewed):
 
 @pytest.mark.parametrize("room", [4.0, 1.25, 0.3])
 @pytest.mark.parametrize("skewed", [False, True])
-def test_sent_is_at_home(skewed, room):
+@pytest.mark.parametrize("to_all", [False, True])
+def test_sent_is_at_home(skewed, room, to_all):
     """Room for all, for an even share, and so little that it takes many rounds; routers that pick
-    evenly, and ones that pick two experts of all."""
+    evenly, and ones that pick two experts of all; tokens that go with their assignments, and ones
+    that go to all."""
     bias_E, home = at_home(skewed)
-    sent = outputs_and_gradients(random(8, 12, WIDTH), bias_E, room)
+    sent = outputs_and_gradients(random(8, 12, WIDTH), bias_E, room, to_all)
     for ours, theirs in zip(jax.tree.leaves(sent), jax.tree.leaves(home), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(sent[3], home[3])
     assert int(jnp.sum(sent[3])) == 8 * 12 * 2
 
 
-@pytest.mark.parametrize(("skewed", "room", "rounds"), [(False, 4.0, 1), (True, 1.0, 2)])
+@pytest.mark.parametrize(("skewed", "room", "rounds"), [
+    (False, 4.0, 1), (True, 2.0, 1), (True, 1.25, 2), (True, 0.5, 2)])
 def test_rounds_follow_the_fullest_peer(skewed, room, rounds):
-    """24 assignments a device; of two experts that have all, each owner gets twelve."""
+    """24 assignments a device, an even share of six; of two experts that have all, each owner gets
+    twelve. A further round has room for eight."""
     mesh = placement.make_mesh(1, 2, expert=4)
-    routed = SentExperts(axis="expert", devices=4, everywhere=AXES, room=room)
+    routed = SentExperts(axis="expert", devices=4, everywhere=AXES, to_all=False, room=room)
     choice_NK = np.tile([[2, 5]] if skewed else [[0, 5], [2, 3]], (8 * 12 // (2 - skewed), 1))
     taken = jax.jit(jax.shard_map(
-        lambda choice_NK: routed.way(choice_NK, 6).rounds[None], mesh=mesh,
+        lambda choice_NK: routed.rounds(routed.way(choice_NK, 6))[None], mesh=mesh,
         in_specs=PartitionSpec(AXES), out_specs=PartitionSpec(AXES)))(choice_NK.astype(np.int32))
     assert taken.tolist() == [rounds] * 8
+
+
+def test_tokens_go_to_all_where_that_is_less():
+    """By the links of a torus; by the bytes elsewhere. The paper's models pick 6, the smallest 2."""
+    assert pays_to_all(6, devices=16, torus=True)
+    assert not pays_to_all(2, devices=16, torus=True)
+    assert pays_to_all(6, devices=4, torus=False)
+    assert not pays_to_all(6, devices=8, torus=False)
