@@ -54,6 +54,8 @@ def _add_launcher(command: Parser) -> None:
                        "GPU, or else all TPU chips, or else all CPUs of a node")
     group.add_argument("--only", default="0/1", metavar="INDEX/COUNT",
                        help="do a share of the runs: job INDEX, from 0 on, of COUNT jobs")
+    group.add_argument("--match", default="*", metavar="PATTERN",
+                       help="do the runs whose names match, such as 'layer-1-*' or '*-seed[01]'")
 
 
 def sweep(options: Options) -> None:
@@ -66,7 +68,7 @@ def sweep(options: Options) -> None:
         experiment=options.experiment, scale=options.scale, settings=tuple(options.settings),
         seeds=_seeds(options.seeds))
     if options.dry_run:
-        dry_run(chosen, say, chosen_mesh(options.mesh))
+        dry_run(chosen, say, chosen_mesh(options.mesh), options.match, options.at_once)
         return
     require(bool(options.out), "out", options.out, "a sweep needs --out, a folder for its runs")
     if options.so_far:
@@ -81,10 +83,11 @@ def sweep(options: Options) -> None:
         launcher, mesh = launchers.chosen(
             options.launcher, options.mesh, options.ray_address, options.resources,
             options.at_once)
-        results = run_sweep(chosen, options.out, tell, mesh, launcher, only, options.allow_dirty)
-        if only != (0, 1):
-            tell(f"{len(results)} runs of this share are done; the same command without --only "
-                 "makes the table once all are")
+        results = run_sweep(chosen, options.out, tell, mesh, launcher, only, options.match,
+                            options.allow_dirty)
+        if (only, options.match) != ((0, 1), "*"):
+            tell(f"{len(results)} runs of these are done; --so-far makes the table of what is "
+                 "done, and the same command without --only and --match does all runs")
             return
         lost = [result["name"] for result in results if not math.isfinite(result["loss"])]
         if lost:

@@ -67,6 +67,7 @@ def forecast(run: RunConfig, mesh: Mesh | None = None) -> Forecast:
 
 def check(forecasts: Sequence[Forecast], at_once: int = 1) -> None:
     """Refuse runs that do not fit (UserError), or that do not `at_once` on the same devices."""
+    require(at_once >= 1, "at-once", at_once, "must be at least 1")
     for each in forecasts:
         require(each.fits, "run", each.run.name,
                 f"needs {_gb(each.memory_bytes)} without activations, and the devices have "

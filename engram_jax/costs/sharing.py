@@ -72,7 +72,7 @@ def sharing(run: RunConfig, torus: Torus, split: int, devices: int) -> Sharing:
     tokens = run.data.batch_size * run.data.sequence_length // math.prod(torus.sizes) // parts
     one = tokens * model.width * width
     each = ROOM * moe.top_k * one
-    # Tokens there, gradients of what they got there, and, computed anew, tokens once more; back come
+    # Tokens there, gradients of what they got, and, computed anew, tokens once more; back come
     # results, and gradients of tokens.
     there_again, back_again = times * (2 + again), times * 2
     if pays_to_all(moe.top_k, devices, torus=True):

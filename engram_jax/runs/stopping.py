@@ -4,6 +4,8 @@ The first signal lets the step under way end; then a checkpoint of it is written
 ends, and the same command goes on from there. Before the first step there is nothing to keep, and
 it ends as soon as Python hears of it. A thread hears signals at once, even while the main one
 compiles or waits for a device: it ends the process when the grace is over, or at a second signal.
+Two SIGTERMs within a second are one that was passed on: clusters tell every process, and a first
+process of several tells the others.
 
 Several processes stop before the same piece of work (`distributed.stops`), whichever was told.
 """
@@ -12,6 +14,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +23,7 @@ from engram_jax import distributed
 from engram_jax.errors import STOPPED, Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PASSED_ON_S = 1.0  # SIGTERMs within it are one
 LAST_WORDS_S = 1.0  # for telling the other processes of a second signal
 
 
@@ -100,17 +104,18 @@ class Stopping:
 
     def _listen(self, heard: socket.socket) -> None:
         """Hear of a signal in a thread of its own, as soon as the system has it."""
-        signals = 0
+        first = None
         with heard:
             while data := heard.recv(64):
                 for number in data:
                     if number not in SIGNALS:
                         continue
-                    signals += 1
                     name = signal.Signals(number).name
-                    if signals == 1:
+                    if first is None:
+                        first = number, time.monotonic()
                         self._first(name)
-                    else:
+                    elif not (first[0] == number == signal.SIGTERM
+                              and time.monotonic() - first[1] < PASSED_ON_S):
                         self._end(128 + number, f"ended at once by a second signal ({name}); the "
                                   "same command goes on from the last checkpoint", LAST_WORDS_S)
 

@@ -7,14 +7,16 @@ than their losses has `measured(results, folder)`, too, whose rows take the resu
 runs are skipped, interrupted ones go on.
 """
 
+import contextlib
 import csv
 import dataclasses
+import fnmatch
 import importlib
 import importlib.util
 import io
 import json
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -70,13 +72,20 @@ class Sweep:
                 f"has {', '.join(map(str, repeated))} more than once, which would count one run as "
                 "several")
 
-    def runs(self) -> list[RunConfig]:
-        """The runs, seed after seed."""
+    def runs(self, match: str = "*") -> list[RunConfig]:
+        """The runs whose names match a pattern of the shell's, seed after seed.
+
+        Raises:
+          UserError: two runs of one name, or none that matches.
+        """
         arms = _module(self.experiment, "configs").runs(self.scale, self.seeds)
         runs = [with_settings(run, self.settings) for run in arms]
         names = [run.name for run in runs]
         require(len(set(names)) == len(names), "name", names, "every run of a sweep needs its own")
-        return runs
+        matching = [run for run in runs if fnmatch.fnmatchcase(run.name, match)]
+        require(bool(matching), "match", match,
+                f"no run has such a name; there are {', '.join(names[:5])}, ...")
+        return matching
 
 
 def _module(experiment: str, name: str) -> ModuleType:
@@ -104,7 +113,8 @@ def seeded(arms: Iterable[RunConfig], seeds: Iterable[int]) -> list[RunConfig]:
 
 def run_sweep(
     sweep: Sweep, directory: epath.PathLike, say: Say = print, mesh: Mesh | None = None,
-    launcher: Launcher = local, only: tuple[int, int] = (0, 1), allow_dirty: bool = False,
+    launcher: Launcher = local, only: tuple[int, int] = (0, 1), match: str = "*",
+    allow_dirty: bool = False,
 ) -> list[dict[str, Any]]:
     """Train all runs of `sweep` in `directory`; results.csv, table.txt and the figure follow.
 
@@ -115,7 +125,8 @@ def run_sweep(
       mesh: as `train` takes it.
       launcher: trains the runs, see `launchers`; by default in this process.
       only: (index, count), the share of the runs that one of `count` jobs does (`launchers.share`).
-        Shares are not reported: call it without, once all are done.
+      match: the runs whose names match, of which `only` is a share. Parts of a sweep are not
+        reported: call it without both, once all are done, or `report_so_far`.
       allow_dirty: run from a checkout with changes that are not committed.
 
     Returns:
@@ -124,16 +135,15 @@ def run_sweep(
     Raises:
       UserError: runs that do not fit, uncommitted changes, or a folder of another sweep.
     """
-    runs, folder = sweep.runs(), epath.Path(directory)
+    runs, folder = sweep.runs(match), epath.Path(directory)
     require(allow_dirty or not git_revision().endswith("+changes"), "git", "uncommitted changes",
             "nobody could run this again; commit them, or say --allow-dirty")
     runs = share(runs, *only)
     if launcher is local:  # another one has other devices
         forecast.check([forecast.forecast(run, mesh) for run in runs])
-    if distributed.is_first():
-        _claim(sweep, folder)
-    results = launcher(runs, folder, say, mesh)
-    if distributed.is_first() and only == (0, 1):
+    with _claimed(sweep, folder):
+        results = launcher(runs, folder, say, mesh)
+    if distributed.is_first() and (only, match) == ((0, 1), "*"):
         report(sweep.experiment, results, folder, say)
     return results
 
@@ -160,27 +170,39 @@ def report_so_far(sweep: Sweep, directory: epath.PathLike, say: Say = print) -> 
     return len(done)
 
 
-def dry_run(sweep: Sweep, say: Say = print, mesh: Mesh | None = None) -> None:
+def dry_run(
+    sweep: Sweep, say: Say = print, mesh: Mesh | None = None, match: str = "*", at_once: int = 1,
+) -> None:
     """Say what every run would take; `described(scale)` of the experiment's configs comes first.
 
     Raises:
-      UserError: runs that do not fit, after everything was said.
+      UserError: runs that do not fit, alone or `at_once`, after everything was said.
     """
     configs = _module(sweep.experiment, "configs")
     if hasattr(configs, "described"):
         say(f"{configs.described(sweep.scale)}\n")
-    forecasts = [forecast.forecast(run, mesh) for run in sweep.runs()]
+    forecasts = [forecast.forecast(run, mesh) for run in sweep.runs(match)]
     say(forecast.table(forecasts))
-    forecast.check(forecasts)
+    forecast.check(forecasts, at_once)
 
 
-def _claim(sweep: Sweep, folder: epath.Path) -> None:
-    """Write sweep.json, or refuse a folder that holds another sweep; more seeds may be added."""
-    if _check_same(sweep, folder):
-        return
-    with refusals(folder, "written"):
-        folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "sweep.json", json_text(_identity(sweep), indent=1) + "\n")
+@contextlib.contextmanager
+def _claimed(sweep: Sweep, folder: epath.Path) -> Iterator[None]:
+    """Write sweep.json, or refuse a folder that holds another sweep; more seeds may be added.
+
+    Where the user can mend why no run began, the folder may be another sweep's yet.
+    """
+    new = distributed.is_first() and not _check_same(sweep, folder)
+    if new:
+        with refusals(folder, "written"):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "sweep.json", json_text(_identity(sweep), indent=1) + "\n")
+    try:
+        yield
+    except UserError:
+        if new and [path.name for path in folder.iterdir()] == ["sweep.json"]:
+            (folder / "sweep.json").unlink()
+        raise
 
 
 def _identity(sweep: Sweep) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_rounds_follow_the_fullest_peer(skewed, room, rounds):
 
 
 def test_tokens_go_to_all_where_that_is_less():
-    """By the links of a torus; by the bytes elsewhere. The paper's models pick 6, the smallest 2."""
+    """By the links of a torus, by the bytes elsewhere; the paper picks 6, `tiny` 2."""
     assert pays_to_all(6, devices=16, torus=True)
     assert not pays_to_all(2, devices=16, torus=True)
     assert pays_to_all(6, devices=4, torus=False)

@@ -162,20 +162,23 @@ with Stopping(float(sys.argv[1]), print) as stopping:
 """
 
 
-@pytest.mark.parametrize(("grace", "signals", "code", "line"), [
-    (0.5, 1, 75, "did not come to an end within 0.5 s (training.grace_seconds)"),
-    (60, 2, 143, "ended at once by a second signal (SIGTERM)"),
+@pytest.mark.parametrize(("grace", "numbers", "apart", "code", "line"), [
+    (0.5, [signal.SIGTERM], 0, 75, "did not come to an end within 0.5 s (training.grace_seconds)"),
+    (60, [signal.SIGTERM] * 2, 1.3, 143, "ended at once by a second signal (SIGTERM)"),
+    (2, [signal.SIGTERM] * 2, 0.1, 75, "did not come to an end within 2 s"),  # one, passed on
+    (60, [signal.SIGINT] * 2, 0.1, 130, "ended at once by a second signal (SIGINT)"),
+    (60, [signal.SIGTERM, signal.SIGINT], 0.1, 130, "ended at once by a second signal (SIGINT)"),
 ])
-def test_a_main_thread_that_hears_nothing_is_ended(grace, signals, code, line):
+def test_a_main_thread_that_hears_nothing_is_ended(grace, numbers, apart, code, line):
     process = subprocess.Popen(
         [sys.executable, "-c", LISTENER, str(grace)], text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         assert process.stdout.readline() == "ready\n"
         begin = time.monotonic()
-        for _ in range(signals):
-            process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(apart)
         out, error = process.communicate(timeout=30)
         assert time.monotonic() - begin < 20
     finally:

@@ -219,6 +219,32 @@ def test_settings_reach_every_run(micro_sweep):
     assert {run.training.steps for run in changed.runs()} == {9}
 
 
+def test_runs_by_their_names(micro_sweep):
+    two = dataclasses.replace(micro_sweep, seeds=(0, 1))
+    assert two.runs("*") == two.runs()
+    assert [run.name for run in two.runs("engram-8-seed*")] == ["engram-8-seed0", "engram-8-seed1"]
+    said = []
+    sweep.dry_run(two, said.append, match="no-memory-*")
+    assert "2 runs" in "\n".join(said)
+    with pytest.raises(UserError, match=r"match = 'engram': no run has such a name; .*no-memory-s"):
+        two.runs("engram")
+
+
+def test_runs_by_their_names_are_trained_and_not_reported(micro_sweep, tmp_path):
+    place = tmp_path / "some"
+    results = run_sweep(micro_sweep, place, silent, match="no-memory-*", allow_dirty=True)
+    assert [result["name"] for result in results] == ["no-memory-seed0"]
+    assert sorted(path.name for path in place.iterdir()) == ["no-memory-seed0", "sweep.json"]
+    assert sweep.report_so_far(micro_sweep, place, silent) == 1
+
+
+def test_a_sweep_that_did_not_begin_leaves_the_folder_to_others(micro_sweep, tmp_path):
+    wrong = dataclasses.replace(micro_sweep, settings=("data.path=/nowhere",))
+    with pytest.raises(UserError, match=r"data.path = '/nowhere'"):
+        run_sweep(wrong, tmp_path / "out", silent, allow_dirty=True)
+    assert not (tmp_path / "out" / "sweep.json").exists()
+
+
 def test_runs_need_names_of_their_own(micro_sweep):
     with pytest.raises(UserError, match="every run of a sweep needs its own"):
         dataclasses.replace(micro_sweep, settings=("name=same",)).runs()
@@ -261,6 +287,11 @@ def test_a_dry_run_says_what_every_run_takes(micro_sweep, monkeypatch):
     with pytest.raises(UserError, match=r"run = 'no-memory-seed0': needs .* MB .* have 0.0 MB"):
         sweep.dry_run(micro_sweep, said.append)
     assert "no" in said[-1].split()
+    monkeypatch.setattr(forecast, "_available_bytes", lambda mesh: 10**7)
+    sweep.dry_run(micro_sweep, said.append)
+    with pytest.raises(UserError, match=r"^at-once = 900: runs need"):
+        sweep.dry_run(dataclasses.replace(micro_sweep, seeds=tuple(range(200))), said.append,
+                      at_once=900)
 
 
 def test_what_does_not_fit_is_not_begun(micro_sweep, monkeypatch, tmp_path):
