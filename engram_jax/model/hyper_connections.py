@@ -82,15 +82,17 @@ def sinkhorn(logits: jax.Array, rounds: int) -> jax.Array:
 
     Logits may be of any size: see `_positive`.
 
-    A scan: unrolled, twenty rounds and their gradients are most of what there is to compile. A TPU
-    keeps the last two axes in tiles of 8 x 128, so there the tokens come last. A GPU starts some
-    kernels for each round of a scan, which take longer than their work: half of all that a step of
-    four streams started. There rounds are unrolled, with sums that need no kernels of their own;
-    for few tokens, as in decoding, in a way whose gradient would take minutes to compile.
+    A scan: unrolled, twenty rounds and their gradients are most of what there is to compile. The
+    tokens come last: a TPU keeps the last two axes in tiles of 8 x 128, and a CPU goes along the
+    last one. A GPU starts some kernels for each round of a scan, which take longer than their work:
+    half of all that a step of four streams started. There rounds are unrolled, with sums that need
+    no kernels of their own; for few tokens, as in decoding, in a way whose gradient would take
+    minutes to compile.
     """
     few = logits[..., 0, 0].size <= FEW_TOKENS
-    return _by_device(*(functools.partial(way, rounds) for way in (
-        _rounds, _rounds_of_lanes, _rounds_of_entries if few else _rounds_unrolled)))(logits)
+    default, on_gpus = (functools.partial(way, rounds) for way in (
+        _rounds, _rounds_of_entries if few else _rounds_unrolled))
+    return _by_device(default, default, on_gpus)(logits)
 
 
 def _positive(logits: jax.Array, axis: int) -> jax.Array:
@@ -120,14 +122,6 @@ def _by_device(
 
 
 def _rounds(rounds: int, logits: jax.Array) -> jax.Array:
-    def round_(positive: jax.Array, _: None) -> tuple[jax.Array, None]:
-        positive = positive / jnp.sum(positive, axis=-2, keepdims=True)
-        return positive / jnp.sum(positive, axis=-1, keepdims=True), None
-
-    return jax.lax.scan(round_, _positive(logits, logits.ndim - 2), length=rounds)[0]
-
-
-def _rounds_of_lanes(rounds: int, logits: jax.Array) -> jax.Array:
     def round_(positive_MMN: jax.Array, _: None) -> tuple[jax.Array, None]:
         positive_MMN = positive_MMN / jnp.sum(positive_MMN, axis=0, keepdims=True)
         return positive_MMN / jnp.sum(positive_MMN, axis=1, keepdims=True), None

@@ -29,7 +29,8 @@ def as_they_are(params: Any, *path: str | int) -> Any:
 
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in] times weight [in, out], in x's dtype."""
-    return x @ weight.astype(x.dtype)
+    product = x.reshape(-1, x.shape[-1]) @ weight.astype(x.dtype)
+    return product.reshape(*x.shape[:-1], weight.shape[-1])
 
 
 def apart(x: jax.Array) -> jax.Array:

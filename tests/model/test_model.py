@@ -252,7 +252,7 @@ def log_sinkhorn(logits, rounds):
     return np.exp(logits)
 
 
-WAYS = ("_rounds", "_rounds_of_lanes", "_rounds_unrolled", "_rounds_of_entries")
+WAYS = ("_rounds", "_rounds_unrolled", "_rounds_of_entries")
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -29,8 +29,6 @@ PAIRS = {
     "projected": (functools.partial(hyper_connections._projected, 1e-6),
                   functools.partial(hyper_connections._projected_at_once, 1e-6),
                   (random(2, 5, 32, seed=5), random(32, 24, seed=6))),
-    "rounds": (functools.partial(hyper_connections._rounds, 20),
-               functools.partial(hyper_connections._rounds_of_lanes, 20), (RESIDUAL + 0.1,)),
     "rounds of few tokens on GPUs": (
         functools.partial(hyper_connections._rounds, 20),
         functools.partial(hyper_connections._rounds_of_entries, 20), (RESIDUAL + 0.1,)),
