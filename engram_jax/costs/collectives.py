@@ -47,7 +47,7 @@ def collectives(program: Any) -> list[Collective]:
     if not isinstance(program, Program):
         program = parse(program if isinstance(program, str) else program.as_text())
     calls: list[Collective] = []
-    begun, channels = _begun(program)
+    begun, fused = _begun(program), _fused(program)
     counted: set[str] = set()  # computations that are the inside of a collective
     started: set[str] = set()  # computations that run beside others
     for site in program.walk():
@@ -57,7 +57,7 @@ def collectives(program: Any) -> list[Collective]:
         kind = _kind(program, instruction)
         if kind is None or computation.name in counted:
             continue
-        if computation.name not in begun and _channel(instruction) in channels:
+        if computation.name in fused and computation.name not in begun:
             continue  # goes on beside other work, or is waited for
         counted.update(instruction.called)
         sent = _sent(computation, instruction)
@@ -70,22 +70,21 @@ def collectives(program: Any) -> list[Collective]:
     return calls
 
 
-def _begun(program: Program) -> tuple[set[str], set[str]]:
-    """The fusions in which a TPU begins a collective, and the channels of those.
+def _begun(program: Program) -> set[str]:
+    """The fusions in which a TPU begins a collective.
 
     libtpu cuts such a collective into several fusions, others of which have products in them, and
-    each holds the whole instruction again, on the same channel.
+    each holds the whole instruction again. What is not cut stands in no fusion.
     """
-    begun = {computation.name for computation in program.computations.values()
-             if any('"AsyncCollectiveStart"' in part.attributes
-                    for part in computation.instructions.values())}
-    return begun, {channel for name in begun
-                   for part in program.computations[name].instructions.values()
-                   if _kind(program, part) and (channel := _channel(part))}
+    return {computation.name for computation in program.computations.values()
+            if any('"AsyncCollectiveStart"' in part.attributes
+                   for part in computation.instructions.values())}
 
 
-def _channel(instruction: Instruction) -> str:
-    return instruction.attribute(r"channel_id=(\d+)") or ""
+def _fused(program: Program) -> set[str]:
+    return {name for computation in program.computations.values()
+            for part in computation.instructions.values() if part.opcode == "fusion"
+            for name in part.called}
 
 
 def by_kind(calls: Iterable[Collective]) -> dict[str, dict[str, int]]:

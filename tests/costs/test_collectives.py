@@ -222,7 +222,7 @@ ENTRY %main (p: bf16[16,8], x: bf16[8,8]) -> bf16[256,8] {
   %x = bf16[8,8]{1,0} parameter(1)
   %f.1 = (bf16[16,8]{1,0}, bf16[256,8]{1,0}) fusion(%p), kind=kCustom, calls=%start
   %f.2 = bf16[8,8]{1,0} fusion(%p, %x), kind=kOutput, calls=%between
-  %alone = bf16[256,8]{1,0} all-gather(%p), channel_id=8, replica_groups=[16,16]<=[256], \
+  %alone = bf16[256,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[16,16]<=[256], \
 dimensions={0}
   ROOT %f.3 = bf16[256,8]{1,0} fusion(%p), kind=kCustom, calls=%done
 }
@@ -230,6 +230,7 @@ dimensions={0}
 
 
 def test_one_that_a_tpu_cuts_into_fusions_counts_once_and_overlaps():
+    """What stands alone counts, though it may have the channel of one that is cut."""
     calls = collectives(CUT)
     assert [(one.kind, one.bytes, one.times, one.overlaps) for one in calls] == [
         ("all-gather", 256, 1, True), ("all-gather", 256, 1, False)]

@@ -1,5 +1,6 @@
 """Tokens that travel to their experts get what they would get at home, forward and backward."""
 
+import collections
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from engram_jax.config import MoEConfig
+from engram_jax.costs.collectives import collectives
 from engram_jax.model.moe import experts_here, moe, moe_parameters
 from engram_jax.model.parameters import values
 from engram_jax.model.sent_experts import SentExperts, pays_to_all
@@ -25,8 +27,12 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def outputs_and_gradients(x_BTD, bias_E, room, to_all=False):
-    """Of `moe` on eight devices, four of which share the experts; `room` None has all at home."""
+X = random(8, 12, WIDTH)
+
+
+def outputs_and_gradients(bias_E, room, to_all=False):
+    """Of `moe` on eight devices, four of which share the experts; `room` None has all at home. A
+    jitted function of the tokens [B, T, D]."""
     mesh = placement.make_mesh(1, 2, expert=4)
     params = values(moe_parameters(jax.random.key(0), WIDTH, CONFIG))
     routed = experts_here if room is None else SentExperts(
@@ -52,16 +58,16 @@ def outputs_and_gradients(x_BTD, bias_E, room, to_all=False):
             matrix, jax.lax.axis_index(("fsdp", "expert")) * rows, rows, 1)
 
     split, everywhere = PartitionSpec(AXES), PartitionSpec()
-    return jax.jit(jax.shard_map(
+    return jax.jit(functools.partial(jax.shard_map(
         local, mesh=mesh, in_specs=(everywhere, split), out_specs=(split, split, everywhere,
                                                                    everywhere),
-        check_vma=False))(params, x_BTD)
+        check_vma=False), params))
 
 
 @functools.cache
 def at_home(skewed):
     bias_E = np.array([0, 0, 9, 0, 0, 9], np.float32) if skewed else np.zeros(6, np.float32)
-    return bias_E, outputs_and_gradients(random(8, 12, WIDTH), bias_E, None)
+    return bias_E, outputs_and_gradients(bias_E, None)(X)
 
 
 @pytest.mark.parametrize("room", [4.0, 1.25, 0.3])
@@ -72,7 +78,7 @@ def test_sent_is_at_home(skewed, room, to_all):
     evenly, and ones that pick two experts of all; tokens that go with their assignments, and ones
     that go to all."""
     bias_E, home = at_home(skewed)
-    sent = outputs_and_gradients(random(8, 12, WIDTH), bias_E, room, to_all)
+    sent = outputs_and_gradients(bias_E, room, to_all)(X)
     for ours, theirs in zip(jax.tree.leaves(sent), jax.tree.leaves(home), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(sent[3], home[3])
@@ -91,6 +97,16 @@ def test_rounds_follow_the_fullest_peer(skewed, room, rounds):
         lambda choice_NK: routed.rounds(routed.way(choice_NK, 6))[None], mesh=mesh,
         in_specs=PartitionSpec(AXES), out_specs=PartitionSpec(AXES)))(choice_NK.astype(np.int32))
     assert taken.tolist() == [rounds] * 8
+
+
+@pytest.mark.parametrize(("to_all", "trips"), [
+    (False, {"all-to-all": 4}), (True, {"all-to-all": 2, "all-gather": 2})])
+def test_what_travels_in_a_round(to_all, trips):
+    """Tokens there, results back, the gradients of results there and of tokens back."""
+    program = outputs_and_gradients(np.zeros(6, np.float32), 4.0, to_all).lower(X).compile()
+    of_tokens = [each.kind for each in collectives(program) if each.exact
+                 and len(each.shapes[0][1]) == 2 and each.shapes[0][1][1] == WIDTH]
+    assert collections.Counter(of_tokens) == trips
 
 
 def test_tokens_go_to_all_where_that_is_less():
