@@ -45,9 +45,9 @@ def scope_of(op_name: str) -> str:
 def costs(program: Program, torus: "Torus", clock: float, peak_flops: float) -> Costs:
     """What each scope that occurs takes.
 
-    Loops whose trips depend on data are left out. In this library they are what follows where a
-    capacity is short: further rounds of the exchange and of sent tokens, further windows of an
-    expert with far more than its share.
+    Conditionals, and loops whose trips depend on data, are left out. In this library they are what
+    follows where a capacity is short: further rounds of the exchange and of sent tokens, further
+    windows of an expert with far more than its share.
 
     Args:
       program: compiled.

@@ -21,8 +21,8 @@ class Collective:
       kind: one of `KINDS`.
       shapes: (dtype, dimensions) of what a device puts in.
       bytes: of `shapes`, each time.
-      times: how often it runs in one call; a loop whose trip count depends on data counts once.
-      exact: false in such a loop.
+      times: how often it runs in one call, as `hlo.Site` has it.
+      exact: as `hlo.Site` has it.
       group: how many devices take part together; 0 means all.
       source: the operation of the model that it came from, if the compiler kept that.
       overlaps: it is started in one place and waited for in another, so other work may go on.

@@ -73,7 +73,8 @@ class Site:
     Attributes:
       computation: that it is written in.
       times: how often a device runs it in one call of the program, as far as is known.
-      exact: false inside a loop whose trip count nobody knows; such a body is counted once.
+      exact: false in a branch of a conditional and in a loop whose trip count nobody knows; either
+        is counted once.
     """
 
     instruction: Instruction
@@ -92,7 +93,7 @@ class Program:
     def walk(self) -> Iterator[Site]:
         """Every instruction that runs, fusions and loop bodies included.
 
-        A branch of a conditional counts as if it always ran.
+        A branch of a conditional counts once, as a loop does whose trips depend on data.
         """
         yield from self._walk(self.entry, 1, True)
 
@@ -100,7 +101,7 @@ class Program:
         computation = self.computations[name]
         for instruction in computation.instructions.values():
             yield Site(instruction, computation, times, exact)
-            trips: int | None = 1
+            trips: int | None = None if instruction.opcode == "conditional" else 1
             if instruction.opcode == "while":
                 trips = self.trips(computation, instruction)
             for called in instruction.called:

@@ -21,7 +21,8 @@ of one device.
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -243,14 +244,17 @@ def _rounds(
     routed: SentExperts, experts: Params, x_ND: jax.Array, weight_NK: jax.Array, way: Way
 ) -> jax.Array:
     """What all rounds give each token, [N, D]."""
+    rounds = routed.rounds(way)
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number, out_ND = carry
         return number + 1, out_ND + routed.round(experts, x_ND, weight_NK, way, number)
 
-    rounds, first_ND = routed.rounds(way), routed.round(experts, x_ND, weight_NK, way, 0)
-    return jax.lax.while_loop(
-        lambda carry: carry[0] < rounds, again, (jnp.int32(1), first_ND))[1]
+    def further(first_ND: jax.Array) -> jax.Array:
+        return jax.lax.while_loop(
+            lambda carry: carry[0] < rounds, again, (jnp.int32(1), first_ND))[1]
+
+    return _if_any(rounds, further, routed.round(experts, x_ND, weight_NK, way, 0))
 
 
 def _rounds_backward(
@@ -263,16 +267,31 @@ def _rounds_backward(
     def of(number: jax.Array | int) -> Given:
         _, back = jax.vjp(lambda experts, x_ND, weight_NK: routed.round(
             experts, x_ND, weight_NK, way, number), *given)
-        return jax.tree.map(lambda grad: grad.astype(jnp.float32), back(grad_ND))
+        grads: Given = back(grad_ND)
+        return grads
+
+    def wide(grads: Given) -> Given:
+        return jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
 
     def again(carry: tuple[jax.Array, Given]) -> tuple[jax.Array, Given]:
         number, sums = carry
-        return number + 1, jax.tree.map(jnp.add, sums, of(number))
+        return number + 1, jax.tree.map(jnp.add, sums, wide(of(number)))
 
-    _, sums = jax.lax.while_loop(
-        lambda carry: carry[0] < rounds, again, (jnp.int32(1), of(0)))
-    grads = jax.tree.map(lambda total, array: total.astype(array.dtype), sums, given)
-    return *grads, None
+    def further(first: Given) -> Given:
+        _, sums = jax.lax.while_loop(
+            lambda carry: carry[0] < rounds, again, (jnp.int32(1), wide(first)))
+        return jax.tree.map(lambda total, array: total.astype(array.dtype), sums, given)
+
+    return *_if_any(rounds, further, of(0)), None
+
+
+def _if_any(rounds: jax.Array, further: Callable[[Any], Any], first: Any) -> Any:
+    """`further` of the first round's, if there are more.
+
+    A loop alone would do, but XLA copies what a loop reads, matrices of experts for one, before it
+    knows whether the loop runs at all.
+    """
+    return jax.lax.cond(rounds > 1, further, lambda first: first, first)
 
 
 _rounds.defvjp(
