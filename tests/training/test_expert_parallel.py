@@ -44,10 +44,17 @@ def trained(run, mesh):
     return losses, loads, jax.tree.map(np.asarray, state.params), program
 
 
+@pytest.fixture(scope="module")
+def gathered(run):
+    return trained(run, placement.make_mesh(1, 8))
+
+
 @pytest.mark.slow
-def test_sent_equals_gathered(run):
-    gathered = trained(run, placement.make_mesh(1, 8))
-    sent = trained(run, placement.make_mesh(1, 2, expert=4))
+@pytest.mark.parametrize(("sharing", "to_all"), [(4, False), (2, True)])
+def test_sent_equals_gathered(run, gathered, sharing, to_all):
+    mesh = placement.make_mesh(1, 8 // sharing, expert=sharing)
+    assert placement.routed(run, mesh).to_all is to_all
+    sent = trained(run, mesh)
     np.testing.assert_allclose(sent[0], gathered[0], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(sent[1], gathered[1])
     assert gathered[0][-1] < gathered[0][0] - 0.1
