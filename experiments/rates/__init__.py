@@ -1,0 +1,1 @@
+"""Which settings does each kind of memory do best with?"""
