@@ -141,7 +141,7 @@ def plan(
             f"does not divide the {groups} devices of {topology}" + " for each stretch of a "
             "sequence" * (sequence > 1))
     if expert == 0:
-        way = sharing.chosen(run, there.torus, fsdp)
+        way = sharing.chosen(run, there, fsdp)
         expert = 1 if way is None else way.devices
     require(expert >= 1 and fsdp % expert == 0, "expert", expert,
             f"does not divide the {fsdp} devices that parameters are split over")
@@ -158,7 +158,7 @@ def plan(
     common: dict[str, Any] = {
         "name": run.name, "topology": topology, "mesh": placement.shape_of(mesh),
         "devices": mesh.size, "depth": depth,
-        "experts": sharing.reason(run, there.torus, fsdp, expert),
+        "experts": sharing.reason(run, there, fsdp, expert),
         "hbm_bytes": int(there.chip.hbm_gib * GIB),
         "compile_s": time.perf_counter() - start}
     model_flops = account(run).flops_per_token * run.data.batch_size * run.data.sequence_length

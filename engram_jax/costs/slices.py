@@ -24,6 +24,8 @@ class Chip:
         has a little more (https://cloud.google.com/tpu/docs/system-architecture-tpu-vm: 32, 16, 95,
         32 and 192 GiB a chip, and two devices a chip on tpu7x).
       peak_teraflops: bfloat16, same source.
+      hbm_gbytes: 1e9 bytes a second from and to memory (same source: 1228, 819, 2765, 1638 and 7380
+        a chip).
       axes, most: of a slice's layout, and how many chips one may have (same source).
       link_gbytes: 1e9 bytes a second over one link to a neighbour in one direction: the
         interconnect bandwidth of a chip (same source: 2400, 1600, 4800, 3584 and 9600 Gbit/s) over
@@ -37,21 +39,24 @@ class Chip:
     peak_teraflops: float
     clock_ghz: float
     link_gbytes: float
+    hbm_gbytes: float
     axes: int
     most: int
     options: tuple[tuple[str, Any], ...] = ()
 
 
 CHIPS = {
-    "v4": Chip(hbm_gib=30.75, peak_teraflops=275, clock_ghz=1.05, link_gbytes=50, axes=3, most=4096,
+    "v4": Chip(hbm_gib=30.75, peak_teraflops=275, clock_ghz=1.05, link_gbytes=50, hbm_gbytes=1228,
+               axes=3, most=4096,
                options=(("chip_config_name", "megacore"),)),
-    "v5e": Chip(hbm_gib=15.75, peak_teraflops=197, clock_ghz=1.5, link_gbytes=50, axes=2, most=256),
-    "v5p": Chip(hbm_gib=95.74, peak_teraflops=459, clock_ghz=1.75, link_gbytes=100, axes=3,
-                most=8960),
-    "v6e": Chip(hbm_gib=31.25, peak_teraflops=918, clock_ghz=1.75, link_gbytes=112, axes=2,
-                most=256),
-    "tpu7x": Chip(hbm_gib=94.75, peak_teraflops=1153.5, clock_ghz=2.2, link_gbytes=200, axes=3,
-                  most=9216),
+    "v5e": Chip(hbm_gib=15.75, peak_teraflops=197, clock_ghz=1.5, link_gbytes=50, hbm_gbytes=819,
+                axes=2, most=256),
+    "v5p": Chip(hbm_gib=95.74, peak_teraflops=459, clock_ghz=1.75, link_gbytes=100, hbm_gbytes=2765,
+                axes=3, most=8960),
+    "v6e": Chip(hbm_gib=31.25, peak_teraflops=918, clock_ghz=1.75, link_gbytes=112, hbm_gbytes=1638,
+                axes=2, most=256),
+    "tpu7x": Chip(hbm_gib=94.75, peak_teraflops=1153.5, clock_ghz=2.2, link_gbytes=200,
+                  hbm_gbytes=3690, axes=3, most=9216),
 }
 
 # libtpu asks the cloud about the machine that it is on, and logs that there is none. Two programs

@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     rate: float
 
 
-def losses(results: Sequence[Result]) -> dict[Setting, Losses]:
+def losses(results: Sequence[Result]) -> Mapping[Setting, Losses]:
     """The losses of each setting; one with a run that diverged has none."""
     lost = {name.rpartition("-seed")[0] for name in arms.diverged(results)}
     tokens = {arms.arm(each): each["tokens"] for each in results}

@@ -1,0 +1,54 @@
+"""How experts are shared on a slice: by bytes that can be counted by hand."""
+
+import pytest
+
+from engram_jax import recipes
+from engram_jax.costs.sharing import chosen, reason, sharing
+from engram_jax.costs.slices import CHIPS, Slice
+from engram_jax.settings import changed
+
+V5E = Slice(chip=CHIPS["v5e"], sizes=(16, 16), devices=[None] * 256)
+RUN = recipes.recipe("engram-27b")
+OWN = 14 * 3 * 2560 * 1536  # numbers of a device's experts, of 55 among four
+TIMES = 29 * 5  # blocks with experts, and parts of a step
+TOKEN = 4096 * 2560 * 2  # bytes of a part's tokens
+
+
+def test_matrices_and_tokens_along_four_devices():
+    way = sharing(RUN, V5E, 256, 4)
+    assert way.weights_bytes == pytest.approx(TIMES * OWN * (2 * 2 + 4) * 63 / 64)
+    assert way.memory_s == pytest.approx(TIMES * OWN * (3 * 2 * 2 + 6 * 4) / 819e9)
+    once, picked = 4 * TOKEN, 1.125 * 6 * TOKEN
+    assert way.tokens_bytes == pytest.approx(TIMES * (3 * once + 2 * picked) * 3 / 4)
+    links = 2 * 50e9
+    assert way.tokens_s == pytest.approx(
+        TIMES * (3 * 3 * TOKEN + 2 * picked * 3 / 4) / links, rel=1e-6)
+
+
+def test_tokens_that_pick_few_go_with_each_choice():
+    few = changed(RUN, {"model.moe.top_k": 2})
+    assert sharing(few, V5E, 256, 8).tokens_bytes == pytest.approx(
+        TIMES * 5 * 1.125 * 2 * TOKEN * 7 / 8)
+
+
+def test_nothing_is_sent_where_experts_are_gathered():
+    way = sharing(RUN, V5E, 256, 1)
+    assert (way.devices, way.tokens_bytes, way.tokens_s) == (1, 0, 0)
+
+
+def test_the_fastest_along_one_axis_is_chosen():
+    ways = {devices: sharing(RUN, V5E, 256, devices) for devices in (1, 2, 4, 8, 16)}
+    assert chosen(RUN, V5E, 256) == min(ways.values(), key=lambda way: way.seconds) == ways[8]
+    # Of more experts still more devices would do, but 32 are more than an axis has.
+    many = recipes.recipe("moe-27b")
+    assert sharing(many, V5E, 256, 32).seconds < sharing(many, V5E, 256, 8).seconds
+    assert chosen(many, V5E, 256).devices == 8
+    assert chosen(recipes.recipe("dense-4b"), V5E, 256) is None
+
+
+def test_the_reason_in_a_line():
+    assert reason(RUN, V5E, 256, 8).startswith("tokens sent along 8 devices: 192.6 GB a device")
+    assert "; gathered, experts would be 749.7 GB" in reason(RUN, V5E, 256, 8)
+    assert reason(RUN, V5E, 256, 1).startswith("gathered: 749.7 GB a device and step, 3.75 s on")
+    assert "; tokens sent along 8 devices would be" in reason(RUN, V5E, 256, 1)
+    assert reason(recipes.recipe("dense-4b"), V5E, 256, 1) == ""
