@@ -40,7 +40,7 @@ class Stopping:
     def __init__(self, grace_s: float, say: Callable[[str], None]):
         self._grace_s, self._say = grace_s, say
         self._asked: str | None = None
-        self._working = self._over = False
+        self._working = self._raised = self._over = False
         self._pieces = 0
         self._at_last: list[Callable[[], None]] = []
         self._before: dict[int, Any] = {}
@@ -93,9 +93,13 @@ class Stopping:
         return self._asked or "another process"
 
     def _hear(self, number: int, frame: types.FrameType | None) -> None:
-        """Hear of a signal in the main thread, between two instructions of Python."""
+        """Hear of a signal in the main thread, between two instructions of Python.
+
+        `Stopped` is raised once: the same signal, passed on, would cut short what is tidied up.
+        """
         self._asked = self._asked or signal.Signals(number).name
-        if not self._working:
+        if not (self._working or self._raised):
+            self._raised = True
             raise self._stopped()
 
     def _stopped(self) -> Stopped:

@@ -188,6 +188,34 @@ def test_a_main_thread_that_hears_nothing_is_ended(grace, numbers, apart, code, 
     assert "last words" in out
 
 
+TIDYING = """
+import os, signal, time
+from engram_jax.errors import Stopped
+from engram_jax.runs.stopping import Stopping
+
+try:
+    with Stopping(60, print):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)
+            print("tidied up")
+except Stopped:
+    print("stopped")
+"""
+
+
+def test_a_signal_passed_on_does_not_cut_short_what_is_tidied_up():
+    """Such as half-packed text and the lock, before the first step."""
+    process = subprocess.run(
+        [sys.executable, "-c", TIDYING], text=True, capture_output=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[1:] == ["tidied up", "stopped"]
+
+
 class Store:
     """The key-value store of a few threads, each reading and writing when it pleases."""
 
