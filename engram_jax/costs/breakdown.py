@@ -144,7 +144,7 @@ class Torus:
         group = one.group or math.prod(self.sizes)
         if group <= 1:
             return 0.0
-        spanned = self._spanned(group)
+        spanned = self.spanned(group)
         width, rest = 2 * self.link * spanned, (group - 1) / group
         if one.kind == "all-gather":
             return one.bytes * (group - 1) / width
@@ -157,7 +157,7 @@ class Torus:
             return one.bytes * rest / width
         return one.bytes / self.link
 
-    def _spanned(self, group: int) -> int:
+    def spanned(self, group: int) -> int:
         """How many axes a group of devices spans at least."""
         reach, axes = 1, 0
         for size in sorted(self.sizes, reverse=True):

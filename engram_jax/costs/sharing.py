@@ -78,11 +78,11 @@ def sharing(run: RunConfig, there: Slice, split: int, devices: int) -> Sharing:
     one = (run.data.batch_size * run.data.sequence_length // len(there.devices) // parts
            * model.width * width)
     each = ROOM * moe.top_k * one
-    # There go tokens, once more where they are computed anew, and gradients of what they got; back
-    # come results, and gradients of tokens.
-    there_times, back_times = times * (2 + again), times * 2
+    # There go tokens, once more as rounds are computed anew whatever is kept, and gradients of what
+    # they got; back come results, and gradients of tokens.
+    there_times, back_times = times * 3, times * 2
     kind, size, sent = (("all-gather", one, devices * one)
-                        if pays_to_all(moe.top_k, devices, torus=True)
+                        if pays_to_all(moe.top_k, devices, there.torus.spanned(devices))
                         else ("all-to-all", each, each))
     tokens = (there_times * sent + back_times * each) * (devices - 1) / devices
     tokens_s = (there_times * seconds(kind, size, devices)

@@ -34,14 +34,21 @@ ROOM = 1.125  # over the even share of a device's assignments
 FURTHER = 4  # a further round has room for one in so many of the first
 
 
-def pays_to_all(choices: int, devices: int, torus: bool) -> bool:
+def pays_to_all(choices: int, devices: int, axes: int) -> bool:
     """Shall a token go once to all, and not once for each of its choices?
 
-    Where every two devices have a link of their own, if that is less to send. On an axis of a torus
-    what goes from all to all crosses a quarter of the axis on average, and what goes to all takes
-    every link once.
+    Where every two devices have a link of their own, if that is less to send. On a torus what goes
+    from all to all crosses a quarter of each axis on average, and what goes to all takes the links
+    of one axis alone: of several, which are shorter, that is the more.
+
+    Args:
+      choices: of a token.
+      devices: that share the experts.
+      axes: of a torus that they span; 0 where every two have a link.
     """
-    return ROOM * choices >= (4 if torus else devices)
+    if not axes:
+        return ROOM * choices >= devices
+    return ROOM * choices * axes * devices ** (1 / axes) >= 4 * devices
 
 
 class Way(NamedTuple):

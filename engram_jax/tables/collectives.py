@@ -9,7 +9,7 @@ torus, whatever is not for a neighbour passes through others anyhow.
 
 All act on a leading axis of P devices: an all_to_all along an inner axis took the compiler over
 five minutes. `near` is how many of the P, in their order, lie together (`neighbours`); 0 is one
-step. Everything but `neighbours` and `on_mesh` runs inside `jax.shard_map`.
+step. Everything but `neighbours`, `spanned` and `on_mesh` runs inside `jax.shard_map`.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,12 +28,24 @@ def neighbours(devices: Sequence[jax.Device]) -> int:
 
     0 where they all lie on one axis of a slice, and where there is no slice.
     """
+    strides = {next(i for i, coordinate in enumerate(along) if coordinate != along[0])
+               for along in _spanned(devices)}
+    return max(strides) if len(strides) > 1 else 0
+
+
+def spanned(devices: Sequence[jax.Device]) -> int:
+    """How many axes of a slice they lie along; 0 where there is no slice."""
     if devices[0].platform != "tpu":
         return 0
-    strides = {next(i for i, coordinate in enumerate(along) if coordinate != along[0])
-               for along in zip(*(device.coords for device in devices), strict=True)
-               if len(set(along)) > 1}
-    return max(strides) if len(strides) > 1 else 0
+    return max(1, len(_spanned(devices)))
+
+
+def _spanned(devices: Sequence[jax.Device]) -> list[tuple[int, ...]]:
+    """The devices' coordinates on each axis of a slice that not all have in common."""
+    if devices[0].platform != "tpu":
+        return []
+    return [along for along in zip(*(device.coords for device in devices), strict=True)
+            if len(set(along)) > 1]
 
 
 def on_mesh(

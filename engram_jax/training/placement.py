@@ -201,9 +201,9 @@ def routed(run: RunConfig, mesh: Mesh) -> Routed:
     moe, devices = run.model.moe, mesh.shape[EXPERT]
     if moe is None or devices == 1:
         return experts_here
-    torus = mesh.devices.flat[0].platform == "tpu"
+    axes = collectives.spanned(list(mesh.devices[0, 0, :, 0]))
     return SentExperts(axis=EXPERT, devices=devices, everywhere=AXES,
-                       to_all=pays_to_all(moe.top_k, devices, torus))
+                       to_all=pays_to_all(moe.top_k, devices, axes))
 
 
 def local_memory(run: RunConfig, mesh: Mesh) -> LocalMemory:

@@ -25,6 +25,12 @@ def test_matrices_and_tokens_along_four_devices():
         TIMES * (3 * 3 * TOKEN + 2 * picked * 3 / 4) / links, rel=1e-6)
 
 
+def test_tokens_travel_as_often_whatever_is_kept():
+    """The backward pass computes rounds anew: `tests/model/test_sent_experts.py` has the program."""
+    kept = sharing(changed(RUN, {"model.remat": "none"}), V5E, 256, 4)
+    assert kept.tokens_bytes == sharing(RUN, V5E, 256, 4).tokens_bytes
+
+
 def test_tokens_that_pick_few_go_with_each_choice():
     few = changed(RUN, {"model.moe.top_k": 2})
     assert sharing(few, V5E, 256, 8).tokens_bytes == pytest.approx(

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from engram_jax.config import MoEConfig
-from engram_jax.costs.collectives import collectives
+from engram_jax.costs.breakdown import Torus
+from engram_jax.costs.collectives import Collective, by_kind, collectives
 from engram_jax.model.moe import experts_here, moe, moe_parameters
 from engram_jax.model.parameters import values
-from engram_jax.model.sent_experts import SentExperts, pays_to_all
+from engram_jax.model.sent_experts import ROOM, SentExperts, pays_to_all
 from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES, own_gathered
 
@@ -111,7 +112,53 @@ def test_what_travels_in_a_round(to_all, trips):
 
 def test_tokens_go_to_all_where_that_is_less():
     """By the links of a torus, by the bytes elsewhere; the paper picks 6, `tiny` 2."""
-    assert pays_to_all(6, devices=16, torus=True)
-    assert not pays_to_all(2, devices=16, torus=True)
-    assert pays_to_all(6, devices=4, torus=False)
-    assert not pays_to_all(6, devices=8, torus=False)
+    assert pays_to_all(6, devices=16, axes=1)
+    assert not pays_to_all(2, devices=16, axes=1)
+    assert not pays_to_all(6, devices=16, axes=2)  # of 4 x 4
+    assert pays_to_all(6, devices=4, axes=0)
+    assert not pays_to_all(6, devices=8, axes=0)
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (4, 4, 4)])
+@pytest.mark.parametrize("devices", [2, 4, 16, 32])
+@pytest.mark.parametrize("choices", [2, 6, 8, 12])
+def test_the_links_say_the_same(sizes, devices, choices):
+    torus = Torus(sizes=sizes, link=1e9)
+
+    def seconds(kind, size):
+        return torus.seconds(Collective(kind=kind, shapes=(), bytes=size, times=1, exact=True,
+                                        group=devices, source=""))
+
+    to_all = seconds("all-gather", 8e6) <= seconds("all-to-all", ROOM * choices * 8e6)
+    assert pays_to_all(choices, devices, torus.spanned(devices)) is to_all
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+def test_in_a_loop_over_blocks_tokens_travel_three_times_and_results_twice(remat):
+    """Whatever is kept for the backward pass, as that computes rounds anew."""
+    mesh = placement.make_mesh(1, 1, expert=4)
+    routed = SentExperts(axis="expert", devices=4, everywhere=AXES, to_all=True)
+
+    def local(experts, x_ND, choice_NK, weight_NK):
+        def block(x_ND, experts):
+            return x_ND + routed(experts, x_ND, choice_NK, weight_NK, 4)[0], None
+
+        def loss(experts, x_ND):
+            run = jax.checkpoint(block) if remat else block
+            return jnp.sum(jax.lax.scan(run, x_ND, experts)[0] ** 2)
+
+        return jax.grad(loss, argnums=(0, 1))(experts, x_ND)
+
+    split, shared = PartitionSpec(AXES), PartitionSpec(None, "expert")
+    shapes = {"gate": (2, 4, WIDTH, 8), "up": (2, 4, WIDTH, 8), "down": (2, 4, 8, WIDTH)}
+    program = jax.jit(jax.shard_map(
+        local, mesh=mesh, in_specs=(shared, split, split, split), out_specs=(shared, split),
+        check_vma=False)).lower(
+            {name: np.zeros(shape, np.float32) for name, shape in shapes.items()},
+            np.zeros((32, WIDTH), np.float32), np.zeros((32, 2), np.int32),
+            np.zeros((32, 2), np.float32)).compile()
+    travels = by_kind(each for each in collectives(program) if each.exact
+                      and len(each.shapes[0][1]) == 2 and each.shapes[0][1][1] == WIDTH)
+    assert {kind: total["count"] for kind, total in travels.items()} == {
+        "all-gather": 2 * 3, "all-to-all": 2 * 2}

@@ -47,5 +47,11 @@ def test_neighbours_are_those_before_the_first_step_along_the_slowest_axis(devic
     assert collectives.neighbours(devices) == near
 
 
+@pytest.mark.parametrize(("devices", "axes"), [
+    (chips(4, 4, 4), 3), (chips(1, 4, 4), 2), (chips(1, 16, 1), 1), (chips(1, 1, 1, cores=2), 1)])
+def test_axes_that_devices_span(devices, axes):
+    assert collectives.spanned(devices) == axes
+
+
 def test_without_a_slice_there_is_one_step():
-    assert collectives.neighbours(jax.devices()) == 0
+    assert collectives.neighbours(jax.devices()) == collectives.spanned(jax.devices()) == 0
