@@ -72,6 +72,9 @@ def sweep(options: Options) -> None:
         return
     require(bool(options.out), "out", options.out, "a sweep needs --out, a folder for its runs")
     if options.so_far:
+        for name, value, whole in (("match", options.match, "*"), ("only", options.only, "0/1")):
+            require(value == whole, name, value, "picks the runs that are trained; --so-far makes "
+                    "the table of all that are done")
         report_so_far(chosen, options.out, say)
         return
     for name, value, alone in (("launcher", options.launcher, "local"),

@@ -47,7 +47,8 @@ def collectives(program: Any) -> list[Collective]:
     if not isinstance(program, Program):
         program = parse(program if isinstance(program, str) else program.as_text())
     calls: list[Collective] = []
-    begun, fused = _begun(program), _fused(program)
+    begun = _begun(program)
+    cut = _fused(program) - begun if begun else set()
     counted: set[str] = set()  # computations that are the inside of a collective
     started: set[str] = set()  # computations that run beside others
     for site in program.walk():
@@ -57,7 +58,7 @@ def collectives(program: Any) -> list[Collective]:
         kind = _kind(program, instruction)
         if kind is None or computation.name in counted:
             continue
-        if computation.name in fused and computation.name not in begun:
+        if computation.name in cut:
             continue  # goes on beside other work, or is waited for
         counted.update(instruction.called)
         sent = _sent(computation, instruction)
@@ -74,7 +75,7 @@ def _begun(program: Program) -> set[str]:
     """The fusions in which a TPU begins a collective.
 
     libtpu cuts such a collective into several fusions, others of which have products in them, and
-    each holds the whole instruction again. What is not cut stands in no fusion.
+    each holds the whole instruction again. Where it cuts any, what is not cut stands in no fusion.
     """
     return {computation.name for computation in program.computations.values()
             if any('"AsyncCollectiveStart"' in part.attributes

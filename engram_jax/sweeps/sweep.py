@@ -201,7 +201,7 @@ def _claimed(sweep: Sweep, folder: epath.Path) -> Iterator[None]:
         yield
     except UserError:
         if new and [path.name for path in folder.iterdir()] == ["sweep.json"]:
-            (folder / "sweep.json").unlink()
+            (folder / "sweep.json").unlink(missing_ok=True)  # another job's share began as little
         raise
 
 

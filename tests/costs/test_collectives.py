@@ -229,6 +229,39 @@ dimensions={0}
 """
 
 
+FUSED = """\
+HloModule jit_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%scattered (x: f32[64,8], all: f32[4,8,8]) -> f32[4,8,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %all = f32[4,8,8]{2,1,0} parameter(1)
+  %part = f32[8,8]{1,0} reduce-scatter(%x), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, \
+dimensions={0}, to_apply=%sum
+  %one = f32[1,8,8]{2,1,0} bitcast(%part)
+  %zero = s32[] constant(0)
+  ROOT %kept = f32[4,8,8]{2,1,0} dynamic-update-slice(%all, %one, %zero, %zero, %zero)
+}
+
+ENTRY %main (x.1: f32[64,8], all.1: f32[4,8,8]) -> f32[4,8,8] {
+  %x.1 = f32[64,8]{1,0} parameter(0)
+  %all.1 = f32[4,8,8]{2,1,0} parameter(1)
+  ROOT %f = f32[4,8,8]{2,1,0} fusion(%x.1, %all.1), kind=kCustom, calls=%scattered
+}
+"""
+
+
+def test_one_that_a_gpu_has_fused_with_a_slice_counts():
+    """As XLA's `dynamic-slice` fusions do; nothing is cut there."""
+    [one] = collectives(FUSED)
+    assert (one.kind, one.bytes, one.times, one.group) == ("reduce-scatter", 2048, 1, 8)
+
+
 def test_one_that_a_tpu_cuts_into_fusions_counts_once_and_overlaps():
     """What stands alone counts, though it may have the channel of one that is cut."""
     calls = collectives(CUT)

@@ -245,6 +245,29 @@ def test_a_sweep_that_did_not_begin_leaves_the_folder_to_others(micro_sweep, tmp
     assert not (tmp_path / "out" / "sweep.json").exists()
 
 
+def test_shares_that_did_not_begin_together(micro_sweep, tmp_path, monkeypatch):
+    """Jobs of an array fail alike, and each takes the folder back."""
+    def launcher(runs, folder, say, mesh):
+        removed = type(folder).unlink
+        monkeypatch.setattr(type(folder), "unlink", lambda path, **how: [
+            removed(path), removed(path, **how)])  # the other job was a moment earlier
+        raise UserError("data.path = '/nowhere': nothing there")
+
+    with pytest.raises(UserError, match="nothing there"):
+        run_sweep(micro_sweep, tmp_path / "out", silent, launcher=launcher, only=(0, 2),
+                  allow_dirty=True)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("word", "value"), [("match", "no-memory-*"), ("only", "1/2")])
+def test_a_table_of_what_is_done_is_of_all_runs(swept, capsys, word, value):
+    before = (swept[0] / "results.csv").read_bytes()
+    words = ["sweep", "micro", "--out", str(swept[0]), "--so-far", f"--{word}", value]
+    assert main.main(words) == 2
+    assert f"{word} = '{value}': picks the runs that are trained" in capsys.readouterr().err
+    assert (swept[0] / "results.csv").read_bytes() == before
+
+
 def test_runs_need_names_of_their_own(micro_sweep):
     with pytest.raises(UserError, match="every run of a sweep needs its own"):
         dataclasses.replace(micro_sweep, settings=("name=same",)).runs()
