@@ -16,7 +16,9 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +33,7 @@ from engram_jax.config import RunConfig, require
 from engram_jax.costs import forecast
 from engram_jax.errors import MachineError, Stopped
 from engram_jax.quiet import quieten
+from engram_jax.runs.stopping import PASSED_ON_S
 from engram_jax.settings import from_dict, to_dict
 from engram_jax.sweeps import compilations
 from engram_jax.sweeps.member import result_of
@@ -141,10 +144,11 @@ def _workers(count: int) -> Iterator[list[_Worker]]:
                     workers.append(_Worker(kept))
             yield workers
     finally:
-        for worker in workers:
-            worker.stop()
-        for worker in workers:
-            worker.join()
+        with _deaf_to_what_is_passed_on(sys.exc_info()[1]):
+            for worker in workers:
+                worker.stop()
+            for worker in workers:
+                worker.join()
 
 
 def _answers(workers: Sequence[_Worker], tasks: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
@@ -168,6 +172,22 @@ def _stopped_by_sigterm() -> Iterator[None]:
 
     with _handled(signal.SIGTERM, hear):
         yield
+
+
+def _deaf_to_what_is_passed_on(
+    error: BaseException | None,
+) -> contextlib.AbstractContextManager[None]:
+    """After one SIGTERM others are that one for as long as in a run; then one ends this process."""
+    if not isinstance(error, Stopped):
+        return contextlib.nullcontext()
+    begin = time.monotonic()
+
+    def hear(number: int, frame: types.FrameType | None) -> None:
+        if time.monotonic() - begin >= PASSED_ON_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    return _handled(signal.SIGTERM, hear)
 
 
 @contextlib.contextmanager

@@ -309,6 +309,37 @@ def test_runs_end_with_the_process_that_started_them(as_here, two_runs, tmp_path
     assert steps_kept(place) == {"seed-0-0": True, "seed-1-0": True}, "and no other has begun"
 
 
+TOLD = """
+import os, signal, sys, time
+from engram_jax.errors import Stopped
+from engram_jax.sweeps import at_once
+
+def told_again(worker, join=at_once._Worker.join):
+    time.sleep(float(sys.argv[1]))
+    os.kill(os.getpid(), signal.SIGTERM)
+    join(worker)
+
+if __name__ == "__main__":
+    at_once._Worker.join = told_again
+    try:
+        with at_once._workers(1) as workers:
+            workers[0].ask(time.sleep, 60)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+    except Stopped:
+        sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize(("apart", "code"), [(0.1, 75), (1.2, -signal.SIGTERM)])
+def test_the_first_process_takes_what_is_passed_on_for_one_signal(tmp_path, apart, code):
+    """As `timeout` tells its command, and then the group that it is in."""
+    (tmp_path / "told.py").write_text(TOLD)
+    assert subprocess.run(
+        [sys.executable, str(tmp_path / "told.py"), str(apart)], timeout=60,
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path.cwd())}).returncode == code
+
+
 def test_what_the_user_can_mend_ends_runs_at_once_with_its_line(as_here, two_runs, tmp_path):
     bad = [with_data(run, path="/nowhere/at/all") for run in two_runs]
     with pytest.raises(UserError, match=r"^data.path = '/nowhere/at/all': does not exist;"):
