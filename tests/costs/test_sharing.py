@@ -26,7 +26,7 @@ def test_matrices_and_tokens_along_four_devices():
 
 
 def test_tokens_travel_as_often_whatever_is_kept():
-    """The backward pass computes rounds anew: `tests/model/test_sent_experts.py` has the program."""
+    """The backward pass computes rounds anew; `tests/model/test_sent_experts.py` sees them."""
     kept = sharing(changed(RUN, {"model.remat": "none"}), V5E, 256, 4)
     assert kept.tokens_bytes == sharing(RUN, V5E, 256, 4).tokens_bytes
 
