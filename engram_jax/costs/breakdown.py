@@ -139,7 +139,7 @@ class Torus:
 
         All groups talk at once and use both directions of every axis that a group spans. Gathers
         and scatters pass each byte on from chip to chip; what goes from all to all crosses a
-        quarter of its axis on average.
+        quarter of its axis on average, what stays at home counted with it.
         """
         group = one.group or math.prod(self.sizes)
         if group <= 1:
@@ -152,7 +152,7 @@ class Torus:
             return 2 * one.bytes * rest / width
         if one.kind in ("all-to-all", "ragged-all-to-all"):
             hops = group ** (1 / spanned) / 4
-            return one.bytes * rest * hops * spanned / width
+            return one.bytes * hops * spanned / width
         if one.kind == "reduce-scatter":
             return one.bytes * rest / width
         return one.bytes / self.link

@@ -48,7 +48,7 @@ def pays_to_all(choices: int, devices: int, axes: int) -> bool:
     """
     if not axes:
         return ROOM * choices >= devices
-    return ROOM * choices * axes * devices ** (1 / axes) >= 4 * devices
+    return ROOM * choices * axes * devices ** (1 / axes) >= 4 * (devices - 1)
 
 
 class Way(NamedTuple):

@@ -22,7 +22,7 @@ def test_matrices_and_tokens_along_four_devices():
     assert way.tokens_bytes == pytest.approx(TIMES * (3 * once + 2 * picked) * 3 / 4)
     links = 2 * 50e9
     assert way.tokens_s == pytest.approx(
-        TIMES * (3 * 3 * TOKEN + 2 * picked * 3 / 4) / links, rel=1e-6)
+        TIMES * (3 * 3 * TOKEN + 2 * picked) / links, rel=1e-6)
 
 
 def test_tokens_travel_as_often_whatever_is_kept():
