@@ -245,7 +245,7 @@ def test_generate_goes_on_behind_a_prompt_longer_than_the_window(trained, capsys
 
 
 def test_sweep_says_what_to_do_next(trained, text, recipe, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep.Sweep, "runs", lambda chosen: sweep.seeded(
+    monkeypatch.setattr(sweep.Sweep, "runs", lambda chosen, match: sweep.seeded(
         [with_settings(recipe, [f"name={name}", *chosen.settings])
          for name in ("no-memory", "ngrams")], chosen.seeds))
     out = succeeded(capsys, "sweep", "controls", "--out", tmp_path, "--seeds", 1,

@@ -38,6 +38,7 @@ def test_it_learns(one):
     assert np.mean(one[0][-5:]) < 3
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_the_same(one, eight):
     np.testing.assert_allclose(one[0], eight[0], rtol=0, atol=1e-5)
     tables = [state[2] for _, state, _ in (one, eight)]
@@ -45,8 +46,9 @@ def test_eight_devices_learn_the_same(one, eight):
     assert len(tables[1].values["layer_1"].sharding.device_set) == 8
 
 
-def test_the_checkpoint_comes_back(eight):
-    _, state, restored = eight
+@pytest.mark.parametrize("devices", ["one", pytest.param("eight", marks=pytest.mark.slow)])
+def test_the_checkpoint_comes_back(request, devices):
+    _, state, restored = request.getfixturevalue(devices)
     for left, right in zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True):
         assert left.dtype == right.dtype
         assert left.sharding == right.sharding

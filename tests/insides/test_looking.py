@@ -118,6 +118,7 @@ def test_gates_of_a_text_are_the_modules_own(opened):
         np.testing.assert_allclose(found.gates[layer], expected[layer][0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_long_text_is_read_in_sequences(opened):
     """As the model was trained, and no longer."""
     most = opened.run.data.sequence_length

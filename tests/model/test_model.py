@@ -383,8 +383,8 @@ def dense_oracle(params, x_BTD, choice_NK, config):
 
 @pytest.mark.parametrize(("shape", "experts", "top_k", "bias"), [
     ((1, 1), 4, 2, {}),
-    ((2, 13), 12, 1, {}),
-    ((1, 16), 4, 4, {}),
+    pytest.param((2, 13), 12, 1, {}, marks=pytest.mark.slow),
+    pytest.param((1, 16), 4, 4, {}, marks=pytest.mark.slow),
     ((3, 40), 6, 1, {3: 9.0}),
     ((2, 8), 4, 2, {1: -9.0}),
     ((4, 100), 3, 2, {2: 0.2}),
@@ -583,6 +583,7 @@ def test_what_a_forward_pass_lets_one_see():
         assert len(set(load.sum(axis=1).tolist())) == 1, "every block routes every token"
 
 
+@pytest.mark.slow
 def test_one_table_feeds_every_layer():
     """Its rows' gradient is the sum of what each layer's would be."""
     two = dataclasses.replace(PLAIN, engram=engram(0, 2))

@@ -71,8 +71,9 @@ def at_home(skewed):
     return bias_E, outputs_and_gradients(bias_E, None)(X)
 
 
-@pytest.mark.parametrize("room", [4.0, 1.25, 0.3])
-@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("room", [*(pytest.param(room, marks=pytest.mark.slow)
+                                    for room in (4.0, 1.25)), 0.3])
+@pytest.mark.parametrize("skewed", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("to_all", [False, True])
 def test_sent_is_at_home(skewed, room, to_all):
     """Room for all, for an even share, and so little that it takes many rounds; routers that pick

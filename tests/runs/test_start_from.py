@@ -82,7 +82,8 @@ def test_what_changes_a_bit_is_a_new_run_in_words_that_say_so(run, stopped, chan
 # --- From another run ---
 
 
-@pytest.mark.parametrize("name", ["long", pytest.param("short", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["long", "short"])
 def test_a_run_that_is_extended_is_the_longer_one(run, tmp_path, name):
     flat = with_optimizer(run, schedule="wsd", decay_share=0.3, warmup_steps=2)
     # In its last steps the rate of the short run falls; its checkpoint of step 3 is before them.
@@ -157,7 +158,9 @@ def test_what_cannot_be_begun_from_is_refused_by_name(run, trained, tmp_path):
         shutil.rmtree(tmp_path / "new", ignore_errors=True)  # some are refused before it is made
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["weights", "and optimizer"])
+@pytest.mark.parametrize("whole", [
+    pytest.param(False, id="weights"),
+    pytest.param(True, id="and optimizer", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("theirs", "mine"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_tables_of_another_dtype_are_refused_and_not_cast(run, trained, tmp_path, theirs, mine,
                                                           whole):

@@ -166,7 +166,8 @@ with Stopping(float(sys.argv[1]), print) as stopping:
     (0.5, [signal.SIGTERM], 0, 75, "did not come to an end within 0.5 s (training.grace_seconds)"),
     (60, [signal.SIGTERM] * 2, 1.3, 143, "ended at once by a second signal (SIGTERM)"),
     (2, [signal.SIGTERM] * 2, 0.1, 75, "did not come to an end within 2 s"),  # one, passed on
-    (60, [signal.SIGINT] * 2, 0.1, 130, "ended at once by a second signal (SIGINT)"),
+    pytest.param(60, [signal.SIGINT] * 2, 0.1, 130, "ended at once by a second signal (SIGINT)",
+                 marks=pytest.mark.slow),
     (60, [signal.SIGTERM, signal.SIGINT], 0.1, 130, "ended at once by a second signal (SIGINT)"),
 ])
 def test_a_main_thread_that_hears_nothing_is_ended(grace, numbers, apart, code, line):

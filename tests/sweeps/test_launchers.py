@@ -331,7 +331,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("apart", "code"), [(0.1, 75), (1.2, -signal.SIGTERM)])
+@pytest.mark.parametrize(("apart", "code"), [
+    (0.1, 75), pytest.param(1.2, -signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_first_process_takes_what_is_passed_on_for_one_signal(tmp_path, apart, code):
     """As `timeout` tells its command, and then the group that it is in."""
     (tmp_path / "told.py").write_text(TOLD)
@@ -471,7 +472,7 @@ def test_the_command_line_chooses_launcher_and_share(finished, capsys, monkeypat
     assert main.main([*words, "--only", "1/2"]) == 0
     out = capsys.readouterr().out
     assert "run 1 of 1: seed-1" in out
-    assert "1 runs of this share are done; the same command without --only" in out
+    assert "1 runs of these are done; --so-far makes the table of what is done, and the " in out
     assert main.main([*words, "--launcher", "ray", "--resources", "CPU=1"]) == 0
     out = capsys.readouterr().out
     assert "run 1 of" not in out
