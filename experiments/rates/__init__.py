@@ -1,1 +1,1 @@
-"""Which settings does each kind of memory do best with?"""
+"""Does a rate that is best for a short run suit a longer one?"""
