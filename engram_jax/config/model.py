@@ -9,6 +9,7 @@ MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
 KEYS = ("ngrams", "shuffled", "random")
 REMAT = ("none", "block", "outputs")
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
+STREAM_LAYOUTS = ("auto", "joined", "apart")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,6 +267,8 @@ class ModelConfig:
       moe: experts in the place of the dense FFN; none is dense FFNs throughout.
       streams: residual streams M; 1 is the plain residual, more are mHC (arXiv 2512.24880).
       sinkhorn_rounds: of mHC, how often columns and rows are normalised in turn.
+      stream_layout: of mHC, how streams lie between blocks: "joined" in one array or "apart", each
+        in its own; "auto" is "apart" on TPUs, else "joined". The mathematics is the same.
       engram: the memory; none is no memory.
       over_encoding: OverEncoding, the baseline that joins the input embedding; none is without.
       tied_head: the head is the token embedding, transposed.
@@ -287,6 +290,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
     streams: int = 1
     sinkhorn_rounds: int = 20
+    stream_layout: str = "auto"
     engram: EngramConfig | None = None
     over_encoding: OverEncodingConfig | None = None
     tied_head: bool = False
@@ -303,6 +307,8 @@ class ModelConfig:
                 self.compute_dtype, "must be float32 or bfloat16")
         require(self.remat in REMAT, "model.remat", self.remat,
                 f"must be one of {', '.join(REMAT)}")
+        require(self.stream_layout in STREAM_LAYOUTS, "model.stream_layout", self.stream_layout,
+                f"must be one of {', '.join(STREAM_LAYOUTS)}")
         if self.engram is not None:
             require(self.engram.layers[-1] < self.depth, "model.engram.layers", self.engram.layers,
                     f"has a layer out of range: the model has blocks 0..{self.depth - 1}")

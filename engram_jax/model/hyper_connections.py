@@ -3,23 +3,58 @@
 x' = H_res x + H_post^T F(H_pre x) with M residual streams; the mixing matrices are computed for
 each token, and H_res is doubly stochastic. One stream is the plain residual x + F(x).
 
-Shapes: B batch, T time, M streams, D width; N tokens, Z = M * D.
+Streams are one array [B, T, M, D], or apart: a tuple of M arrays [B, T, D]. A TPU keeps the last
+two axes of an array in tiles of 8 x 128, which M x D fits badly, so the compiler lays one array out
+in several ways and copies between them. `stream_layout` says which it is.
+
+Shapes: B batch, T time, M streams, D width; N tokens, Z = M * D, X = 2 M + M M.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from engram_jax.config import ModelConfig
 from engram_jax.model.layers import Params, rms_norm, wide_linear
 from engram_jax.model.parameters import Declared, matrix, vector
 
 FEW_TOKENS = 256  # up to so many, as in decoding, Sinkhorn on GPUs has a way of its own
 LARGEST = 40.0  # logit of H_res whose exponential's square is still far from float32's end
 OUTPUT = "output"  # of a sub-layer and of what mixes the streams, by the name of `jax.checkpoint`
+
+Apart = tuple[jax.Array, ...]  # M times [B, T, D]
+Streams = TypeVar("Streams", jax.Array, Apart)
+
+
+def stream_layout(config: ModelConfig, device: jax.Device) -> str:
+    """How streams lie between blocks on a device: "joined" or "apart".
+
+    "auto" is apart on TPUs, where by the compiler's estimate what mixes streams takes less than
+    half of the time; nothing of it was run on one.
+    """
+    if config.streams == 1:
+        return "joined"
+    if config.stream_layout == "auto":
+        return "apart" if device.platform == "tpu" else "joined"
+    return config.stream_layout
+
+
+def laid_out(x_BTMD: jax.Array, layout: str) -> jax.Array | Apart:
+    """The streams as `layout` wants them; `joined` is the way back."""
+    return x_BTMD if layout == "joined" else _apart(x_BTMD)
+
+
+def _apart(x_BTMD: jax.Array) -> Apart:
+    return tuple(x_BTMD[:, :, m] for m in range(x_BTMD.shape[2]))
+
+
+def joined(x: jax.Array | Apart) -> jax.Array:
+    """The streams as one array, [B, T, M, D]."""
+    return jnp.stack(x, axis=2) if isinstance(x, tuple) else x
 
 
 def mixing_parameters(key: jax.Array, width: int, streams: int) -> Declared:
@@ -53,14 +88,44 @@ def mixing(params: Params, x_BTMD: jax.Array, rounds: int, eps: float) -> Mixing
     """The mixing matrices of each token; `rounds` of Sinkhorn normalisation."""
     streams = x_BTMD.shape[2]
     flat_BTZ = x_BTMD.reshape(*x_BTMD.shape[:2], -1)
-    raw = _by_device(functools.partial(_projected, eps),
-                     functools.partial(_projected_at_once, eps))(flat_BTZ, params["project"])
+    raw_BTX = _by_device(functools.partial(_projected, eps),
+                         functools.partial(_projected_at_once, eps))(flat_BTZ, params["project"])
+    return _of_logits(params, raw_BTX, streams, rounds)
+
+
+def _of_logits(params: Params, raw_BTX: jax.Array, streams: int, rounds: int) -> Mixing:
+    """The matrices, of the normalised streams times the projection."""
     scale = jnp.repeat(params["scale"], jnp.array([streams, streams, streams * streams]),
-                       total_repeat_length=raw.shape[-1])
-    raw = raw * scale[None, None] + params["bias"][None, None]
-    pre, post, keep = jnp.split(raw, [streams, 2 * streams], axis=-1)
+                       total_repeat_length=raw_BTX.shape[-1])
+    raw_BTX = raw_BTX * scale[None, None] + params["bias"][None, None]
+    pre, post, keep = jnp.split(raw_BTX, [streams, 2 * streams], axis=-1)
     residual = sinkhorn(keep.reshape(*keep.shape[:2], streams, streams), rounds)
     return Mixing(jax.nn.sigmoid(pre), 2 * jax.nn.sigmoid(post), residual)
+
+
+@jax.named_scope("mixing")
+def _mixing_apart(
+    params: Params, x: Apart, rounds: int, eps: float
+) -> Mixing:
+    """`mixing` of streams that lie apart.
+
+    The product and the sum of squares, 2 M + M M + 1 numbers a token, are kept for the backward
+    pass: making them anew would read all streams.
+    """
+    width = x[0].shape[-1]
+    projects = (params["project"][m * width: (m + 1) * width] for m in range(len(x)))
+    raw_BTX = _added(wide_linear(x_BTD, project)
+                     for x_BTD, project in zip(x, projects, strict=True))
+    square_BT1 = _added(jnp.sum(jnp.square(x_BTD.astype(jnp.float32)), axis=-1, keepdims=True)
+                        for x_BTD in x)
+    raw_BTX, square_BT1 = (checkpoint_name(part, OUTPUT) for part in (raw_BTX, square_BT1))
+
+    def rest(params: Params, raw_BTX: jax.Array, square_BT1: jax.Array) -> Mixing:
+        norm_BT1 = jax.lax.rsqrt(square_BT1 / (len(x) * width) + eps)
+        return _of_logits(params, raw_BTX * norm_BT1, len(x), rounds)
+
+    return jax.checkpoint(rest)(
+        {name: params[name] for name in ("bias", "scale")}, raw_BTX, square_BT1)
 
 
 def _projected(eps: float, flat_BTZ: jax.Array, project: jax.Array) -> jax.Array:
@@ -167,12 +232,18 @@ def _from_lanes(positive_MMN: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def connect(
     params: Params,
-    x_BTMD: jax.Array,
+    x: Streams,
     sub_layer: Callable[[jax.Array], tuple[jax.Array, Any]],
     rounds: int,
     eps: float,
-) -> tuple[jax.Array, Any]:
-    """The streams after one wrapped sub-layer, which maps [B, T, D] to ([B, T, D], extra)."""
+) -> tuple[Streams, Any]:
+    """The streams after one wrapped sub-layer, which maps [B, T, D] to ([B, T, D], extra).
+
+    They lie as they did.
+    """
+    if isinstance(x, tuple):
+        return _connect_apart(params, x, sub_layer, rounds, eps)
+    x_BTMD = x
     if not params:
         out_BTD, extra = sub_layer(x_BTMD[:, :, 0])
         return x_BTMD + checkpoint_name(out_BTD, OUTPUT)[:, :, None], extra
@@ -180,13 +251,29 @@ def connect(
         mix = jax.checkpoint(mixing, static_argnums=(2, 3))(params, x_BTMD, rounds, eps)
         mix = Mixing(*(checkpoint_name(part, OUTPUT) for part in mix))
         pre_BTM, post_BTM = (part.astype(x_BTMD.dtype) for part in mix[:2])
-        read_BTD = _by_device(_read, _read_as_sums)(pre_BTM, x_BTMD)
+        read_BTD = _by_device(_read, _read_joined)(pre_BTM, x_BTMD)
     out_BTD, extra = sub_layer(read_BTD)
     out_BTD = checkpoint_name(out_BTD, OUTPUT)
     with jax.named_scope("hyper_connection"):
-        written_BTMD = _by_device(_written, _written_as_sums)(
+        written_BTMD = _by_device(_written, _written_joined)(
             mix.residual_BTMM, post_BTM, x_BTMD, out_BTD)
         return written_BTMD, extra
+
+
+def _connect_apart(
+    params: Params,
+    x: Apart,
+    sub_layer: Callable[[jax.Array], tuple[jax.Array, Any]],
+    rounds: int,
+    eps: float,
+) -> tuple[Apart, Any]:
+    with jax.named_scope("hyper_connection"):
+        mix = _mixing_apart(params, x, rounds, eps)
+        read_BTD = _read_as_sum(mix.pre_BTM, x)
+    out_BTD, extra = sub_layer(read_BTD)
+    out_BTD = checkpoint_name(out_BTD, OUTPUT)
+    with jax.named_scope("hyper_connection"):
+        return _written_as_sums(mix.residual_BTMM, mix.post_BTM, x, out_BTD), extra
 
 
 def _read(pre_BTM: jax.Array, x_BTMD: jax.Array) -> jax.Array:
@@ -208,24 +295,37 @@ def _written(
 # sums of M streams it is elementwise, in float32, and reads and writes the streams once.
 
 
-def _read_as_sums(pre_BTM: jax.Array, x_BTMD: jax.Array) -> jax.Array:
-    wide = (pre_BTM[:, :, m, None].astype(jnp.float32) * x_BTMD[:, :, m].astype(jnp.float32)
-            for m in range(x_BTMD.shape[2]))
-    return functools.reduce(jnp.add, wide).astype(x_BTMD.dtype)
+def _read_as_sum(pre_BTM: jax.Array, x: Apart) -> jax.Array:
+    return _added(pre_BTM[:, :, m, None].astype(jnp.float32) * x_BTD.astype(jnp.float32)
+                  for m, x_BTD in enumerate(x)).astype(x[0].dtype)
 
 
 def _written_as_sums(
-    residual_BTMM: jax.Array, post_BTM: jax.Array, x_BTMD: jax.Array, out_BTD: jax.Array
-) -> jax.Array:
-    streams = [x_BTMD[:, :, m].astype(jnp.float32) for m in range(x_BTMD.shape[2])]
+    residual_BTMM: jax.Array, post_BTM: jax.Array, x: Apart, out_BTD: jax.Array
+) -> Apart:
+    streams = [x_BTD.astype(jnp.float32) for x_BTD in x]
     wide_BTD = out_BTD.astype(jnp.float32)
 
     def stream(i: int) -> jax.Array:
         kept = (residual_BTMM[:, :, i, j, None] * x_BTD for j, x_BTD in enumerate(streams))
         given = post_BTM[:, :, i, None].astype(jnp.float32) * wide_BTD
-        return functools.reduce(jnp.add, kept, given).astype(x_BTMD.dtype)
+        return functools.reduce(jnp.add, kept, given).astype(out_BTD.dtype)
 
-    return jnp.stack([stream(i) for i in range(len(streams))], axis=2)
+    return tuple(stream(i) for i in range(len(x)))
+
+
+def _read_joined(pre_BTM: jax.Array, x_BTMD: jax.Array) -> jax.Array:
+    return _read_as_sum(pre_BTM, _apart(x_BTMD))
+
+
+def _written_joined(
+    residual_BTMM: jax.Array, post_BTM: jax.Array, x_BTMD: jax.Array, out_BTD: jax.Array
+) -> jax.Array:
+    return joined(_written_as_sums(residual_BTMM, post_BTM, _apart(x_BTMD), out_BTD))
+
+
+def _added(parts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)
 
 
 def split(x_BTD: jax.Array, streams: int) -> jax.Array:

@@ -42,7 +42,7 @@ def _ragged(
     x_PD: jax.Array, weight_EDF: jax.Array, padded_E: jax.Array, expert_Q: jax.Array
 ) -> jax.Array:
     del expert_Q
-    return ragged_matmul(x_PD, weight_EDF.astype(x_PD.dtype), padded_E)
+    return ragged_matmul(x_PD, weight_EDF, padded_E)
 
 
 @jax.custom_vjp
@@ -199,24 +199,31 @@ class _Pieces:
 
 @jax.custom_vjp
 def ragged_matmul(x_PD: jax.Array, weight_EDF: jax.Array, size_E: jax.Array) -> jax.Array:
-    """`jax.lax.ragged_dot` whose gradient costs what it should, whatever libtpu there is."""
-    return jax.lax.ragged_dot(x_PD, weight_EDF, size_E)
+    """`jax.lax.ragged_dot` in x's dtype whose gradient costs what it should, whatever libtpu there
+    is; that of the matrices is summed in float32 and has their dtype."""
+    return jax.lax.ragged_dot(x_PD, weight_EDF.astype(x_PD.dtype), size_E)
+
+
+def _ragged_forward(
+    x_PD: jax.Array, weight_EDF: jax.Array, size_E: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    narrow_EDF, dtype_0 = weight_EDF.astype(x_PD.dtype), jnp.zeros(0, weight_EDF.dtype)
+    return ragged_matmul(x_PD, narrow_EDF, size_E), (x_PD, narrow_EDF, size_E, dtype_0)
 
 
 def _ragged_backward(
-    saved: tuple[jax.Array, jax.Array, jax.Array], grad_PF: jax.Array
+    saved: tuple[jax.Array, ...], grad_PF: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
-    x_PD, weight_EDF, size_E = saved
+    x_PD, weight_EDF, size_E, dtype_0 = saved
     # The kernel wants the weights transposed: not before the gradient is there.
     weight_EDF, grad_PF = jax.lax.optimization_barrier((weight_EDF, grad_PF))
     grad_PD = jax.lax.ragged_dot(grad_PF, jnp.swapaxes(weight_EDF, 1, 2), size_E)
-    outer = jax.lax.platform_dependent(
+    outer_EDF = jax.lax.platform_dependent(
         x_PD, grad_PF, size_E, tpu=_outer_on_tpus, default=ragged_outer)
-    return grad_PD, outer, None
+    return grad_PD, outer_EDF.astype(dtype_0.dtype), None
 
 
-ragged_matmul.defvjp(
-    lambda x, weight, size: (ragged_matmul(x, weight, size), (x, weight, size)), _ragged_backward)
+ragged_matmul.defvjp(_ragged_forward, _ragged_backward)
 
 
 def _outer_on_tpus(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
@@ -233,11 +240,11 @@ def kernel_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.
         dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0],
         rhs_group_dimensions=[])
     return jax.lax.ragged_dot_general(
-        x_PD, grad_PF, size_E, slots, preferred_element_type=jnp.float32).astype(x_PD.dtype)
+        x_PD, grad_PF, size_E, slots, preferred_element_type=jnp.float32)
 
 
 def ragged_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.Array:
-    """Each expert's x^T grad over its slots, [E, D, F] in x's dtype, summed in float32.
+    """Each expert's x^T grad over its slots, [E, D, F] float32.
 
     Expert after expert, a window of slots at a time, wide enough that one does for an expert whose
     load is near the mean; what the window shows of others is masked.
@@ -260,6 +267,6 @@ def ragged_outer(x_PD: jax.Array, grad_PF: jax.Array, size_E: jax.Array) -> jax.
             lambda carry: carry[0] < stop,
             lambda carry: (carry[0] + width, carry[1] + window(carry[0], stop)),
             (start + width, window(start, stop)))[1]
-        return None, total_DF.astype(x_PD.dtype)
+        return None, total_DF
 
     return jax.lax.scan(expert, None, (stop_E - size_E, stop_E))[1]

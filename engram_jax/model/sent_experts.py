@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from engram_jax.model import moe
 from engram_jax.model.layers import Params
@@ -114,7 +115,8 @@ class SentExperts:
         self, experts: Params, x_ND: jax.Array, choice_NK: jax.Array, weight_NK: jax.Array,
         number: int,
     ) -> tuple[jax.Array, jax.Array]:
-        """`experts` are this device's own: matrices [X, in, out], X = ceil(E / P)."""
+        """`experts` are this device's own: matrices [X, in, out], X = ceil(E / P), multiplied in
+        x's dtype; their gradients have their own."""
         out_ND = _rounds(self, experts, x_ND, weight_NK, self.way(choice_NK, number))
         load_E = jnp.bincount(choice_NK.reshape(-1), length=number).astype(jnp.int32)
         return out_ND, load_E
@@ -198,7 +200,7 @@ class SentExperts:
     def _tokens(self, x_ND: jax.Array, here: Round) -> jax.Array:
         """The tokens that come to this device, [T, D]."""
         if self.to_all:
-            return jax.lax.all_gather(x_ND, self.axis, tiled=True)
+            return _row_by_row(jax.lax.all_gather(_row_by_row(x_ND), self.axis, tiled=True))
         token_S = here.source_S // here.slot_NK.shape[1]
         return self._swap(x_ND.at[token_S].get(mode="fill", fill_value=0))
 
@@ -207,6 +209,15 @@ class SentExperts:
         if self.devices == 1:
             return slots
         return jax.lax.all_to_all(slots, self.axis, 0, 0, tiled=True)
+
+
+def _row_by_row(x_ND: jax.Array) -> jax.Array:
+    """The same; in a TPU's memory row after row, as it is read and written.
+
+    libtpu laid what is gathered out column after column, and copied it before anything read it.
+    """
+    return jax.lax.platform_dependent(
+        x_ND, tpu=lambda x: with_layout_constraint(x, Layout((0, 1))), default=lambda x: x)
 
 
 # Each of the two is the other's gradient, and both are gathers: the same bits each run.
@@ -251,7 +262,7 @@ def _rounds(
     routed: SentExperts, experts: Params, x_ND: jax.Array, weight_NK: jax.Array, way: Way
 ) -> jax.Array:
     """What all rounds give each token, [N, D]."""
-    rounds = routed.rounds(way)
+    rounds, experts = routed.rounds(way), _as(x_ND.dtype, experts)
 
     def again(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         number, out_ND = carry
@@ -264,32 +275,44 @@ def _rounds(
     return _if_any(rounds, further, routed.round(experts, x_ND, weight_NK, way, 0))
 
 
+def _rounds_forward(
+    routed: SentExperts, experts: Params, x_ND: jax.Array, weight_NK: jax.Array, way: Way
+) -> tuple[jax.Array, tuple[Given, Way, Params]]:
+    """Matrices are kept as they are multiplied, beside arrays of nothing in their dtypes."""
+    dtypes = jax.tree.map(lambda matrix: jnp.zeros(0, matrix.dtype), experts)
+    experts = _as(x_ND.dtype, experts)
+    return (_rounds(routed, experts, x_ND, weight_NK, way),
+            ((experts, x_ND, weight_NK), way, dtypes))
+
+
 def _rounds_backward(
-    routed: SentExperts, saved: tuple[Given, Way], grad_ND: jax.Array
+    routed: SentExperts, saved: tuple[Given, Way, Params], grad_ND: jax.Array
 ) -> tuple[Params, jax.Array, jax.Array, None]:
     """Rounds are computed anew; gradients add up over them in float32."""
-    given, way = saved
+    given, way, dtypes = saved
     rounds = routed.rounds(way)
 
-    def of(number: jax.Array | int) -> Given:
+    def of(number: jax.Array | int, given: Given) -> Given:
         _, back = jax.vjp(lambda experts, x_ND, weight_NK: routed.round(
             experts, x_ND, weight_NK, way, number), *given)
         grads: Given = back(grad_ND)
         return grads
 
-    def wide(grads: Given) -> Given:
-        return jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
-
     def again(carry: tuple[jax.Array, Given]) -> tuple[jax.Array, Given]:
         number, sums = carry
-        return number + 1, jax.tree.map(jnp.add, sums, wide(of(number)))
+        return number + 1, jax.tree.map(jnp.add, sums, _as(jnp.float32, of(number, given)))
 
     def further(first: Given) -> Given:
         _, sums = jax.lax.while_loop(
-            lambda carry: carry[0] < rounds, again, (jnp.int32(1), wide(first)))
-        return jax.tree.map(lambda total, array: total.astype(array.dtype), sums, given)
+            lambda carry: carry[0] < rounds, again, (jnp.int32(1), _as(jnp.float32, first)))
+        return jax.tree.map(lambda total, array: total.astype(array.dtype), sums, first)
 
-    return *_if_any(rounds, further, of(0)), None
+    experts = jax.tree.map(lambda matrix, own: matrix.astype(own.dtype), given[0], dtypes)
+    return *_if_any(rounds, further, of(0, (experts, *given[1:]))), None
+
+
+def _as(dtype: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda array: array.astype(dtype), tree)
 
 
 def _if_any(rounds: jax.Array, further: Callable[[Any], Any], first: Any) -> Any:
@@ -301,7 +324,4 @@ def _if_any(rounds: jax.Array, further: Callable[[Any], Any], first: Any) -> Any
     return jax.lax.cond(rounds > 1, further, lambda first: first, first)
 
 
-_rounds.defvjp(
-    lambda routed, experts, x, weight, way: (
-        _rounds(routed, experts, x, weight, way), ((experts, x, weight), way)),
-    _rounds_backward)
+_rounds.defvjp(_rounds_forward, _rounds_backward)

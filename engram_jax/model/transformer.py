@@ -28,6 +28,7 @@ from engram_jax.model.attention import attention, attention_parameters
 from engram_jax.model.attention_kernels import RESIDUALS
 from engram_jax.model.documents import Documents, documents
 from engram_jax.model.engram import engram_parameters, fuse
+from engram_jax.model.hyper_connections import Streams
 from engram_jax.model.layers import (
     Params,
     Whole,
@@ -202,11 +203,11 @@ def run_segment(
         x_BTMD, gate_BTM = x_BTMD + fused.delta_BTMD, fused.gate_BTM
 
     def plain(
-        params: dict[str, Any], x_BTMD: jax.Array, bias_E: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        params: dict[str, Any], x: Streams, bias_E: jax.Array | None
+    ) -> tuple[Streams, jax.Array | None]:
         params = whole(params, "blocks")
-        x_BTMD, _, load_E = block(params, x_BTMD, bias_E, attend, config, routed)
-        return x_BTMD, load_E
+        x, _, load_E = block(params, x, bias_E, attend, config, routed)
+        return x, load_E
 
     def attend(params: Params, x_BTD: jax.Array) -> tuple[jax.Array, None]:
         number_BT = None if docs is None else docs.number_BT
@@ -216,9 +217,11 @@ def run_segment(
     run = plain
     if config.remat != "none":
         run = jax.checkpoint(plain, policy=_KEPT[config.remat])
-    x_BTMD, load_LE = jax.lax.scan(
-        lambda x, inputs: run(inputs[0], x, inputs[1]), x_BTMD, (params["blocks"], bias_LE))
-    return x_BTMD, load_LE, gate_BTM
+    layout = hyper_connections.stream_layout(config, jax.local_devices()[0])
+    x: Any = hyper_connections.laid_out(x_BTMD, layout)
+    x, load_LE = jax.lax.scan(
+        lambda x, inputs: run(inputs[0], x, inputs[1]), x, (params["blocks"], bias_LE))
+    return hyper_connections.joined(x), load_LE, gate_BTM
 
 
 # What is kept for the backward pass, beside each block's input.
@@ -230,12 +233,12 @@ _KEPT: dict[str, Any] = {
 
 def block(
     params: dict[str, Any],
-    x_BTMD: jax.Array,
+    x: Streams,
     bias_E: jax.Array | None,
     attend: Callable[[Params, jax.Array], tuple[jax.Array, Any]],
     config: ModelConfig,
     routed: Routed = experts_here,
-) -> tuple[jax.Array, Any, jax.Array | None]:
+) -> tuple[Streams, Any, jax.Array | None]:
     """Attention and FFN, each wrapped in its hyper-connection.
 
     `attend` maps its parameters and the normalised input to [B, T, D] and anything beside it.
@@ -257,9 +260,9 @@ def block(
 
     connect = functools.partial(
         hyper_connections.connect, rounds=config.sinkhorn_rounds, eps=config.norm_eps)
-    x_BTMD, beside = connect(params["attention_mixing"], x_BTMD, attended)
-    x_BTMD, load_E = connect(params["ffn_mixing"], x_BTMD, feed)
-    return x_BTMD, beside, load_E
+    x, beside = connect(params["attention_mixing"], x, attended)
+    x, load_E = connect(params["ffn_mixing"], x, feed)
+    return x, beside, load_E
 
 
 @jax.named_scope("head")

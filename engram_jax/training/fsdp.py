@@ -165,17 +165,19 @@ gathered.defvjp(
 def own_gathered(
     part: jax.Array, axis: int, dtype: str, sharing: int, near: int
 ) -> jax.Array:
-    """Of experts' matrices [E, in, out] this device's own, whole in `dtype`, [X, in, out].
+    """Of experts' matrices [E, in, out] this device's own, whole, [X, in, out] float32.
 
     X is E / `sharing`, rounded up; experts that are not there are zeros. Of each expert its owner
-    gets, from its neighbours along `expert`, what they hold, and then all of it along `fsdp`. The
-    gradient goes the same way back and is summed along `fsdp` in float32.
+    gets, from its neighbours along `expert`, what they hold, and then all of it along `fsdp`. They
+    travel in `dtype`, and the numbers are those of `dtype`: what multiplies them casts them back,
+    and of two conversions the compiler makes none. So their gradient stays float32 as it was summed
+    until it has gone the same way back and is summed along `fsdp`.
     """
     parts = _packed(_shared_out(part.astype(dtype), sharing))
     mine = jax.lax.all_to_all(parts, EXPERT, 0, 0)  # from each neighbour, of my experts
     whole = collectives.all_gather(mine, APART, near)
     return _joined(whole.reshape(-1, *whole.shape[2:]), axis,
-                   (parts.shape[1], *part.shape[1:]))
+                   (parts.shape[1], *part.shape[1:])).astype(jnp.float32)
 
 
 def _own_gathered_backward(

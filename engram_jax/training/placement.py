@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
-from engram_jax.model import attention_kernels, transformer
+from engram_jax.model import attention_kernels, hyper_connections, transformer
 from engram_jax.model.moe import Routed, experts_here
 from engram_jax.model.sent_experts import SentExperts, pays_to_all
 from engram_jax.settings import changed
@@ -177,14 +177,17 @@ def _check_stretches(run: RunConfig, mesh: Mesh) -> None:
 
 
 def settled(run: RunConfig, mesh: Mesh) -> RunConfig:
-    """The run with attention's implementation as it is on the mesh's devices.
+    """The run with attention's implementation and the streams' layout as they are on the mesh's
+    devices.
 
     Raises:
       UserError: the one that the run names does not run there.
     """
-    model = run.model
-    return changed(run, {"model.attention.implementation": attention_kernels.chosen(
-        model.attention, model.compute_dtype, model.isolate_documents, mesh.devices.flat[0])})
+    model, device = run.model, mesh.devices.flat[0]
+    return changed(run, {
+        "model.attention.implementation": attention_kernels.chosen(
+            model.attention, model.compute_dtype, model.isolate_documents, device),
+        "model.stream_layout": hyper_connections.stream_layout(model, device)})
 
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:

@@ -319,12 +319,15 @@ def test_streams_at_the_start(streams):
     assert np.ptp(mix.pre_BTM) > 0, "the mixing is computed for each token"
 
 
-def test_connect():
+@pytest.mark.parametrize("layout", ["joined", "apart"])
+def test_connect(layout):
     """x' = H_res x + H_post^T F(H_pre x), in NumPy."""
     streams = 3
     params = randomised(values(mixing_parameters(jax.random.key(0), WIDTH, streams)), std=0.5)
     x = random(2, 5, streams, WIDTH)
-    out, extra = connect(params, jnp.asarray(x), lambda y: (jnp.tanh(y), "seen"), 20, 1e-6)
+    out, extra = connect(params, hyper_connections.laid_out(jnp.asarray(x), layout),
+                         lambda y: (jnp.tanh(y), "seen"), 20, 1e-6)
+    out = hyper_connections.joined(out)
     flat = x.reshape(2, 5, -1)
     raw = flat / np.sqrt((flat**2).mean(-1, keepdims=True) + 1e-6) @ params["project"]
     raw = np.split(np.asarray(raw), [streams, 2 * streams], axis=-1)

@@ -3,6 +3,7 @@ same."""
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ def random(*shape, seed=0):
 PRE, POST = abs(random(2, 5, 4)), abs(random(2, 5, 4, seed=1))
 RESIDUAL, X = abs(random(2, 5, 4, 4, seed=2)), random(2, 5, 4, 8, seed=3)
 PAIRS = {
-    "read": (hyper_connections._read, hyper_connections._read_as_sums, (PRE, X)),
-    "written": (hyper_connections._written, hyper_connections._written_as_sums,
+    "read": (hyper_connections._read, hyper_connections._read_joined, (PRE, X)),
+    "written": (hyper_connections._written, hyper_connections._written_joined,
                 (RESIDUAL, POST, X, random(2, 5, 8, seed=4))),
     "projected": (functools.partial(hyper_connections._projected, 1e-6),
                   functools.partial(hyper_connections._projected_at_once, 1e-6),
@@ -71,8 +72,8 @@ MODEL = ModelConfig(
 
 
 @functools.cache
-def gradients(remat):
-    model = dataclasses.replace(MODEL, remat=remat)
+def gradients(remat, layout="joined"):
+    model = dataclasses.replace(MODEL, remat=remat, stream_layout=layout)
     params, site = transformer.init(model, jax.random.key(0)), sites(model)[0]
     rows = {site.name: random(1, 8, site.hash_config.total_heads, site.dim)}
 
@@ -86,11 +87,39 @@ def gradients(remat):
     return program(params, rows), products
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", ["block", "outputs"])
-def test_what_is_kept_changes_no_gradient(remat):
+@pytest.mark.parametrize(("remat", "layout"), [
+    *(pytest.param(remat, "joined", marks=pytest.mark.slow) for remat in ("block", "outputs")),
+    pytest.param("none", "apart", marks=pytest.mark.slow), ("outputs", "apart")])
+def test_what_is_kept_and_how_streams_lie_changes_no_gradient(remat, layout):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
-                 gradients(remat)[0], gradients("none")[0])
+                 gradients(remat, layout)[0], gradients("none")[0])
+
+
+@pytest.mark.parametrize(("platform", "streams", "layout", "there"), [
+    ("tpu", 4, "auto", "apart"), ("tpu", 1, "auto", "joined"), ("tpu", 4, "joined", "joined"),
+    ("cpu", 4, "auto", "joined"), ("gpu", 2, "auto", "joined"), ("cpu", 2, "apart", "apart"),
+    ("cpu", 1, "apart", "joined")])
+def test_how_streams_lie_is_for_the_device_to_say(platform, streams, layout, there):
+    model = dataclasses.replace(MODEL, streams=streams, stream_layout=layout)
+    device = types.SimpleNamespace(platform=platform)
+    assert hyper_connections.stream_layout(model, device) == there
+
+
+def test_of_streams_apart_the_projection_is_kept():
+    """As many products with matrices as where nothing is computed again."""
+    params = parameters.values(hyper_connections.mixing_parameters(jax.random.key(0), 8, 4))
+    x = hyper_connections.laid_out(jnp.asarray(X), "apart")
+
+    def products(remat):
+        def loss(params, x):
+            return sum(map(jnp.sum, remat(lambda params, x: hyper_connections.connect(
+                params, x, lambda x: (x, None), 20, 1e-6)[0])(params, x)))
+
+        return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, x)).count("dot_general")
+
+    kept = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(
+        hyper_connections.OUTPUT))
+    assert products(kept) == products(lambda run: run) < products(jax.checkpoint)
 
 
 @pytest.mark.slow
