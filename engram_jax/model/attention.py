@@ -60,6 +60,12 @@ def attention(
     batch, time, _ = x_BTD.shape
     n, v, heads = config.nope_dim, config.value_dim, config.heads // stretch.count
     positions_1T = stretch.positions(time)
+    implementation = config.implementation
+    if implementation == "auto":
+        implementation = attention_kernels.chosen(
+            config, str(x_BTD.dtype), documents_BS is not None, jax.local_devices()[0])
+    if implementation == "splash" and stretch.count == 1:
+        return _heads_first(params, x_BTD, positions_1T, config, eps, documents_BS)
     query = stretch.by_heads(
         jnp.concatenate(_queries(params, x_BTD, positions_1T, config), axis=-1))
     latent_BSC, shared_BSR = map(
@@ -70,13 +76,48 @@ def attention(
     shared = jnp.broadcast_to(
         shared_BSR[:, :, None], (*key_BSHN.shape[:3], config.rope_dim))
     key = jnp.concatenate([key_BSHN, shared], axis=-1)
-    implementation = config.implementation
-    if implementation == "auto":
-        implementation = attention_kernels.chosen(
-            config, str(x_BTD.dtype), documents_BS is not None, jax.local_devices()[0])
     mixed = attention_kernels.causal_attention(
         query, key, value_BSHV, documents_BS, config.score_scale, implementation)
     return linear(stretch.by_time(mixed).reshape(batch, time, -1), params["output"])
+
+
+def _heads_first(
+    params: Params, x_BTD: jax.Array, positions_1T: jax.Array, config: AttentionConfig, eps: float,
+    documents_BT: jax.Array | None,
+) -> jax.Array:
+    """`attention` by splash of whole sequences, with heads before time from the products on.
+
+    Splash wants [B, H, T, X]. Of [B, T, H, X] that is cut and joined along X, libtpu makes copies
+    on the way there and, of gradients, on the way back: by its estimate a quarter of attention's
+    time on v5p. So each part of a head has a product of its own, and joining is a sum, which fuses.
+    """
+    n, r, v = config.nope_dim, config.rope_dim, config.value_dim
+
+    def parts(name: str, widths: list[int]) -> list[jax.Array]:
+        """The columns of a weight [in, H X], by the parts of a head: [in, H, widths]."""
+        weight = params[name].astype(x_BTD.dtype)
+        by_head = weight.reshape(weight.shape[0], config.heads, sum(widths))
+        return jnp.split(by_head, [widths[0]], axis=-1)
+
+    def times(x_BTI: jax.Array, weight_IHX: jax.Array) -> jax.Array:
+        return jnp.einsum("bti,ihx->bhtx", x_BTI, weight_IHX)
+
+    plain, turned = (times(x_BTD, part) for part in parts("query", [n, r]))
+    query_BHTX = _beside(plain, rope(turned, positions_1T, config, heads_at=1))
+    latent_BTC, shared_BTR = latents(params, x_BTD, positions_1T, config, eps)
+    plain, value_BHTV = (times(latent_BTC, part) for part in parts("expand", [n, v]))
+    key_BHTX = _beside(plain, jnp.broadcast_to(shared_BTR[:, None], (*plain.shape[:3], r)))
+    mixed_BHTV = attention_kernels.splash_by_head(
+        query_BHTX, key_BHTX, value_BHTV, documents_BT, config.score_scale)
+    output_HVD = params["output"].astype(x_BTD.dtype).reshape(config.heads, v, -1)
+    return jnp.einsum("bhtv,hvd->btd", mixed_BHTV, output_HVD)
+
+
+def _beside(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The two along the last axis, as a sum of what is filled up with zeros."""
+    lead = ((0, 0),) * (first.ndim - 1)
+    return (jnp.pad(first, (*lead, (0, second.shape[-1])))
+            + jnp.pad(second, (*lead, (first.shape[-1], 0))))
 
 
 def _expansion(expand: jax.Array, config: AttentionConfig, stretch: Stretch) -> jax.Array:
@@ -174,10 +215,16 @@ def _extended(config: AttentionConfig, yarn: YarnConfig) -> np.ndarray:
     return blended
 
 
-def rope(x_BTHR: jax.Array, positions_BT: jax.Array, config: AttentionConfig) -> jax.Array:
-    """Rotary positions, the two halves of the last axis as the pairs (not interleaved)."""
+def rope(
+    x_BTHR: jax.Array, positions_BT: jax.Array, config: AttentionConfig, heads_at: int = 2
+) -> jax.Array:
+    """Rotary positions, the two halves of the last axis as the pairs (not interleaved).
+
+    `heads_at` is where the heads are: [B, H, T, R] has them at 1.
+    """
     frequency_R = frequencies(config)
-    angle = (positions_BT.astype(jnp.float32)[..., None] * frequency_R[None, None])[:, :, None]
+    angle = jnp.expand_dims(
+        positions_BT.astype(jnp.float32)[..., None] * frequency_R[None, None], heads_at)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

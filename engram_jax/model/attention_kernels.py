@@ -214,19 +214,30 @@ def splash(
     Args:
       interpret: run the kernel's own arithmetic in plain JAX, on any device and slowly.
     """
-    time, heads = query_BTHX.shape[1:3]
-    block = min(SPLASH_BLOCK, -(-time // LANES) * LANES)
-    query_BTHX = (query_BTHX.astype(jnp.float32) * scale).astype(query_BTHX.dtype)
     query, key, value = (
-        jnp.swapaxes(_lengthened(part, block), 1, 2) for part in (query_BTHX, key_BSHX, value_BSHV))
+        jnp.swapaxes(part, 1, 2) for part in (query_BTHX, key_BSHX, value_BSHV))
+    return jnp.swapaxes(
+        splash_by_head(query, key, value, documents_BT, scale, interpret), 1, 2)
+
+
+def splash_by_head(
+    query_BHTX: jax.Array, key_BHSX: jax.Array, value_BHSV: jax.Array,
+    documents_BT: jax.Array | None, scale: float, interpret: bool = False,
+) -> jax.Array:
+    """`splash` with the heads before the time, as the kernel has them: [B, H, T, V]."""
+    heads, time = query_BHTX.shape[1:3]
+    block = min(SPLASH_BLOCK, -(-time // LANES) * LANES)
+    query_BHTX = (query_BHTX.astype(jnp.float32) * scale).astype(query_BHTX.dtype)
+    query, key, value = (
+        _lengthened(part, block, axis=2) for part in (query_BHTX, key_BHSX, value_BHSV))
     query = checkpoint_name(query, RESIDUALS)  # of the three what costs most to make anew
     segments = None
     if documents_BT is not None:
         own = _lengthened(documents_BT, block, -1)
         segments = splash_attention.SegmentIds(q=own, kv=own)
     kernel = _splash_kernel(query.shape[2], heads, block, interpret)
-    mixed_BHTV = jax.vmap(kernel)(query, key, value, segments)
-    return jnp.swapaxes(mixed_BHTV, 1, 2)[:, :time]
+    mixed_BHTV: jax.Array = jax.vmap(kernel)(query, key, value, segments)
+    return mixed_BHTV[:, :, :time]
 
 
 def _splash_kernel(time: int, heads: int, block: int, interpret: bool) -> Any:
@@ -240,10 +251,11 @@ def _splash_kernel(time: int, heads: int, block: int, interpret: bool) -> Any:
         residual_checkpoint_name=RESIDUALS)
 
 
-def _lengthened(x_BT: jax.Array, block: int, value: int = 0) -> jax.Array:
-    """[B, T, ...] with `value` at the end, so that blocks divide the time."""
-    after = -x_BT.shape[1] % block
-    return jnp.pad(x_BT, ((0, 0), (0, after), *((0, 0),) * (x_BT.ndim - 2)), constant_values=value)
+def _lengthened(x: jax.Array, block: int, value: int = 0, axis: int = 1) -> jax.Array:
+    """x with `value` at the end of the time, which is at `axis`, so that blocks divide it."""
+    after = -x.shape[axis] % block
+    return jnp.pad(x, [(0, after * (each == axis)) for each in range(x.ndim)],
+                   constant_values=value)
 
 
 def cudnn(

@@ -15,7 +15,8 @@ import pytest
 from engram_jax.config import AttentionConfig, YarnConfig
 from engram_jax.costs.slices import slice_of
 from engram_jax.errors import UserError
-from engram_jax.model import attention_kernels
+from engram_jax.model import attention_kernels, parameters
+from engram_jax.model.attention import attention, attention_parameters
 from engram_jax.model.attention_kernels import available, chosen, cudnn, in_chunks, splash
 from engram_jax.training import placement
 
@@ -222,3 +223,25 @@ def test_a_name_that_is_none():
 def test_a_run_is_settled_by_its_mesh():
     run = placement.settled(micro.micro("text.txt"), placement.single_mesh())
     assert run.model.attention.implementation == "xla"
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_heads_first_is_time_first(monkeypatch, isolated):
+    """What a TPU makes of a whole sequence, the kernel interpreted, forward and backward."""
+    config = AttentionConfig(heads=2, kv_rank=8, nope_dim=6, rope_dim=4, value_dim=5)
+    monkeypatch.setattr(attention_kernels, "splash_by_head", functools.partial(
+        attention_kernels.splash_by_head, interpret=True))
+    params = parameters.values(attention_parameters(jax.random.key(0), 16, config))
+    x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 16)), jnp.float32)
+    documents_BT = jnp.cumsum(jnp.arange(24)[None] % jnp.array([[7], [11]]) == 0, axis=1)
+
+    def out_and_gradients(implementation):
+        def of(params, x_BTD):
+            own = dataclasses.replace(config, implementation=implementation)
+            return attention(params, x_BTD, own, 1e-6, documents_BT if isolated else None)
+
+        out, back = jax.vjp(of, params, x_BTD)
+        return out, back(jnp.sin(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape))
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5),
+                 out_and_gradients("splash"), out_and_gradients("xla"))

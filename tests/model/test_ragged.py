@@ -71,12 +71,12 @@ def test_the_sum_is_in_float32(outer):
 @pytest.mark.parametrize("way", [in_batches, ragged._ragged, in_blocks])
 def test_gradients_of_float32_matrices_are_not_rounded(way):
     """601 is no bfloat16; the product has the dtype of the slots."""
-    ones_PD, blocks = jnp.ones((SLOTS, WIDTH), jnp.bfloat16), 640
+    ones_PD = jnp.ones((SLOTS, WIDTH), jnp.bfloat16)
     expert_Q = jnp.asarray([0] * 601 + [1] * 39, jnp.int32)
     out_PF, back = jax.vjp(
         lambda weight_EDF: way(ones_PD, weight_EDF, jnp.array([601, 39]), expert_Q),
         jnp.ones((2, WIDTH, HIDDEN)))
-    assert out_PF.dtype == jnp.bfloat16 and SLOTS == blocks
+    assert out_PF.dtype == jnp.bfloat16
     np.testing.assert_array_equal(back(jnp.ones_like(out_PF))[0][:, 0, 0], [601, 39])
 
 
