@@ -47,6 +47,7 @@ class Account:
         sequence length; what is recomputed is not counted.
       table_bytes_per_token: bytes of the rows that one token reads.
       attention: the implementation that was set; what "auto" stands for, the device decides.
+      stream_layout: how mHC's streams lie, as it was set; "" of one stream.
     """
 
     parts: dict[str, Part]
@@ -59,6 +60,7 @@ class Account:
     flops_per_token: int
     table_bytes_per_token: int
     attention: str
+    stream_layout: str
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -109,6 +111,7 @@ def account(run: RunConfig) -> Account:
             site.hash_config.total_heads * site.dim
             * rounding.storage(site.hash_config.table_dtype).itemsize for site in sites(model)),
         attention=model.attention.implementation,
+        stream_layout=model.stream_layout if model.streams > 1 else "",
     )
 
 
@@ -154,15 +157,16 @@ def described(run: RunConfig) -> str:
         f"  {'rho (experts of the sparse)':<28}{_rho(numbers, run):>12}",
         f"  {'FLOPs per trained token':<28}{short(numbers.flops_per_token):>12}",
         f"  {'table bytes per token':<28}{numbers.table_bytes_per_token:>12,}",
-        f"  {'attention by':<28}{_attention_by(numbers):>12}",
+        f"  {'attention by':<28}{_by_device(numbers.attention, 'splash', 'xla'):>12}",
     ]
+    if numbers.stream_layout:
+        lines.append(f"  {'streams lie':<28}"
+                     f"{_by_device(numbers.stream_layout, 'apart', 'joined'):>12}")
     return "\n".join(lines)
 
 
-def _attention_by(numbers: Account) -> str:
-    if numbers.attention != "auto":
-        return numbers.attention
-    return "auto: splash on TPUs, else xla"
+def _by_device(setting: str, on_tpus: str, elsewhere: str) -> str:
+    return f"auto: {on_tpus} on TPUs, else {elsewhere}" if setting == "auto" else setting
 
 
 def _rho(numbers: Account, run: RunConfig) -> str:

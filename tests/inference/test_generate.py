@@ -199,6 +199,7 @@ def test_the_cache_may_be_just_large_enough(trained, said, text):
     assert said(trained, "--cache", needed - 1)[0] == 2
 
 
+@pytest.mark.slow
 def test_prompts_of_nearly_the_same_length_share_their_programs(trained, monkeypatch):
     """The sizes that programs are compiled for; and the text is that of an engine of just one."""
     monkeypatch.setattr(generate, "CHUNK", 256)

@@ -143,6 +143,7 @@ def test_pieces_wait_for_whole_characters(opened):
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in found)
 
 
+@pytest.mark.slow
 def test_gates_of_texts_in_one_pass_are_those_of_each(opened):
     """What pads the shorter one comes after it."""
     texts = [TEXT, LETTERS]

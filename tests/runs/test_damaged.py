@@ -110,6 +110,7 @@ def test_a_damaged_checkpoint_is_gone_back_behind(run, trained, stopped, spoil):
     assert RunDirectory(stopped).result()["loss"] == RunDirectory(trained).result()["loss"]
 
 
+@pytest.mark.slow
 def test_two_that_were_damaged_are_both_kept(run, stopped):
     for folder in ("7", "7"):
         flip(stopped / "checkpoints" / folder)

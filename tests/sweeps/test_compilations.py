@@ -79,7 +79,8 @@ def left_by_a_kill(program):
 
 
 @pytest.mark.usefixtures("quickly")
-@pytest.mark.parametrize("spoil", [flip, left_by_a_kill])
+@pytest.mark.parametrize("spoil", [
+    flip, pytest.param(left_by_a_kill, marks=pytest.mark.slow)])
 def test_a_program_that_is_not_whole_is_compiled_again(spoil, tmp_path, monkeypatch):
     """As it is, the first may end the process, and the second be warned of at every start."""
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
