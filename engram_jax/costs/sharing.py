@@ -16,8 +16,8 @@ from engram_jax.model.sent_experts import ROOM, pays_to_all
 
 _WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 # How often a number of a matrix is written or read beside the product that it is for: it arrives
-# and is laid out; its gradient is made, rounded, laid out, and read by the collective.
-_THERE, _BACK = 3, 6
+# and is laid out; its gradient is made, laid out, and read by the collective.
+_THERE, _BACK = 3, 4
 
 
 class Sharing(NamedTuple):
