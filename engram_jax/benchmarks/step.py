@@ -74,9 +74,9 @@ def step_benchmark(
       profiled: steps that are traced after them.
 
     Returns:
-      `attention`, its implementation, `device`, `devices`, `mesh`, `step_s` (median),
-      `tokens_per_s`, `mfu` (None where `mfu_reason` says why), `model_flops` of a device and step,
-      `by_scope`, seconds of a device's operations in a step by the code's scopes (what runs at once
+      `attention`, its implementation, `stream_layout`, `device`, `devices`, `mesh`, `step_s`
+      (median), `tokens_per_s`, `mfu` (None where `mfu_reason` says why), `model_flops` of a device
+      and step, `by_scope`, seconds of a device's operations in a step by the code's scopes (what runs at once
       adds up), `compile_s`, and `peak_bytes` where the device tells.
 
     Raises:
@@ -108,10 +108,12 @@ def step_benchmark(
 def _rates(run: RunConfig, mesh: Mesh, step_s: float) -> dict[str, Any]:
     """What follows of a step's time."""
     kind = mesh.devices.flat[0].device_kind
+    model = placement.settled(run, mesh).model
     tokens = run.data.batch_size * run.data.sequence_length
     flops, peak = account(run).flops_per_token * tokens / mesh.size, peak_flops(kind)
     return {
-        "run": run.name, "attention": placement.settled(run, mesh).model.attention.implementation,
+        "run": run.name, "attention": model.attention.implementation,
+        "stream_layout": model.stream_layout,
         "device": kind, "devices": mesh.size, "mesh": placement.shape_of(mesh),
         "tokens_per_step": tokens, "step_s": step_s, "tokens_per_s": tokens / step_s,
         "model_flops": flops, "mfu": None if peak is None else flops / peak / step_s,

@@ -16,8 +16,9 @@ from engram_jax.model.sent_experts import ROOM, pays_to_all
 
 _WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 # How often a number of a matrix is written or read beside the product that it is for: it arrives
-# and is laid out; its gradient is made, laid out, and read by the collective.
-_THERE, _BACK = 3, 4
+# and is laid out; its gradient is made, laid out, and read by the collective, and where matrices
+# are gathered it is rounded before it is laid out.
+_THERE, _BACK, _BACK_ROUNDED = 3, 4, 6
 
 
 class Sharing(NamedTuple):
@@ -71,7 +72,8 @@ def sharing(run: RunConfig, there: Slice, split: int, devices: int) -> Sharing:
         (1 + again) * seconds("all-gather", width * own / apart, apart)
         + seconds("reduce-scatter", grads, apart))
     weights = times * (whole + grads) * (apart - 1) / apart
-    memory_s = times * (_THERE * whole + _BACK * grads) / (there.chip.hbm_gbytes * 1e9)
+    back = _BACK_ROUNDED if devices == 1 else _BACK
+    memory_s = times * (_THERE * whole + back * grads) / (there.chip.hbm_gbytes * 1e9)
     if devices == 1:
         return Sharing(1, weights, weights_s, memory_s)
 

@@ -110,22 +110,33 @@ def _mixing_apart(
     """`mixing` of streams that lie apart.
 
     The product and the sum of squares, 2 M + M M + 1 numbers a token, are kept for the backward
-    pass: making them anew would read all streams.
+    pass as the matrices are: making them anew would read all streams.
     """
     width = x[0].shape[-1]
     projects = (params["project"][m * width: (m + 1) * width] for m in range(len(x)))
     raw_BTX = _added(wide_linear(x_BTD, project)
                      for x_BTD, project in zip(x, projects, strict=True))
-    square_BT1 = _added(jnp.sum(jnp.square(x_BTD.astype(jnp.float32)), axis=-1, keepdims=True)
-                        for x_BTD in x)
+    square_BT1 = jax.checkpoint(_square)(x)
     raw_BTX, square_BT1 = (checkpoint_name(part, OUTPUT) for part in (raw_BTX, square_BT1))
 
     def rest(params: Params, raw_BTX: jax.Array, square_BT1: jax.Array) -> Mixing:
         norm_BT1 = jax.lax.rsqrt(square_BT1 / (len(x) * width) + eps)
         return _of_logits(params, raw_BTX * norm_BT1, len(x), rounds)
 
-    return jax.checkpoint(rest)(
+    mix = jax.checkpoint(rest)(
         {name: params[name] for name in ("bias", "scale")}, raw_BTX, square_BT1)
+    return _kept(mix)
+
+
+def _square(x: Apart) -> jax.Array:
+    """The sum of the squares of all streams, float32 [B, T, 1]."""
+    return _added(jnp.sum(jnp.square(x_BTD.astype(jnp.float32)), axis=-1, keepdims=True)
+                  for x_BTD in x)
+
+
+def _kept(mix: Mixing) -> Mixing:
+    """The same, kept for the backward pass where outputs are."""
+    return Mixing(*(checkpoint_name(part, OUTPUT) for part in mix))
 
 
 def _projected(eps: float, flat_BTZ: jax.Array, project: jax.Array) -> jax.Array:
@@ -248,8 +259,7 @@ def connect(
         out_BTD, extra = sub_layer(x_BTMD[:, :, 0])
         return x_BTMD + checkpoint_name(out_BTD, OUTPUT)[:, :, None], extra
     with jax.named_scope("hyper_connection"):
-        mix = jax.checkpoint(mixing, static_argnums=(2, 3))(params, x_BTMD, rounds, eps)
-        mix = Mixing(*(checkpoint_name(part, OUTPUT) for part in mix))
+        mix = _kept(jax.checkpoint(mixing, static_argnums=(2, 3))(params, x_BTMD, rounds, eps))
         pre_BTM, post_BTM = (part.astype(x_BTMD.dtype) for part in mix[:2])
         read_BTD = _by_device(_read, _read_joined)(pre_BTM, x_BTMD)
     out_BTD, extra = sub_layer(read_BTD)

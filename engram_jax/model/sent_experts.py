@@ -292,23 +292,25 @@ def _rounds_backward(
     given, way, dtypes = saved
     rounds = routed.rounds(way)
 
-    def of(number: jax.Array | int, given: Given) -> Given:
+    def of(number: jax.Array | int) -> Given:
+        # In their own dtypes here and not outside of a loop, so that the compiler sees both
+        # conversions of the matrices and makes none.
+        experts = jax.tree.map(lambda matrix, own: matrix.astype(own.dtype), given[0], dtypes)
         _, back = jax.vjp(lambda experts, x_ND, weight_NK: routed.round(
-            experts, x_ND, weight_NK, way, number), *given)
+            experts, x_ND, weight_NK, way, number), experts, *given[1:])
         grads: Given = back(grad_ND)
         return grads
 
     def again(carry: tuple[jax.Array, Given]) -> tuple[jax.Array, Given]:
         number, sums = carry
-        return number + 1, jax.tree.map(jnp.add, sums, _as(jnp.float32, of(number, given)))
+        return number + 1, jax.tree.map(jnp.add, sums, _as(jnp.float32, of(number)))
 
     def further(first: Given) -> Given:
         _, sums = jax.lax.while_loop(
             lambda carry: carry[0] < rounds, again, (jnp.int32(1), _as(jnp.float32, first)))
         return jax.tree.map(lambda total, array: total.astype(array.dtype), sums, first)
 
-    experts = jax.tree.map(lambda matrix, own: matrix.astype(own.dtype), given[0], dtypes)
-    return *_if_any(rounds, further, of(0, (experts, *given[1:]))), None
+    return *_if_any(rounds, further, of(0)), None
 
 
 def _as(dtype: Any, tree: Any) -> Any:

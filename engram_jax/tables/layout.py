@@ -124,7 +124,7 @@ class TableLayout:
         self._check(table)
         shard, row = self.locate(ids_N)
         return table.at[shard, row].set(
-            rows_ND, mode="drop", unique_indices=True, indices_are_sorted=self.ordered)
+            _made_first(rows_ND), mode="drop", unique_indices=True, indices_are_sorted=self.ordered)
 
     def add(self, table: jax.Array, ids_N: jax.Array, rows_ND: jax.Array) -> jax.Array:
         """`table` with `rows_ND` added to its rows at distinct `ids_N`; otherwise as `put`."""
@@ -145,3 +145,13 @@ def gather_rows(
     """For each site its rows float32 [B, T, H, C], from tables that lie whole on one device."""
     return {site.name: rounding.decode(layout_of(site).gather(tables[site.name], ids[site.name]))
             for site in sites(config)}
+
+
+def _made_first(rows_ND: jax.Array) -> jax.Array:
+    """The same, on TPUs made before anything that takes it begins.
+
+    Rows to be written are made of the rows that they replace. libtpu fuses reading those with the
+    write, which then reads what it overwrites, and copies the whole table first.
+    """
+    return jax.lax.platform_dependent(
+        rows_ND, tpu=jax.lax.optimization_barrier, default=lambda rows_ND: rows_ND)

@@ -43,7 +43,7 @@ class Split:
       owned: for each leaf whether it is experts' matrices.
       devices: along the axes `FSDP`.
       sharing: of these along the axis `expert`.
-      dtype: in which matrices are gathered.
+      dtype: in which matrices travel.
       near: how many of them lie together (`collectives.neighbours`).
       near_apart: how many of those of the axis `fsdp` alone.
     """

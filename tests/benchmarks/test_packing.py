@@ -10,7 +10,6 @@ from engram_jax.cli import main
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_one_core_and_all_make_the_same_shards(monkeypatch, capsys):
     monkeypatch.setattr(packing, "MEMBER_DOCUMENTS", 300)
     monkeypatch.setattr(packing, "VOCABULARY", 400)

@@ -114,6 +114,16 @@ def test_describe(capsys):
     assert "memory tables" in out
 
 
+@pytest.mark.parametrize(("name", "settings", "line"), [
+    ("engram-27b", [], "streams lie                 auto: apart on TPUs, else joined"),
+    ("engram-27b", ["model.stream_layout=joined"], "streams lie                       joined"),
+    ("tiny", [], None)])
+def test_describe_says_how_streams_lie(capsys, name, settings, line):
+    out = succeeded(capsys, "describe", name, *(f"--set={each}" for each in settings))
+    told = [each.strip() for each in out.splitlines() if "streams lie" in each]
+    assert told == ([line] if line else [])
+
+
 def test_describe_json(capsys):
     found = json.loads(succeeded(capsys, "describe", "engram-27b", "--json"))
     assert {"total_params", "active_params", "sparse_params", "engram_params", "rho",

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engram_jax import recipes
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig
 from engram_jax.hashing.addressing import sites
 from engram_jax.model import hyper_connections, parameters, transformer
+from engram_jax.training import placement
 
 pytestmark = pytest.mark.usefixtures("compilations")
 
@@ -105,8 +107,35 @@ def test_how_streams_lie_is_for_the_device_to_say(platform, streams, layout, the
     assert hyper_connections.stream_layout(model, device) == there
 
 
-def test_of_streams_apart_the_projection_is_kept():
-    """As many products with matrices as where nothing is computed again."""
+def test_a_run_is_settled_for_its_mesh():
+    """A program that a CPU compiles for TPUs has the layout of TPUs, in every segment."""
+    run = recipes.recipe("engram-27b")
+    tpu = types.SimpleNamespace(platform="tpu", device_kind="TPU v5p")
+    mesh = types.SimpleNamespace(devices=np.array([tpu], object))
+    assert placement.settled(run, mesh).model.stream_layout == "apart"
+    assert placement.settled(run, placement.single_mesh()).model.stream_layout == "joined"
+
+
+@pytest.mark.parametrize(("layout", "carried"), [
+    ("apart", [(1, 8, 16)] * 2), ("joined", [(1, 8, 2, 16)])])
+def test_segments_carry_streams_as_they_are_told_to(monkeypatch, layout, carried):
+    """One block without experts, then a fusion and two blocks with them; two sub-layers each."""
+    model, seen = dataclasses.replace(MODEL, stream_layout=layout), []
+    connect = hyper_connections.connect
+    monkeypatch.setattr(hyper_connections, "connect", lambda params, x, *args, **kwargs: (
+        seen.append([leaf.shape for leaf in jax.tree.leaves(x)]),
+        connect(params, x, *args, **kwargs))[1])
+    site = sites(model)[0]
+    jax.eval_shape(lambda: transformer.apply(
+        transformer.init(model, jax.random.key(0)), jnp.arange(8)[None],
+        {site.name: jnp.ones((1, 8, site.hash_config.total_heads, site.dim))},
+        transformer.init_router_bias(model), model))
+    assert seen == [carried] * 4
+
+
+def test_of_streams_apart_what_mixes_them_is_kept():
+    """As many products with matrices as where nothing is computed again, and loops of Sinkhorn as
+    of streams in one array: forth, and in the backward pass forth and back."""
     params = parameters.values(hyper_connections.mixing_parameters(jax.random.key(0), 8, 4))
     x = hyper_connections.laid_out(jnp.asarray(X), "apart")
 
@@ -115,7 +144,8 @@ def test_of_streams_apart_the_projection_is_kept():
             return sum(map(jnp.sum, remat(lambda params, x: hyper_connections.connect(
                 params, x, lambda x: (x, None), 20, 1e-6)[0])(params, x)))
 
-        return str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, x)).count("dot_general")
+        text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, x))
+        return text.count("dot_general")
 
     kept = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(
         hyper_connections.OUTPUT))

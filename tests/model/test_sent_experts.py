@@ -87,6 +87,35 @@ def test_sent_is_at_home(skewed, room, to_all):
     assert int(jnp.sum(sent[3])) == 8 * 12 * 2
 
 
+@pytest.mark.parametrize("room", [4.0, 0.3])
+def test_gradients_of_matrices_are_not_rounded(room):
+    """In one round and in many: every token is 1, so a gradient is a count of tokens times a
+    number, and the sum of rounded ones is another one."""
+    mesh = placement.make_mesh(1, 1, expert=4)
+    routed = SentExperts(axis="expert", devices=4, everywhere=AXES, to_all=True, room=room)
+    tokens = 601  # of a device; of four 2404, and of neither a bfloat16
+    choice_NK = jnp.zeros((4 * tokens, 1), jnp.int32)
+    parts = {name: jnp.ones((4, *shape)) / WIDTH for name, shape in (
+        ("gate", (WIDTH, 8)), ("up", (WIDTH, 8)), ("down", (8, WIDTH)))}
+
+    def local(parts, x_ND, choice_NK):
+        def loss(parts):
+            experts = {name: own_gathered(part, -2, "bfloat16", 4, 0)
+                       for name, part in parts.items()}
+            return jnp.sum(routed(experts, x_ND, choice_NK, jnp.ones(choice_NK.shape), 4)[0])
+
+        return jax.grad(loss)(parts)
+
+    split = PartitionSpec(None, AXES)
+    grads = jax.jit(jax.shard_map(
+        local, mesh=mesh, in_specs=(split, PartitionSpec(AXES), PartitionSpec(AXES)),
+        out_specs=split, check_vma=False))(
+            parts, jnp.ones((4 * tokens, WIDTH), jnp.bfloat16), choice_NK)
+    one = jnp.float32(jax.nn.silu(jnp.bfloat16(1)))
+    np.testing.assert_allclose(grads["down"][0], 4 * tokens * one, rtol=1e-6)
+    np.testing.assert_allclose(grads["up"][0], 4 * tokens * one, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("skewed", "room", "rounds"), [
     (False, 4.0, 1), (True, 2.0, 1), (True, 1.25, 2), (True, 0.5, 2)])
 def test_rounds_follow_the_fullest_peer(skewed, room, rounds):

@@ -1,6 +1,7 @@
 """Optimizers of tables against optax and float64 NumPy; skipped steps, meshes, memory."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tables import filled, flat, random
 
 from engram_jax.config import TABLE_OPTIMIZERS, OptimizerConfig
+from engram_jax.costs.slices import slice_of
 from engram_jax.tables import exchange, rounding
 from engram_jax.tables.exchange import UNUSED, UniqueRows
 from engram_jax.tables.layout import TableLayout
@@ -481,3 +483,27 @@ def test_state_bytes_of_a_row():
     sizes = {name: state_bytes(named(name), 80) for name in TABLE_OPTIMIZERS}
     assert sizes == {"row_adam": 644, "dense_adam": 640, "row_rmsprop": 8, "row_adagrad": 4,
                      "balanced_momentum": 320}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                    reason="libtpu is not installed (extra aot)")
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("row_adam", "float32"), ("row_rmsprop", "bfloat16"), ("row_adagrad", "float32")])
+def test_on_a_tpu_no_table_is_copied(name, dtype):
+    """Rows of 128, a TPU's lane: their table lies as gathers and scatters want it."""
+    layout, optimizer = TableLayout(rows=4_096_000, dim=128, shards=256).part(1), named(name)
+    touched = 65536
+    lies = jax.sharding.SingleDeviceSharding(slice_of("v5p:1x1x1").devices[0])
+
+    def update(table, state, ids_U, grads_UD, number):
+        unique = UniqueRows(ids_U, grads_UD, jnp.int32(touched), ids_U)
+        return optimizer.update(layout, table, state, unique, number, jnp.float32(RATE))
+
+    table = jax.ShapeDtypeStruct(layout.shape, rounding.storage(dtype))
+    given = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+        (table, jax.eval_shape(lambda: optimizer.init(layout)),
+         jax.ShapeDtypeStruct((touched,), jnp.int32),
+         jax.ShapeDtypeStruct((touched, 128), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)))
+    memory = jax.jit(update, donate_argnums=(0, 1)).lower(*given).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < table.size * table.dtype.itemsize / 4
