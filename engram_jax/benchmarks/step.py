@@ -76,8 +76,8 @@ def step_benchmark(
     Returns:
       `attention`, its implementation, `stream_layout`, `device`, `devices`, `mesh`, `step_s`
       (median), `tokens_per_s`, `mfu` (None where `mfu_reason` says why), `model_flops` of a device
-      and step, `by_scope`, seconds of a device's operations in a step by the code's scopes (what runs at once
-      adds up), `compile_s`, and `peak_bytes` where the device tells.
+      and step, `by_scope`, seconds of a device's operations in a step by the code's scopes (what
+      runs at once adds up), `compile_s`, and `peak_bytes` where the device tells.
 
     Raises:
       UserError: the mesh does not divide the run.
