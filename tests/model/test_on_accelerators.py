@@ -93,7 +93,8 @@ def gradients(remat, layout="joined"):
     *(pytest.param(remat, "joined", marks=pytest.mark.slow) for remat in ("block", "outputs")),
     pytest.param("none", "apart", marks=pytest.mark.slow), ("outputs", "apart")])
 def test_what_is_kept_and_how_streams_lie_changes_no_gradient(remat, layout):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5),
+    # The largest are 250, of which float32 holds 3e-5.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
                  gradients(remat, layout)[0], gradients("none")[0])
 
 
