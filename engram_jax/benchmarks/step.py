@@ -113,7 +113,7 @@ def _rates(run: RunConfig, mesh: Mesh, step_s: float) -> dict[str, Any]:
     flops, peak = account(run).flops_per_token * tokens / mesh.size, peak_flops(kind)
     return {
         "run": run.name, "attention": model.attention.implementation,
-        "stream_layout": model.stream_layout,
+        "stream_layout": model.stream_layout if model.streams > 1 else "",
         "device": kind, "devices": mesh.size, "mesh": placement.shape_of(mesh),
         "tokens_per_step": tokens, "step_s": step_s, "tokens_per_s": tokens / step_s,
         "model_flops": flops, "mfu": None if peak is None else flops / peak / step_s,

@@ -268,7 +268,8 @@ class ModelConfig:
       streams: residual streams M; 1 is the plain residual, more are mHC (arXiv 2512.24880).
       sinkhorn_rounds: of mHC, how often columns and rows are normalised in turn.
       stream_layout: of mHC, how streams lie between blocks: "joined" in one array or "apart", each
-        in its own; "auto" is "apart" on TPUs, else "joined". The mathematics is the same.
+        in its own; "auto", the only one of a single stream, is "apart" on TPUs, else "joined". The
+        mathematics is the same.
       engram: the memory; none is no memory.
       over_encoding: OverEncoding, the baseline that joins the input embedding; none is without.
       tied_head: the head is the token embedding, transposed.
@@ -309,6 +310,8 @@ class ModelConfig:
                 f"must be one of {', '.join(REMAT)}")
         require(self.stream_layout in STREAM_LAYOUTS, "model.stream_layout", self.stream_layout,
                 f"must be one of {', '.join(STREAM_LAYOUTS)}")
+        require(self.stream_layout == "auto" or self.streams > 1, "model.stream_layout",
+                self.stream_layout, "must be auto where there is one stream")
         if self.engram is not None:
             require(self.engram.layers[-1] < self.depth, "model.engram.layers", self.engram.layers,
                     f"has a layer out of range: the model has blocks 0..{self.depth - 1}")

@@ -36,10 +36,8 @@ def stream_layout(config: ModelConfig, device: jax.Device) -> str:
     "auto" is apart on TPUs, where by the compiler's estimate what mixes streams takes less than
     half of the time; nothing of it was run on one.
     """
-    if config.streams == 1:
-        return "joined"
     if config.stream_layout == "auto":
-        return "apart" if device.platform == "tpu" else "joined"
+        return "apart" if device.platform == "tpu" and config.streams > 1 else "joined"
     return config.stream_layout
 
 

@@ -184,10 +184,11 @@ def settled(run: RunConfig, mesh: Mesh) -> RunConfig:
       UserError: the one that the run names does not run there.
     """
     model, device = run.model, mesh.devices.flat[0]
-    return changed(run, {
-        "model.attention.implementation": attention_kernels.chosen(
-            model.attention, model.compute_dtype, model.isolate_documents, device),
-        "model.stream_layout": hyper_connections.stream_layout(model, device)})
+    settings = {"model.attention.implementation": attention_kernels.chosen(
+        model.attention, model.compute_dtype, model.isolate_documents, device)}
+    if model.streams > 1:
+        settings["model.stream_layout"] = hyper_connections.stream_layout(model, device)
+    return changed(run, settings)
 
 
 def param_split(run: RunConfig, mesh: Mesh) -> Split:

@@ -12,6 +12,7 @@ import pytest
 
 from engram_jax import recipes
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig
+from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
 from engram_jax.model import hyper_connections, parameters, transformer
 from engram_jax.training import placement
@@ -100,12 +101,19 @@ def test_what_is_kept_and_how_streams_lie_changes_no_gradient(remat, layout):
 
 @pytest.mark.parametrize(("platform", "streams", "layout", "there"), [
     ("tpu", 4, "auto", "apart"), ("tpu", 1, "auto", "joined"), ("tpu", 4, "joined", "joined"),
-    ("cpu", 4, "auto", "joined"), ("gpu", 2, "auto", "joined"), ("cpu", 2, "apart", "apart"),
-    ("cpu", 1, "apart", "joined")])
+    ("cpu", 4, "auto", "joined"), ("gpu", 2, "auto", "joined"), ("cpu", 2, "apart", "apart")])
 def test_how_streams_lie_is_for_the_device_to_say(platform, streams, layout, there):
     model = dataclasses.replace(MODEL, streams=streams, stream_layout=layout)
     device = types.SimpleNamespace(platform=platform)
     assert hyper_connections.stream_layout(model, device) == there
+
+
+@pytest.mark.parametrize(("streams", "layout", "line"), [
+    (2, "beside", "one of auto, joined, apart"), (1, "apart", "auto where there is one stream"),
+    (1, "joined", "auto where there is one stream")])
+def test_layouts_that_are_refused(streams, layout, line):
+    with pytest.raises(UserError, match=rf"model.stream_layout = '{layout}': must be {line}"):
+        dataclasses.replace(MODEL, streams=streams, stream_layout=layout)
 
 
 def test_a_run_is_settled_for_its_mesh():
@@ -115,6 +123,7 @@ def test_a_run_is_settled_for_its_mesh():
     mesh = types.SimpleNamespace(devices=np.array([tpu], object))
     assert placement.settled(run, mesh).model.stream_layout == "apart"
     assert placement.settled(run, placement.single_mesh()).model.stream_layout == "joined"
+    assert placement.settled(recipes.recipe("tiny"), mesh).model.stream_layout == "auto"
 
 
 @pytest.mark.parametrize(("layout", "carried"), [
