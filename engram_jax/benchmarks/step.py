@@ -108,12 +108,11 @@ def step_benchmark(
 def _rates(run: RunConfig, mesh: Mesh, step_s: float) -> dict[str, Any]:
     """What follows of a step's time."""
     kind = mesh.devices.flat[0].device_kind
-    model = placement.settled(run, mesh).model
+    numbers = account(placement.settled(run, mesh))
     tokens = run.data.batch_size * run.data.sequence_length
-    flops, peak = account(run).flops_per_token * tokens / mesh.size, peak_flops(kind)
+    flops, peak = numbers.flops_per_token * tokens / mesh.size, peak_flops(kind)
     return {
-        "run": run.name, "attention": model.attention.implementation,
-        "stream_layout": model.stream_layout if model.streams > 1 else "",
+        "run": run.name, "attention": numbers.attention, "stream_layout": numbers.stream_layout,
         "device": kind, "devices": mesh.size, "mesh": placement.shape_of(mesh),
         "tokens_per_step": tokens, "step_s": step_s, "tokens_per_s": tokens / step_s,
         "model_flops": flops, "mfu": None if peak is None else flops / peak / step_s,

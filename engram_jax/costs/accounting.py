@@ -157,15 +157,15 @@ def described(run: RunConfig) -> str:
         f"  {'rho (experts of the sparse)':<28}{_rho(numbers, run):>12}",
         f"  {'FLOPs per trained token':<28}{short(numbers.flops_per_token):>12}",
         f"  {'table bytes per token':<28}{numbers.table_bytes_per_token:>12,}",
-        f"  {'attention by':<28}{_by_device(numbers.attention, 'splash', 'xla'):>12}",
+        f"  {'attention by':<28}{_in_words(numbers.attention, 'splash', 'xla'):>12}",
     ]
     if numbers.stream_layout:
         lines.append(f"  {'streams lie':<28}"
-                     f"{_by_device(numbers.stream_layout, 'apart', 'joined'):>12}")
+                     f"{_in_words(numbers.stream_layout, 'apart', 'joined'):>12}")
     return "\n".join(lines)
 
 
-def _by_device(setting: str, on_tpus: str, elsewhere: str) -> str:
+def _in_words(setting: str, on_tpus: str, elsewhere: str) -> str:
     return f"auto: {on_tpus} on TPUs, else {elsewhere}" if setting == "auto" else setting
 
 

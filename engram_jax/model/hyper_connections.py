@@ -250,38 +250,24 @@ def connect(
 
     They lie as they did.
     """
-    if isinstance(x, tuple):
-        return _connect_apart(params, x, sub_layer, rounds, eps)
-    x_BTMD = x
     if not params:
-        out_BTD, extra = sub_layer(x_BTMD[:, :, 0])
-        return x_BTMD + checkpoint_name(out_BTD, OUTPUT)[:, :, None], extra
+        assert not isinstance(x, tuple), "one stream is an array"
+        out_BTD, extra = sub_layer(x[:, :, 0])
+        return x + checkpoint_name(out_BTD, OUTPUT)[:, :, None], extra
     with jax.named_scope("hyper_connection"):
-        mix = _kept(jax.checkpoint(mixing, static_argnums=(2, 3))(params, x_BTMD, rounds, eps))
-        pre_BTM, post_BTM = (part.astype(x_BTMD.dtype) for part in mix[:2])
-        read_BTD = _by_device(_read, _read_joined)(pre_BTM, x_BTMD)
+        if isinstance(x, tuple):
+            mix = _mixing_apart(params, x, rounds, eps)
+            read_BTD = _read_as_sum(mix.pre_BTM, x)
+        else:
+            mix = _kept(jax.checkpoint(mixing, static_argnums=(2, 3))(params, x, rounds, eps))
+            read_BTD = _by_device(_read, _read_joined)(mix.pre_BTM.astype(x.dtype), x)
     out_BTD, extra = sub_layer(read_BTD)
     out_BTD = checkpoint_name(out_BTD, OUTPUT)
     with jax.named_scope("hyper_connection"):
-        written_BTMD = _by_device(_written, _written_joined)(
-            mix.residual_BTMM, post_BTM, x_BTMD, out_BTD)
-        return written_BTMD, extra
-
-
-def _connect_apart(
-    params: Params,
-    x: Apart,
-    sub_layer: Callable[[jax.Array], tuple[jax.Array, Any]],
-    rounds: int,
-    eps: float,
-) -> tuple[Apart, Any]:
-    with jax.named_scope("hyper_connection"):
-        mix = _mixing_apart(params, x, rounds, eps)
-        read_BTD = _read_as_sum(mix.pre_BTM, x)
-    out_BTD, extra = sub_layer(read_BTD)
-    out_BTD = checkpoint_name(out_BTD, OUTPUT)
-    with jax.named_scope("hyper_connection"):
-        return _written_as_sums(mix.residual_BTMM, mix.post_BTM, x, out_BTD), extra
+        if isinstance(x, tuple):
+            return _written_as_sums(mix.residual_BTMM, mix.post_BTM, x, out_BTD), extra
+        return _by_device(_written, _written_joined)(
+            mix.residual_BTMM, mix.post_BTM.astype(x.dtype), x, out_BTD), extra
 
 
 def _read(pre_BTM: jax.Array, x_BTMD: jax.Array) -> jax.Array:

@@ -4,10 +4,10 @@
 
 It wants `jax-tpu-embedding` 0.2.0 and libtpu beside jax 0.12, and no TPU; nothing runs. Look-up and
 update (Adagrad, float32) of four sequences a device: by the library's `tpu_sparse_dense_matmul`,
-whose ids lie sorted by owner in buffers of ROOM (1.25) times their mean, and by `Memory`. Prints
-JSON: bytes of a device that arguments, results and temporaries take, and what collectives send.
-What SparseCores keep for themselves is not in `temporary_bytes`, and what their all-to-alls of rows
-send is in no instruction of HLO that we count.
+whose ids lie sorted by owner in buffers of ROOM (1.25) times their mean, and by `Memory`, whose
+look-up also hashes and sorts. Prints JSON: bytes of a device that arguments, results and
+temporaries take, and what collectives send. What SparseCores keep for themselves is not in
+`temporary_bytes`, and what their all-to-alls of rows send is in no instruction that we count.
 """
 
 import dataclasses
