@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from engram_jax import recipes
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
 from engram_jax.model import hyper_connections, parameters, transformer
+from engram_jax.model.sent_experts import SentExperts
+from engram_jax.tables.layout import TableLayout
 from engram_jax.training import placement
+from engram_jax.training.fsdp import AXES
 
 pytestmark = pytest.mark.usefixtures("compilations")
 
@@ -106,6 +110,23 @@ def test_how_streams_lie_is_for_the_device_to_say(platform, streams, layout, the
     model = dataclasses.replace(MODEL, streams=streams, stream_layout=layout)
     device = types.SimpleNamespace(platform=platform)
     assert hyper_connections.stream_layout(model, device) == there
+
+
+@pytest.mark.parametrize(("function", "asked"), [
+    (lambda x: SentExperts(axis="expert", devices=4, everywhere=AXES, to_all=True)._tokens(x, None),
+     {"tpu": ("LayoutConstraint", 2)}),
+    (lambda x: TableLayout(rows=64, dim=8, shards=1).put(jnp.zeros((1, 64, 8)), jnp.arange(32), x),
+     {"tpu": ("optimization_barrier", 1)})], ids=["gathered tokens", "rows that are written"])
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_what_a_tpu_alone_is_asked_for(function, asked, platform):
+    """Tokens that lie row by row before and after they are gathered; rows that are made first."""
+    mesh = placement.make_mesh(1, 1, expert=4)
+    text = jax.jit(jax.shard_map(
+        function, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    ).trace(jnp.ones((32, 8))).lower(lowering_platforms=(platform,)).as_text()
+    word, count = asked.get(platform, ("LayoutConstraint", 0))
+    assert text.count(word) == count
+    assert (text.count("optimization_barrier") > 0) == (word == "optimization_barrier")
 
 
 @pytest.mark.parametrize(("streams", "layout", "line"), [
