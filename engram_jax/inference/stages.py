@@ -22,7 +22,7 @@ from engram_jax.inference.sampling import Sampling, sample
 from engram_jax.model import parameters, transformer
 from engram_jax.model.attention import cached_attention, latents
 from engram_jax.model.engram import fuse
-from engram_jax.model.layers import Params, apart
+from engram_jax.model.layers import Params, unjoined
 from engram_jax.model.transformer import Segment, segments
 
 
@@ -203,7 +203,7 @@ def _blocks(
 
         def attend(params: Params, x_BTD: jax.Array) -> tuple[jax.Array, Keys]:
             new = latents(
-                params, apart(x_BTD), context.positions_BT, model.attention, model.norm_eps)
+                params, unjoined(x_BTD), context.positions_BT, model.attention, model.norm_eps)
             written = _written(keys, number, new, context)
             own = of_block(written)
             return cached_attention(

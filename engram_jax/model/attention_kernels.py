@@ -34,7 +34,7 @@ LANES = 128
 CUDNN_WIDTH, CUDNN_WIDE, HOPPER = 128, 256, 9.0
 # Bits of a document's number, so there may be 2**24 in a sequence, and by how many nats at least
 # the scores of two documents are held apart.
-DOCUMENT_BITS, APART = 24, 256
+DOCUMENT_BITS, MARGIN = 24, 256
 RESIDUALS = "attended"  # what splash keeps for its backward pass, by the name of `jax.checkpoint`
 
 
@@ -269,7 +269,7 @@ def cudnn(
     documents only as a mask of the size of all scores, so they are written into queries and keys
     instead: each bit of a document's number is a column of +a or -a. The products of a document
     with itself all grow by the same, which the softmax does not see; those of two documents stay
-    behind by `APART` nats at least, and the weights between them are 0.
+    behind by `MARGIN` nats at least, and the weights between them are 0.
 
     Args:
       implementation: "xla" is the same on any device, with all scores in memory.
@@ -296,6 +296,6 @@ def _cudnn_width(width: int, value_dim: int, isolated: bool) -> int:
 
 def _document_code(documents_BT: jax.Array, scale: float) -> jax.Array:
     """Each document's number as +-a, [B, T, DOCUMENT_BITS]; a whole number, so bfloat16 has it."""
-    size = math.ceil(math.sqrt(APART / 2 / scale))
+    size = math.ceil(math.sqrt(MARGIN / 2 / scale))
     bits = (documents_BT[..., None] >> jnp.arange(DOCUMENT_BITS)[None, None]) & 1
     return size * (2 * bits - 1)

@@ -33,7 +33,7 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     return product.reshape(*x.shape[:-1], weight.shape[-1])
 
 
-def apart(x: jax.Array) -> jax.Array:
+def unjoined(x: jax.Array) -> jax.Array:
     """x [..., D], for one more product with the same input that is computed alone.
 
     XLA on GPUs joins products of one input, for which it copies their weights beside one another
@@ -117,5 +117,5 @@ def ffn_parameters(key: jax.Array, width: int, hidden: int) -> Declared:
 @jax.named_scope("ffn")
 def ffn(params: Params, x: jax.Array) -> jax.Array:
     """down(silu(gate x) * up x)."""
-    hidden = jax.nn.silu(linear(x, params["gate"])) * linear(apart(x), params["up"])
+    hidden = jax.nn.silu(linear(x, params["gate"])) * linear(unjoined(x), params["up"])
     return linear(hidden, params["down"])

@@ -27,25 +27,25 @@ from engram_jax.model.parameters import Parameter
 from engram_jax.tables import collectives
 from engram_jax.training.optimizers import on_matrices
 
-DATA, APART, EXPERT, SEQUENCE = "data", "fsdp", "expert", "sequence"
-FSDP = (APART, EXPERT)  # over which parameters are split
-AXES = (DATA, *FSDP, SEQUENCE)
-BATCH = PartitionSpec((DATA, *FSDP), SEQUENCE)  # of what is [B, T, ...]
+DATA, FSDP, EXPERT, SEQUENCE = "data", "fsdp", "expert", "sequence"
+OVER = (FSDP, EXPERT)  # over which parameters are split
+AXES = (DATA, *OVER, SEQUENCE)
+BATCH = PartitionSpec((DATA, *OVER), SEQUENCE)  # of what is [B, T, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How a parameter tree is split over `devices` devices of the axes `FSDP`.
+    """How a parameter tree is split over `devices` devices of the axes `OVER`.
 
     Attributes:
       axes: for each leaf the axis that is split, counted from the end (-2 or -1), or 0 for none;
         so it also holds for one block's slice of a leaf that is stacked over blocks.
       owned: for each leaf whether it is experts' matrices.
-      devices: along the axes `FSDP`.
+      devices: along the axes `OVER`.
       sharing: of these along the axis `expert`.
       dtype: in which matrices travel.
       near: how many of them lie together (`collectives.neighbours`).
-      near_apart: how many of those of the axis `fsdp` alone.
+      near_fsdp: how many of those of the axis `fsdp` alone.
     """
 
     axes: Any
@@ -54,7 +54,7 @@ class Split:
     sharing: int
     dtype: str
     near: int
-    near_apart: int
+    near_fsdp: int
 
     def whole(self, params: Any, *path: str | int) -> Any:
         """The subtree `params`, which stands at `path` of the tree, with its matrices whole; of
@@ -67,7 +67,7 @@ class Split:
 
     def _whole(self, leaf: jax.Array, axis: int, owned: bool) -> jax.Array:
         if owned and self.sharing > 1:
-            return (own_gathered(leaf, axis, self.dtype, self.sharing, self.near_apart) if axis
+            return (own_gathered(leaf, axis, self.dtype, self.sharing, self.near_fsdp) if axis
                     else _own_of(leaf, self.sharing))
         return gathered(leaf, axis, self.dtype, self.near) if axis else leaf
 
@@ -83,7 +83,7 @@ class Split:
         squares = jax.tree.map(lambda grad: jnp.sum(grad**2), grads)
         parts = list(zip(jax.tree.leaves(squares), jax.tree.leaves(self.axes), strict=True))
         split = sum((square for square, axis in parts if axis), jnp.float32(0))
-        return jax.lax.psum(split, FSDP) + sum(square for square, axis in parts if not axis)
+        return jax.lax.psum(split, OVER) + sum(square for square, axis in parts if not axis)
 
     def by_matrix(self, change: Callable[[jax.Array], jax.Array], updates: Any) -> Any:
         """All of `updates` after `change`, a function of whole matrices [N, in, out]."""
@@ -104,10 +104,10 @@ class Split:
             count = matrices.shape[0]
             padded = jnp.pad(matrices, ((0, -count % self.devices), (0, 0), (0, 0)))
             shares = padded.reshape(self.devices, -1, *padded.shape[1:])
-            whole = _joined(collectives.all_to_all(_packed(shares), FSDP, self.near), axis,
+            whole = _joined(collectives.all_to_all(_packed(shares), OVER, self.near), axis,
                             shares.shape[1:])
             parts = _cut(change(whole), axis, self.devices)
-            return collectives.all_to_all(parts, FSDP, self.near).reshape(padded.shape)[:count]
+            return collectives.all_to_all(parts, OVER, self.near).reshape(padded.shape)[:count]
 
         return spread
 
@@ -117,7 +117,7 @@ class Split:
 
 
 def split(
-    declared: Any, devices: int, dtype: str, near: int = 0, sharing: int = 1, near_apart: int = 0
+    declared: Any, devices: int, dtype: str, near: int = 0, sharing: int = 1, near_fsdp: int = 0
 ) -> Split:
     """How to split a tree of `Parameter`: along the second-last axis, or else the last.
 
@@ -131,17 +131,17 @@ def split(
 
     return Split(
         parameters.each(axis, declared), parameters.each(lambda leaf: leaf.owned, declared),
-        devices, sharing, dtype, near, near_apart)
+        devices, sharing, dtype, near, near_fsdp)
 
 
 def _spec(ndim: int, axis: int) -> PartitionSpec:
-    return PartitionSpec(*(FSDP if axis and i == ndim + axis else None for i in range(ndim)))
+    return PartitionSpec(*(OVER if axis and i == ndim + axis else None for i in range(ndim)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gathered(part: jax.Array, axis: int, dtype: str, near: int) -> jax.Array:
     """The whole matrix in `dtype`; the gradient is summed over the axis `fsdp` in float32."""
-    parts = collectives.all_gather(_packed(part.astype(dtype)), FSDP, near)
+    parts = collectives.all_gather(_packed(part.astype(dtype)), OVER, near)
     return _joined(parts, axis, part.shape)
 
 
@@ -149,9 +149,9 @@ def _gathered_backward(
     axis: int, dtype: str, near: int, _: None, grad: jax.Array
 ) -> tuple[jax.Array]:
     del dtype
-    devices = jax.lax.axis_size(FSDP)
+    devices = jax.lax.axis_size(OVER)
     parts = _cut(grad.astype(jnp.float32), axis, devices)
-    part = collectives.reduce_scatter(parts, FSDP, near)
+    part = collectives.reduce_scatter(parts, OVER, near)
     shape = list(grad.shape)
     shape[axis] //= devices
     return (part.reshape(shape),)
@@ -175,7 +175,7 @@ def own_gathered(
     """
     parts = _packed(_shared_out(part.astype(dtype), sharing))
     mine = jax.lax.all_to_all(parts, EXPERT, 0, 0)  # from each neighbour, of my experts
-    whole = collectives.all_gather(mine, APART, near)
+    whole = collectives.all_gather(mine, FSDP, near)
     return _joined(whole.reshape(-1, *whole.shape[2:]), axis,
                    (parts.shape[1], *part.shape[1:])).astype(jnp.float32)
 
@@ -188,7 +188,7 @@ def _own_gathered_backward(
     devices = grad.shape[axis] // shape[axis]
     parts = _cut(grad.astype(jnp.float32), axis, devices)
     parts = parts.reshape(devices // sharing, sharing, *parts.shape[1:])
-    mine = collectives.reduce_scatter(parts, APART, near)
+    mine = collectives.reduce_scatter(parts, FSDP, near)
     back = jax.lax.all_to_all(mine, EXPERT, 0, 0)
     return (back.reshape(-1, *shape[1:])[: shape[0]],)
 

@@ -25,7 +25,7 @@ from engram_jax.settings import changed
 from engram_jax.tables import collectives
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
-from engram_jax.training.fsdp import APART, AXES, BATCH, EXPERT, SEQUENCE, Split, split
+from engram_jax.training.fsdp import AXES, BATCH, EXPERT, FSDP, SEQUENCE, Split, split
 from engram_jax.training.state import TrainState, abstract_state, row_optimizer
 
 
@@ -195,7 +195,7 @@ def param_split(run: RunConfig, mesh: Mesh) -> Split:
     """How the run's parameters are split."""
     sharing = mesh.shape[EXPERT]
     return split(
-        transformer.declared(run.model), mesh.shape[APART] * sharing, run.model.compute_dtype,
+        transformer.declared(run.model), mesh.shape[FSDP] * sharing, run.model.compute_dtype,
         collectives.neighbours(list(mesh.devices[0, :, :, 0].flat)), sharing,
         collectives.neighbours(list(mesh.devices[0, :, 0, 0])))
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from engram_jax.training.fsdp import AXES, FSDP, gathered
+from engram_jax.training.fsdp import AXES, OVER, gathered
 from engram_jax.training.placement import make_mesh
 
 MATRIX = np.random.default_rng(0).integers(-8, 8, (3, 16, 24)).astype(np.float32)
@@ -17,7 +17,7 @@ SHARE = np.random.default_rng(1).integers(-8, 8, (8, 3, 16, 24)).astype(np.float
 @pytest.mark.parametrize("near", [0, 2, 4])
 def test_a_matrix_is_whole_and_its_gradient_summed_whatever_the_steps(axis, near):
     """Whole numbers, so that the order of the sum does not matter."""
-    split = PartitionSpec(*(FSDP if i == 3 + axis else None for i in range(3)))
+    split = PartitionSpec(*(OVER if i == 3 + axis else None for i in range(3)))
 
     def loss(part, share):
         return jnp.sum(gathered(part, axis, "float32", near) * share[0])
@@ -26,8 +26,8 @@ def test_a_matrix_is_whole_and_its_gradient_summed_whatever_the_steps(axis, near
         return gathered(part, axis, "float32", near)[None], jax.grad(loss)(part, share)
 
     whole, grad = jax.jit(jax.shard_map(
-        device, mesh=make_mesh(1, 8), in_specs=(split, PartitionSpec(FSDP)),
-        out_specs=(PartitionSpec(FSDP), split), check_vma=False))(MATRIX, SHARE)
+        device, mesh=make_mesh(1, 8), in_specs=(split, PartitionSpec(OVER)),
+        out_specs=(PartitionSpec(OVER), split), check_vma=False))(MATRIX, SHARE)
     assert whole.shape == SHARE.shape
     assert (np.asarray(whole) == MATRIX).all()
     assert (np.asarray(grad) == SHARE.sum(axis=0)).all()
@@ -37,7 +37,7 @@ def test_the_other_axis_of_the_mesh_keeps_to_itself():
     def device(part):
         return gathered(part, -1, "float32", 2)[None]
 
-    own = PartitionSpec(AXES[0], None, FSDP)
+    own = PartitionSpec(AXES[0], None, OVER)
     whole = jax.jit(jax.shard_map(
         device, mesh=make_mesh(2, 4), in_specs=own, out_specs=PartitionSpec(AXES),
         check_vma=False))(MATRIX[:2])
