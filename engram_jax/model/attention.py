@@ -103,10 +103,10 @@ def _heads_first(
         return jnp.einsum("bti,ihx->bhtx", x_BTI, weight_IHX)
 
     plain, turned = (times(x_BTD, part) for part in parts("query", [n, r]))
-    query_BHTX = _beside(plain, rope(turned, positions_1T, config, heads_at=1))
+    query_BHTX = _beside(plain, _rope_by_head(turned, positions_1T, config))
     latent_BTC, shared_BTR = latents(params, x_BTD, positions_1T, config, eps)
     plain, value_BHTV = (times(latent_BTC, part) for part in parts("expand", [n, v]))
-    key_BHTX = _beside(plain, jnp.broadcast_to(shared_BTR[:, None], (*plain.shape[:3], r)))
+    key_BHTX = _beside(plain, shared_BTR[:, None])
     mixed_BHTV = attention_kernels.splash_by_head(
         query_BHTX, key_BHTX, value_BHTV, documents_BT, config.score_scale)
     output_HVD = params["output"].astype(x_BTD.dtype).reshape(config.heads, v, -1)
@@ -114,7 +114,7 @@ def _heads_first(
 
 
 def _beside(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The two along the last axis, as a sum of what is filled up with zeros."""
+    """The two along the last axis, as a sum of what is filled up with zeros; heads broadcast."""
     lead = ((0, 0),) * (first.ndim - 1)
     return (jnp.pad(first, (*lead, (0, second.shape[-1])))
             + jnp.pad(second, (*lead, (first.shape[-1], 0))))
@@ -215,17 +215,55 @@ def _extended(config: AttentionConfig, yarn: YarnConfig) -> np.ndarray:
     return blended
 
 
-def rope(
-    x_BTHR: jax.Array, positions_BT: jax.Array, config: AttentionConfig, heads_at: int = 2
-) -> jax.Array:
-    """Rotary positions, the two halves of the last axis as the pairs (not interleaved).
-
-    `heads_at` is where the heads are: [B, H, T, R] has them at 1.
-    """
-    frequency_R = frequencies(config)
-    angle = jnp.expand_dims(
-        positions_BT.astype(jnp.float32)[..., None] * frequency_R[None, None], heads_at)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+def rope(x_BTHR: jax.Array, positions_BT: jax.Array, config: AttentionConfig) -> jax.Array:
+    """Rotary positions, the two halves of the last axis as the pairs (not interleaved)."""
+    angle_BT1R = _angles(positions_BT, config)[:, :, None]
+    cos, sin = jnp.cos(angle_BT1R), jnp.sin(angle_BT1R)
     first, second = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTHR.dtype)
+
+
+def _angles(positions_BT: jax.Array, config: AttentionConfig) -> jax.Array:
+    """By how much each pair is turned, float32 [B, T, R / 2]."""
+    return positions_BT.astype(jnp.float32)[..., None] * frequencies(config)[None, None]
+
+
+def _rope_by_head(
+    x_BHTR: jax.Array, positions_BT: jax.Array, config: AttentionConfig
+) -> jax.Array:
+    """`rope` with heads before time, in which the other one of each pair comes from a product.
+
+    Halves of R are parts of a TPU's rows of 128, and to cut and join them takes memory several
+    times. The product is with 1, -1 and 0, so it is exact; its gradient is turned back likewise.
+    """
+    angle_B1TR = _angles(positions_BT, config)[:, None]
+    turn_B1TR = jnp.concatenate([angle_B1TR, angle_B1TR], axis=-1)
+    return _turned(x_BHTR, jnp.cos(turn_B1TR), jnp.sin(turn_B1TR))
+
+
+@jax.custom_vjp
+def _turned(x_BHTR: jax.Array, cos_B1TR: jax.Array, sin_B1TR: jax.Array) -> jax.Array:
+    half = np.eye(x_BHTR.shape[-1] // 2, dtype=np.float32)
+    none = np.zeros_like(half)
+    other_RR = jnp.asarray(np.block([[none, half], [-half, none]]), x_BHTR.dtype)
+    other_BHTR = jnp.einsum(
+        "bhtr,rs->bhts", x_BHTR, other_RR, precision="highest",
+        preferred_element_type=jnp.float32)
+    return (x_BHTR.astype(jnp.float32) * cos_B1TR + other_BHTR * sin_B1TR).astype(x_BHTR.dtype)
+
+
+def _turned_forward(
+    x_BHTR: jax.Array, cos_B1TR: jax.Array, sin_B1TR: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _turned(x_BHTR, cos_B1TR, sin_B1TR), (cos_B1TR, sin_B1TR)
+
+
+def _turned_backward(
+    saved: tuple[jax.Array, jax.Array], grad_BHTR: jax.Array
+) -> tuple[jax.Array, None, None]:
+    cos_B1TR, sin_B1TR = saved
+    return _turned(grad_BHTR, cos_B1TR, -sin_B1TR), None, None
+
+
+_turned.defvjp(_turned_forward, _turned_backward)
