@@ -114,14 +114,14 @@ def _mixing_apart(
     projects = (params["project"][m * width: (m + 1) * width] for m in range(len(x)))
     raw_BTX = _added(wide_linear(x_BTD, project)
                      for x_BTD, project in zip(x, projects, strict=True))
-    square_BT1 = jax.checkpoint(_square)(x)
+    square_BT1 = _anew(_square)(x)
     raw_BTX, square_BT1 = (checkpoint_name(part, OUTPUT) for part in (raw_BTX, square_BT1))
 
     def rest(params: Params, raw_BTX: jax.Array, square_BT1: jax.Array) -> Mixing:
         norm_BT1 = jax.lax.rsqrt(square_BT1 / (len(x) * width) + eps)
         return _of_logits(params, raw_BTX * norm_BT1, len(x), rounds)
 
-    mix = jax.checkpoint(rest)(
+    mix = _anew(rest)(
         {name: params[name] for name in ("bias", "scale")}, raw_BTX, square_BT1)
     return _kept(mix)
 
@@ -130,6 +130,11 @@ def _square(x: Apart) -> jax.Array:
     """The sum of the squares of all streams, float32 [B, T, 1]."""
     return _added(jnp.sum(jnp.square(x_BTD.astype(jnp.float32)), axis=-1, keepdims=True)
                   for x_BTD in x)
+
+
+# Computed anew in the backward pass. Of what reads its arguments beside it the compiler shall make
+# one with it, in the passes where it can: so they are read once, and not copied.
+_anew = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def _kept(mix: Mixing) -> Mixing:

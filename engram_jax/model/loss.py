@@ -13,9 +13,12 @@ import jax.numpy as jnp
 from engram_jax.config import ModelConfig
 from engram_jax.model import transformer
 
-# More logits than this are made chunk by chunk: 256 MiB of float32, about 500 tokens of the
+# More logits than this are made chunk by chunk: 512 MiB of float32, about 1,000 tokens of the
 # paper's vocabulary. A chunk's backward pass takes a few times as much.
-MAX_LOGITS = 2**26
+MAX_LOGITS = 2**27
+# In training each chunk also reads and writes the gradient of the head's weight. So of many tokens
+# a chunk has this share, beside which their activations are large, and up to so many times as much.
+SHARE, TIMES = 32, 4
 
 
 @jax.named_scope("loss")
@@ -50,7 +53,8 @@ def mean_token_loss(
     size = targets_BT.size
     if size * config.vocab_size <= MAX_LOGITS:
         return jnp.mean(token_losses(params, x_BTMD, targets_BT, config))
-    tokens = max(1, MAX_LOGITS // config.vocab_size)
+    tokens = _at_a_time(config)
+    tokens = min(max(tokens, size // SHARE), TIMES * tokens)
     total: jax.Array = _sum_of_chunks(
         config, params, _chunks(x_BTMD.reshape(size, *x_BTMD.shape[2:]), tokens),
         _chunks(targets_BT.reshape(size), tokens), _chunks(jnp.ones(size), tokens))
@@ -85,7 +89,7 @@ def _by_chunks(
     """`of` logits and targets, whose results are [B, T], without all logits at once."""
     if targets_BT.size * config.vocab_size <= MAX_LOGITS:
         return of(transformer.head(params, x_BTMD, config), targets_BT)
-    tokens = max(1, MAX_LOGITS // config.vocab_size)
+    tokens = _at_a_time(config)
 
     def chunk(params: dict[str, Any], x_NMD: jax.Array, targets_N: jax.Array) -> Any:
         logits_1NV = transformer.head(params, x_NMD[None], config)
@@ -148,6 +152,11 @@ def _scaled(
 
 
 _sum_of_chunks.defvjp(_with_gradients, _scaled)
+
+
+def _at_a_time(config: ModelConfig) -> int:
+    """Tokens of a chunk."""
+    return max(1, MAX_LOGITS // config.vocab_size)
 
 
 def _chunks(array: jax.Array, limit: int) -> jax.Array:

@@ -102,6 +102,15 @@ def test_the_mean_in_chunks_makes_its_logits_once(monkeypatch, tokens, tied):
     assert traced.count("scan[") == 1, "the backward pass goes over no chunk"
 
 
+@pytest.mark.parametrize(("size", "tokens"), [(64, 2), (128, 4), (256, 8), (512, 8)])
+def test_the_mean_of_many_tokens_has_larger_chunks(monkeypatch, size, tokens):
+    config, params = network(False)
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", 2 * config.vocab_size)
+    traced = str(jax.make_jaxpr(lambda *args: mean_token_loss(*args, config))(
+        params, random(1, size, 2, 16), np.zeros((1, size), np.int32)))
+    assert f"length={size // tokens} " in traced.replace("\n", " ")
+
+
 def test_the_gradient_of_the_mean_adds_up_in_float32(monkeypatch):
     """In bfloat16 the sum of 4,096 equal parts would end at 256 of them."""
     config = dataclasses.replace(network(False)[0], compute_dtype="bfloat16")
