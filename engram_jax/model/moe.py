@@ -49,7 +49,7 @@ Routed = Callable[
 def experts_here(
     experts: Params, x_ND: jax.Array, choice_NK: jax.Array, weight_NK: jax.Array, number: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The `Routed` of a device that has all experts."""
+    """The `Routed` of a device that has all experts, in x's dtype or another."""
     groups = group(choice_NK, number)
     out_PD = grouped_ffn(experts, to_slots(x_ND, groups), groups)
     out_NKD = from_slots(out_PD, groups)

@@ -66,7 +66,7 @@ class Split:
             return jax.tree.map(self._whole, params, axes, owned)
 
     def _whole(self, leaf: jax.Array, axis: int, owned: bool) -> jax.Array:
-        if owned and self.sharing > 1:
+        if owned:
             return (own_gathered(leaf, axis, self.dtype, self.sharing, self.near_fsdp) if axis
                     else _own_of(leaf, self.sharing))
         return gathered(leaf, axis, self.dtype, self.near) if axis else leaf
@@ -167,14 +167,14 @@ def own_gathered(
 ) -> jax.Array:
     """Of experts' matrices [E, in, out] this device's own, whole, [X, in, out] float32.
 
-    X is E / `sharing`, rounded up; experts that are not there are zeros. Of each expert its owner
-    gets, from its neighbours along `expert`, what they hold, and then all of it along `fsdp`. They
+    X is E / `sharing`, rounded up; experts that are not there are zeros. Of each expert its owner,
+    or everybody where experts are not shared, gets, from its neighbours along `expert`, what they hold, and then all of it along `fsdp`. They
     travel in `dtype`, and the numbers are those of `dtype`: what multiplies them casts them back,
     and of two conversions the compiler makes none. So their gradient stays float32 as it was summed
     until it has gone the same way back and is summed along `fsdp`.
     """
     parts = _packed(_shared_out(part.astype(dtype), sharing))
-    mine = jax.lax.all_to_all(parts, EXPERT, 0, 0)  # from each neighbour, of my experts
+    mine = _swapped(parts)  # from each neighbour, of my experts
     whole = collectives.all_gather(mine, FSDP, near)
     return _joined(whole.reshape(-1, *whole.shape[2:]), axis,
                    (parts.shape[1], *part.shape[1:])).astype(jnp.float32)
@@ -189,7 +189,7 @@ def _own_gathered_backward(
     parts = _cut(grad.astype(jnp.float32), axis, devices)
     parts = parts.reshape(devices // sharing, sharing, *parts.shape[1:])
     mine = collectives.reduce_scatter(parts, FSDP, near)
-    back = jax.lax.all_to_all(mine, EXPERT, 0, 0)
+    back = _swapped(mine)
     return (back.reshape(-1, *shape[1:])[: shape[0]],)
 
 
@@ -199,8 +199,15 @@ def _shared_out(matrices: jax.Array, sharing: int) -> jax.Array:
     return padded.reshape(sharing, -1, *padded.shape[1:])
 
 
+def _swapped(parts: jax.Array) -> jax.Array:
+    """What each neighbour along `expert` has for this device, in their order."""
+    return parts if parts.shape[0] == 1 else jax.lax.all_to_all(parts, EXPERT, 0, 0)
+
+
 def _own_of(matrices: jax.Array, sharing: int) -> jax.Array:
     """This device's own of matrices that all have."""
+    if sharing == 1:
+        return matrices
     return jax.lax.dynamic_index_in_dim(
         _shared_out(matrices, sharing), jax.lax.axis_index(EXPERT), keepdims=False)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from engram_jax.training.fsdp import AXES, OVER, gathered
+from engram_jax.training.fsdp import AXES, OVER, gathered, own_gathered
 from engram_jax.training.placement import make_mesh
 
 MATRIX = np.random.default_rng(0).integers(-8, 8, (3, 16, 24)).astype(np.float32)
@@ -43,3 +43,21 @@ def test_the_other_axis_of_the_mesh_keeps_to_itself():
         check_vma=False))(MATRIX[:2])
     assert (np.asarray(whole)[:4] == MATRIX[:1]).all()
     assert (np.asarray(whole)[4:] == MATRIX[1:2]).all()
+
+
+@pytest.mark.parametrize("near", [0, 2])
+def test_experts_that_are_not_shared_have_gradients_that_nobody_rounds(near):
+    """The matrix arrives in bfloat16, and its gradients are sums of numbers that bfloat16 has not."""
+    split, share = PartitionSpec(None, OVER), SHARE + np.float32(2**-12)
+
+    def device(part, share):
+        whole = own_gathered(part, -2, "bfloat16", 1, near)
+        grad = jax.grad(lambda part: jnp.sum(
+            own_gathered(part, -2, "bfloat16", 1, near) * share[0]))(part)
+        return whole[None], grad
+
+    whole, grad = jax.jit(jax.shard_map(
+        device, mesh=make_mesh(1, 8), in_specs=(split, PartitionSpec(OVER)),
+        out_specs=(PartitionSpec(OVER), split), check_vma=False))(MATRIX + 2**-12, share)
+    assert (np.asarray(whole) == np.asarray(jnp.bfloat16(MATRIX + 2**-12), np.float32)).all()
+    assert (np.asarray(grad) == share.sum(axis=0)).all()
