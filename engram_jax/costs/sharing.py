@@ -13,12 +13,12 @@ from engram_jax.config import RunConfig
 from engram_jax.costs.collectives import Collective
 from engram_jax.costs.slices import Slice
 from engram_jax.model.sent_experts import ROOM, pays_to_all
+from engram_jax.settings import changed
 
 _WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 # How often a number of a matrix is written or read beside the product that it is for: it arrives
-# and is laid out; its gradient is made, laid out, and read by the collective, and where matrices
-# are gathered it is rounded before it is laid out.
-_THERE, _BACK, _BACK_ROUNDED = 3, 4, 6
+# and is laid out; its gradient is made, laid out, and read by the collective.
+_THERE, _BACK = 3, 4
 
 
 class Sharing(NamedTuple):
@@ -72,8 +72,7 @@ def sharing(run: RunConfig, there: Slice, split: int, devices: int) -> Sharing:
         (1 + again) * seconds("all-gather", width * own / apart, apart)
         + seconds("reduce-scatter", grads, apart))
     weights = times * (whole + grads) * (apart - 1) / apart
-    back = _BACK_ROUNDED if devices == 1 else _BACK
-    memory_s = times * (_THERE * whole + back * grads) / (there.chip.hbm_gbytes * 1e9)
+    memory_s = times * (_THERE * whole + _BACK * grads) / (there.chip.hbm_gbytes * 1e9)
     if devices == 1:
         return Sharing(1, weights, weights_s, memory_s)
 
@@ -108,6 +107,20 @@ def reason(run: RunConfig, there: Slice, split: int, devices: int) -> str:
     """Why experts are shared as they are, in a line; "" without experts."""
     if run.model.moe is None:
         return ""
+    return _compared(run, there, split, devices) + _in_one_part(run, there, split)
+
+
+def _in_one_part(run: RunConfig, there: Slice, split: int) -> str:
+    """What it would take if matrices travelled once a step."""
+    if run.training.accumulate == 1:
+        return ""
+    best = chosen(changed(run, {"training.accumulate": 1}), there, split)
+    assert best is not None
+    return (f"; with training.accumulate=1, if it fits, {_both(best)}, "
+            + ("gathered" if best.devices == 1 else f"sent along {best.devices}"))
+
+
+def _compared(run: RunConfig, there: Slice, split: int, devices: int) -> str:
     gathered = sharing(run, there, split, 1)
     if devices == 1:
         other = min((sharing(run, there, split, each) for each in (2, 4, 8, 16)

@@ -168,9 +168,10 @@ def own_gathered(
     """Of experts' matrices [E, in, out] this device's own, whole, [X, in, out] float32.
 
     X is E / `sharing`, rounded up; experts that are not there are zeros. Of each expert its owner,
-    or everybody where experts are not shared, gets, from its neighbours along `expert`, what they hold, and then all of it along `fsdp`. They
-    travel in `dtype`, and the numbers are those of `dtype`: what multiplies them casts them back,
-    and of two conversions the compiler makes none. So their gradient stays float32 as it was summed
+    or everybody where experts are not shared, gets what its neighbours along `expert` hold, and
+    then all of it along `fsdp`. They travel in `dtype`, and the numbers are those of `dtype`: what
+    multiplies them casts them back, and of two conversions the compiler makes none. So their
+    gradient stays float32 as it was summed
     until it has gone the same way back and is summed along `fsdp`.
     """
     parts = _packed(_shared_out(part.astype(dtype), sharing))

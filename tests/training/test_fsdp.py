@@ -47,7 +47,7 @@ def test_the_other_axis_of_the_mesh_keeps_to_itself():
 
 @pytest.mark.parametrize("near", [0, 2])
 def test_experts_that_are_not_shared_have_gradients_that_nobody_rounds(near):
-    """The matrix arrives in bfloat16, and its gradients are sums of numbers that bfloat16 has not."""
+    """The matrix arrives in bfloat16; its gradients are sums of numbers that bfloat16 has not."""
     split, share = PartitionSpec(None, OVER), SHARE + np.float32(2**-12)
 
     def device(part, share):
