@@ -105,9 +105,11 @@ def chosen(run: RunConfig, there: Slice, split: int) -> Sharing | None:
 
 def reason(run: RunConfig, there: Slice, split: int, devices: int) -> str:
     """Why experts are shared as they are, in a line; "" without experts."""
-    if run.model.moe is None:
+    moe = run.model.moe
+    if moe is None:
         return ""
-    return _compared(run, there, split, devices) + _in_one_part(run, there, split)
+    return (_compared(run, there, split, devices, moe.experts)
+            + _in_one_part(run, there, split))
 
 
 def _in_one_part(run: RunConfig, there: Slice, split: int) -> str:
@@ -120,11 +122,11 @@ def _in_one_part(run: RunConfig, there: Slice, split: int) -> str:
             + ("gathered" if best.devices == 1 else f"sent along {best.devices}"))
 
 
-def _compared(run: RunConfig, there: Slice, split: int, devices: int) -> str:
+def _compared(run: RunConfig, there: Slice, split: int, devices: int, experts: int) -> str:
     gathered = sharing(run, there, split, 1)
     if devices == 1:
         other = min((sharing(run, there, split, each) for each in (2, 4, 8, 16)
-                     if split % each == 0 and each <= run.model.moe.experts),
+                     if split % each == 0 and each <= experts),
                     key=lambda way: way.seconds, default=None)
         least = "" if other is None else (
             f"; tokens sent along {other.devices} devices would be {_both(other)}")

@@ -171,8 +171,8 @@ def own_gathered(
     or everybody where experts are not shared, gets what its neighbours along `expert` hold, and
     then all of it along `fsdp`. They travel in `dtype`, and the numbers are those of `dtype`: what
     multiplies them casts them back, and of two conversions the compiler makes none. So their
-    gradient stays float32 as it was summed
-    until it has gone the same way back and is summed along `fsdp`.
+    gradient stays float32 as it was summed until it has gone the same way back and is summed along
+    `fsdp`.
     """
     parts = _packed(_shared_out(part.astype(dtype), sharing))
     mine = _swapped(parts)  # from each neighbour, of my experts
