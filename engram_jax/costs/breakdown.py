@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from engram_jax.costs.collectives import Collective, collectives
-from engram_jax.costs.compiled import KERNEL, flops_of, timed
+from engram_jax.costs.compiled import KERNEL, Speed, flops_of, on_sparse_cores, timed
 from engram_jax.costs.hlo import Program, Site
 
 OTHER = "other"
@@ -24,7 +24,7 @@ SCOPES = (*OF_TABLES, *OF_FUSIONS, "embed", "over_encoding", "attention", "exper
 _SMALL = ("rms_norm", "gather_weights")  # inside a fusion they are the fusion's
 _COPIES = ("copy", "transpose", "bitcast", "copy-start", "dynamic-slice", "dynamic-update-slice",
            "concatenate", "pad", "slice", "reshape")
-WORK = ("matrix products", "kernels", "copies", "memory-bound")
+WORK = ("matrix products", "kernels", "copies", "SparseCores", "memory-bound")
 
 # For each part of the network what it takes of a device's step: `seconds` of computing, as the
 # compiler estimates it, and of those each of `WORK`; `flops` of matrix products, recomputation
@@ -42,7 +42,7 @@ def scope_of(op_name: str) -> str:
     return names[-1] if names else OTHER
 
 
-def costs(program: Program, torus: "Torus", clock: float, peak_flops: float) -> Costs:
+def costs(program: Program, torus: "Torus", speed: Speed) -> Costs:
     """What each scope that occurs takes.
 
     Conditionals, and loops whose trips depend on data, are left out. In this library they are what
@@ -52,12 +52,12 @@ def costs(program: Program, torus: "Torus", clock: float, peak_flops: float) -> 
     Args:
       program: compiled.
       torus: the slice that it is compiled for.
-      clock, peak_flops: as `compiled.timed` takes them.
+      speed: of its chips.
     """
     parts: Costs = collections.defaultdict(collections.Counter)
     products = {site.computation.name for site in program.walk()
                 if site.instruction.opcode in ("dot", "convolution")}
-    for site, seconds in timed(program, clock, peak_flops):
+    for site, seconds in timed(program, speed):
         if site.exact:
             parts[_scope(site)].update({"seconds": seconds, _kind(site, products): seconds})
     for site in program.walk():
@@ -102,7 +102,7 @@ def by_scope(parts: Costs) -> dict[str, dict[str, float]]:
 
 
 def by_kind(parts: Costs) -> dict[str, float]:
-    """Seconds of matrix products, kernels, copies, and all else, which memory bounds."""
+    """Seconds of each of `WORK`; of all that is nothing else, memory bounds it."""
     return {kind: total(parts, kind) for kind in WORK}
 
 
@@ -116,6 +116,8 @@ def _kind(site: Site, products: set[str]) -> str:
         return "kernels"
     if flops_of(site) or products & set(instruction.called):
         return "matrix products"
+    if on_sparse_cores(site):
+        return "SparseCores"
     return "copies" if instruction.opcode in _COPIES else "memory-bound"
 
 

@@ -3,8 +3,9 @@
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from engram_jax.costs.hlo import Program, Shape, Site
+from engram_jax.costs.hlo import Program, Shape, Site, bytes_of
 
 KERNEL = "tpu_custom_call"
 UNKNOWN_CYCLES = 10**12  # a number like 2**63 stands where libtpu could not tell
@@ -19,19 +20,27 @@ def flops(program: Program) -> int:
     return sum(flops_of(site) * site.times for site in program.walk())
 
 
-def timed(program: Program, clock: float, peak_flops: float) -> Iterator[tuple[Site, float]]:
+class Speed(NamedTuple):
+    """What a device does in a second: `cycles`, `flops` of bfloat16, `bytes` from and to memory."""
+
+    cycles: float
+    flops: float
+    bytes: float
+
+
+def timed(program: Program, speed: Speed) -> Iterator[tuple[Site, float]]:
     """Every instruction that takes time by itself, with the seconds of all the times that it runs.
 
     As libtpu estimates it, without collectives: the `estimated_cycles` that it writes beside each
-    operation, over the clock. It writes none beside kernels, which count at `peak_flops`, and none
-    beside collectives and copies, which it means to hide behind the rest.
-    (`cost_analysis()['optimal_seconds']` is of no use here: it counts a loop once, and -1 s for
-    each kernel.)
+    operation, over the clock. It writes none beside kernels, which count at the peak, none beside
+    gathers and scatters that it gives to SparseCores (v5p has them), which count at the bandwidth
+    of memory, though something else may run meanwhile, and none beside collectives and copies,
+    which it means to hide behind the rest. (`cost_analysis()['optimal_seconds']` is of no use here:
+    it counts a loop once, and -1 s for each kernel.)
 
     Args:
       program: compiled for TPUs.
-      clock: cycles a second.
-      peak_flops: FLOPs a second.
+      speed: of the chip.
     """
     fused = {name for site in program.walk() if site.instruction.opcode == "fusion"
              for name in site.instruction.called}
@@ -40,14 +49,31 @@ def timed(program: Program, clock: float, peak_flops: float) -> Iterator[tuple[S
             continue
         cycles = site.instruction.attribute(r'"estimated_cycles":"(\d+)"')
         if cycles and int(cycles) < UNKNOWN_CYCLES:
-            yield site, int(cycles) / clock * site.times
+            yield site, int(cycles) / speed.cycles * site.times
         elif site.instruction.opcode == "custom-call":
-            yield site, flops_of(site) / peak_flops * site.times
+            yield site, flops_of(site) / speed.flops * site.times
+        elif on_sparse_cores(site):
+            yield site, _moved(site) / speed.bytes * site.times
 
 
-def seconds(program: Program, clock: float, peak_flops: float) -> float:
+def seconds(program: Program, speed: Speed) -> float:
     """The sum of `timed`."""
-    return sum(seconds for _, seconds in timed(program, clock, peak_flops))
+    return sum(seconds for _, seconds in timed(program, speed))
+
+
+def on_sparse_cores(site: Site) -> bool:
+    """Is it a gather or scatter that libtpu gives to SparseCores?"""
+    return site.instruction.opcode == "fusion" and "_offload_custom_fusion" in site.instruction.name
+
+
+def _moved(site: Site) -> int:
+    """Bytes that a gather or scatter reads and writes. Of a scatter into an array that is what has
+    its shape, which stays where it is, and the rest is read with the places that it goes to."""
+    out = site.instruction.shapes[0]
+    if site.instruction.name.startswith("gather"):
+        return 2 * bytes_of(out)
+    return 3 * sum(bytes_of(shape) for shape in site.computation.operand_shapes(site.instruction)
+                   if shape != out)
 
 
 def flops_of(site: Site) -> int:

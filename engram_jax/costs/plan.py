@@ -20,6 +20,7 @@ from engram_jax.costs import breakdown, depths, sharing
 from engram_jax.costs.accounting import account
 from engram_jax.costs.breakdown import Costs
 from engram_jax.costs.collectives import KINDS, collectives
+from engram_jax.costs.compiled import Speed
 from engram_jax.costs.hlo import Program, parse
 from engram_jax.costs.slices import Chip, Slice, slice_of
 from engram_jax.hashing.addressing import address
@@ -57,7 +58,8 @@ class Plan:
       step_s, mfu: the step's time by both, and the model's FLOPs over what the chip could do in it
         (`costs.breakdown.Roofline`).
       by_scope: for each part of the network seconds, flops, sent_bytes and collective_s.
-      by_kind: seconds of matrix products, kernels, copies and what memory bounds.
+      by_kind: seconds of matrix products, kernels, copies, gathers on SparseCores and what memory
+        bounds.
       reason: why it does not fit, in the compiler's words.
     """
 
@@ -186,7 +188,7 @@ def measured(run: RunConfig, there: Slice, mesh: Mesh) -> Measured:
     return Measured(
         given, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-        breakdown.costs(program, there.torus, *_speed(there.chip)), largest,
+        breakdown.costs(program, there.torus, _speed(there.chip)), largest,
         squares(program, run.data.sequence_length))
 
 
@@ -235,9 +237,8 @@ def _bytes_of_a_device(tree: Any) -> int:
                for leaf in jax.tree.leaves(tree))
 
 
-def _speed(chip: Chip) -> tuple[float, float]:
-    """Cycles and FLOPs a second."""
-    return chip.clock_ghz * 1e9, chip.peak_teraflops * 1e12
+def _speed(chip: Chip) -> Speed:
+    return Speed(chip.clock_ghz * 1e9, chip.peak_teraflops * 1e12, chip.hbm_gbytes * 1e9)
 
 
 def squares(program: Program, length: int) -> int:
@@ -255,7 +256,7 @@ def _said(whole: Measured, chip: Chip, model_flops: float) -> dict[str, Any]:
     if parts is None:
         return said
     assert whole.peak_bytes is not None
-    times = breakdown.roofline(parts, model_flops, _speed(chip)[1])
+    times = breakdown.roofline(parts, model_flops, _speed(chip).flops)
     return {**said, **dataclasses.asdict(times), "model_flops": model_flops,
             "fits": whole.peak_bytes <= chip.hbm_gib * GIB,
             "flops": round(breakdown.total(parts, "flops")),

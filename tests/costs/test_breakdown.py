@@ -23,9 +23,11 @@ from engram_jax.costs.breakdown import (
     total,
 )
 from engram_jax.costs.collectives import Collective
+from engram_jax.costs.compiled import Speed
 from engram_jax.costs.hlo import parse
 
 TORUS = Torus(sizes=(4, 4), link=1.0)
+SPEED = Speed(cycles=1e9, flops=1e12, bytes=1e12)
 
 
 def scopes_of_the_code():
@@ -68,7 +70,7 @@ def test_products_of_a_program_go_to_their_scopes_gradients_too():
     shapes = [np.ones((16, 8), np.float32), np.ones((8, 32), np.float32)]
     program = parse(jax.jit(jax.grad(loss)).lower(
         shapes, np.ones((4, 16), np.float32)).compile().as_text())
-    parts = costs(program, TORUS, 1e9, 1e12)
+    parts = costs(program, TORUS, SPEED)
     assert parts["attention"]["flops"] == 2 * (2 * 4 * 16 * 8)  # forward, the weight's gradient
     assert parts["head"]["flops"] >= 2 * 4 * 8 * 32
 
@@ -100,20 +102,21 @@ metadata={op_name="jit(step)/add"}, backend_config={"estimated_cycles":"70"}
 
 
 def test_time_by_scope_and_by_kind():
-    costs_of = costs(parse(TPU), TORUS, 1e9, 1e12)
+    costs_of = costs(parse(TPU), TORUS, SPEED)
     parts = by_scope(costs_of)
     assert {name: round(part["seconds"] * 1e9) for name, part in parts.items()} == {
         "attention": 430, "experts": 200, OTHER: 70}
     assert list(parts) == ["attention", "experts", OTHER]
     assert {name: round(seconds * 1e9) for name, seconds in by_kind(costs_of).items()} == {
-        "matrix products": 400, "kernels": 200, "copies": 30, "memory-bound": 70}
+        "matrix products": 400, "kernels": 200, "copies": 30, "SparseCores": 0,
+        "memory-bound": 70}
 
 
 def test_a_collective_is_its_scopes():
     gather = ("%g = f32[32,8]{1,0} all-gather(%k), replica_groups=[4,4]<=[16], dimensions={0}, "
               'metadata={op_name="jit(step)/gather_weights/all_gather"}')
     text = TPU.replace("ROOT %s =", f"{gather}\n  ROOT %s =")
-    part = costs(parse(text), TORUS, 1e9, 1e12)["gather_weights"]
+    part = costs(parse(text), TORUS, SPEED)["gather_weights"]
     assert part["sent_bytes"] == part["bytes all-gather"] == 8 * 8 * 4
     assert part["count all-gather"] == 1
     assert part["collective_s"] == pytest.approx(256 * 3 / 2)
@@ -131,7 +134,7 @@ def test_what_runs_only_where_a_capacity_is_short_is_not_counted():
 
     matrix = np.ones((8, 8), np.float32)
     program = parse(jax.jit(step).lower(matrix, matrix, 1).compile().as_text())
-    assert costs(program, TORUS, 1e9, 1e12)["experts"]["flops"] == 4 * 2 * 8**3
+    assert costs(program, TORUS, SPEED)["experts"]["flops"] == 4 * 2 * 8**3
 
 
 def test_what_is_missing_is_multiplied_out():

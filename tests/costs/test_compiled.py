@@ -62,6 +62,9 @@ DOT, BATCHED, RAGGED = (2 * 4096 * 2560 * 3072, 2 * 55 * 640 * 2560 * 1536,
                         2 * 4096 * 2560 * 1536)
 
 
+SPEED = compiled.Speed(cycles=1e9, flops=1e14, bytes=1e12)
+
+
 def test_the_forms_of_tpus():
     """A product as a convolution, a batched one as a dilated window, a kernel of ragged_dot."""
     assert compiled.flops(parse(TPU)) == DOT + BATCHED + RAGGED
@@ -69,8 +72,49 @@ def test_the_forms_of_tpus():
 
 def test_estimated_time():
     """Cycles of what is not inside a fusion, kernels at the peak, and nothing that is absurd."""
-    assert compiled.seconds(parse(TPU), clock=1e9, peak_flops=1e14) == pytest.approx(
-        3000 / 1e9 + RAGGED / 1e14)
+    assert compiled.seconds(parse(TPU), SPEED) == pytest.approx(3000 / 1e9 + RAGGED / 1e14)
+
+
+SPARSE = """HloModule jit_step
+
+%inner (a: bf16[4096,80], i: s32[512]) -> bf16[512,80] {
+  %a = bf16[4096,80]{1,0} parameter(0)
+  %i = s32[512]{0} parameter(1)
+  ROOT %gather = bf16[512,80]{1,0} gather(%a, %i)
+}
+
+%called (a: bf16[4096,80], i: s32[512]) -> bf16[512,80] {
+  %a = bf16[4096,80]{1,0} parameter(0)
+  %i = s32[512]{0} parameter(1)
+  ROOT %gather_offload_custom_fusion.1 = bf16[512,80]{1,0} fusion(%a, %i), kind=kCustom, \
+calls=%inner, metadata={op_name="jit(step)/lookup/gather"}, \
+backend_config={"estimated_cycles":"9223372036854775807"}
+}, execution_thread="sparsecore"
+
+ENTRY %main (a: bf16[4096,80], i: s32[512], u: f32[512,80], t: f32[4096,80]) -> f32[4096,80] {
+  %a = bf16[4096,80]{1,0} parameter(0)
+  %i = s32[512]{0} parameter(1)
+  %u = f32[512,80]{1,0} parameter(2)
+  %t = f32[4096,80]{1,0} parameter(3)
+  %start = ((bf16[4096,80], s32[512]), bf16[512,80], u32[]) call-start(%a, %i), \
+async_execution_thread="sparsecore", to_apply=%called
+  %done = bf16[512,80]{1,0} call-done(%start)
+  ROOT %scatter_offload_custom_fusion.2 = f32[4096,80]{1,0} fusion(%t, %i, %u), kind=kCustom, \
+calls=%inner, metadata={op_name="jit(step)/row_update/scatter"}, \
+backend_config={"estimated_cycles":"9223372036854775807"}
+}
+"""
+
+
+def test_what_sparse_cores_do_takes_memory_s_time():
+    """libtpu writes no cycles beside it, and it counted for nothing."""
+    gathered, scattered = 2 * 512 * 80 * 2, 3 * (512 * 80 * 4 + 512 * 4)
+    found = costs(parse(SPARSE), Torus(sizes=(1,), link=1.0), SPEED)
+    assert found["lookup"]["SparseCores"] == pytest.approx(gathered / SPEED.bytes)
+    assert found["row_update"]["SparseCores"] == pytest.approx(scattered / SPEED.bytes)
+    assert found["lookup"]["seconds"] == found["lookup"]["SparseCores"]
+    assert compiled.seconds(parse(SPARSE), SPEED) == pytest.approx(
+        (gathered + scattered) / SPEED.bytes)
 
 
 SPLASH = """HloModule jit_step
@@ -97,7 +141,7 @@ def test_splash_attention():
     """Ten of sixteen blocks are visited, by two products forward and seven backward."""
     pairs, program = 3 * 10 * 16 * 16, parse(SPLASH)
     assert compiled.flops(program) == 2 * pairs * ((24 + 16) + (2 * 24 + 16) + 2 * (24 + 16))
-    forward = costs(program, Torus(sizes=(1,), link=1.0), 1e9, 1e14)["attention"]
+    forward = costs(program, Torus(sizes=(1,), link=1.0), SPEED)["attention"]
     assert forward["flops"] == 2 * pairs * (24 + 16)
 
 

@@ -63,7 +63,7 @@ def test_the_gradient_of_an_embedding_adds_up_in_float32(text, devices):
 
 def head_gradient(x_BTD, targets_BT, devices, monkeypatch):
     """That of the sum of all losses with respect to the head, as the training step makes it."""
-    monkeypatch.setattr(loss, "MAX_LOGITS", 4 * VOCAB)  # chunks of four tokens
+    monkeypatch.setattr(loss, "MAX_LOGITS", 4 * VOCAB)  # chunks of sixteen tokens
     mesh = placement.make_mesh(1, devices)
     split = fsdp.split(transformer.declared(MODEL), devices, MODEL.compute_dtype)
     axis = split.axes["head"]
