@@ -7,6 +7,7 @@ Shapes: N tokens, A = N * K assignments (K choices a token), P padded slots, Q b
 E experts, D width, F expert FFN.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,9 +52,9 @@ def experts_here(
 ) -> tuple[jax.Array, jax.Array]:
     """The `Routed` of a device that has all experts, in x's dtype or another."""
     groups = group(choice_NK, number)
-    out_PD = grouped_ffn(experts, to_slots(x_ND, groups), groups)
-    out_NKD = from_slots(out_PD, groups)
-    return jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype)), groups.count_E
+    out_ND = jax.lax.platform_dependent(
+        experts, x_ND, weight_NK, groups, tpu=weighed_first, default=weighed_last)
+    return out_ND, groups.count_E
 
 
 @jax.named_scope("experts")
@@ -173,7 +174,7 @@ def from_slots(out_PD: jax.Array, groups: Groups) -> jax.Array:
 
 
 def _to_slots_backward(groups: Groups, grad_PD: jax.Array) -> tuple[jax.Array, None]:
-    return jnp.sum(from_slots(grad_PD, groups), axis=1), None
+    return added_up(grad_PD, groups.slot_NK), None
 
 
 def _from_slots_backward(groups: Groups, grad_NKD: jax.Array) -> tuple[jax.Array, None]:
@@ -185,6 +186,38 @@ def _from_slots_backward(groups: Groups, grad_NKD: jax.Array) -> tuple[jax.Array
 # inverse: no scatter, no atomics, the same bits each run.
 to_slots.defvjp(lambda x, groups: (to_slots(x, groups), groups), _to_slots_backward)
 from_slots.defvjp(lambda out, groups: (from_slots(out, groups), groups), _from_slots_backward)
+
+
+@jax.custom_vjp
+def _added(out_PD: jax.Array, groups: Groups) -> jax.Array:
+    """The slots of each token's assignments, added up, [N, D]: the transpose of `to_slots`."""
+    return added_up(out_PD, groups.slot_NK)
+
+
+_added.defvjp(lambda out, groups: (_added(out, groups), groups),
+              lambda groups, grad_ND: (to_slots(grad_ND, groups), None))
+
+
+@jax.custom_vjp
+def slot_weights(weight_NK: jax.Array, source_P: jax.Array, slot_NK: jax.Array) -> jax.Array:
+    """The weight of each slot's assignment, [P]; 0 where `source_P` says A."""
+    return weight_NK.reshape(-1).at[source_P].get(mode="fill", fill_value=0)
+
+
+slot_weights.defvjp(
+    lambda weight, source, slot: (slot_weights(weight, source, slot), slot),
+    lambda slot_NK, grad_P: (grad_P.at[slot_NK].get(mode="fill", fill_value=0), None, None))
+
+
+def added_up(rows_PD: jax.Array, slot_NK: jax.Array) -> jax.Array:
+    """For each token the sum of its choices' rows, in float32 and then in theirs, [N, D]; places
+    after the last row have zeros.
+
+    One choice after another, so that [N, K, D] need not be in memory.
+    """
+    choices = (rows_PD.at[slot_N].get(mode="fill", fill_value=0).astype(jnp.float32)
+               for slot_N in slot_NK.T)
+    return functools.reduce(jnp.add, choices).astype(rows_PD.dtype)
 
 
 def grouped_ffn(
@@ -202,3 +235,20 @@ def grouped_ffn(
     if weight_P is not None:
         hidden_PF = (hidden_PF.astype(jnp.float32) * weight_P[:, None]).astype(x_PD.dtype)
     return times(hidden_PF, experts["down"])
+
+
+def weighed_last(
+    experts: Params, x_ND: jax.Array, weight_NK: jax.Array, groups: Groups
+) -> jax.Array:
+    """What each token's choices make of it, weighed and added up, [N, D]."""
+    out_NKD = from_slots(grouped_ffn(experts, to_slots(x_ND, groups), groups), groups)
+    return jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype))
+
+
+def weighed_first(
+    experts: Params, x_ND: jax.Array, weight_NK: jax.Array, groups: Groups
+) -> jax.Array:
+    """The same by weighed hidden units, so that neither it nor a gradient needs [N, K, D], which
+    libtpu lays out in a way of its own and adds up from there."""
+    weight_P = slot_weights(weight_NK, groups.source_P, groups.slot_NK)
+    return _added(grouped_ffn(experts, to_slots(x_ND, groups), groups, weight_P), groups)

@@ -162,7 +162,7 @@ class SentExperts:
           number: of the round; 0 itself, or an array for one of the others.
         """
         here = self._round(way, number, weight_NK.shape, experts["gate"].shape[0])
-        weight_S = self._swap(_weights(weight_NK, here))
+        weight_S = self._swap(moe.slot_weights(weight_NK, here.source_S, here.slot_NK))
         weight_R = moe.to_slots(weight_S[:, None], here.groups)[:, 0]
         out_RD = moe.grouped_ffn(experts, _sent(self, x_ND, here), here.groups, weight_R)
         return _received(self, out_RD, here)
@@ -233,25 +233,13 @@ def _sent(routed: SentExperts, x_ND: jax.Array, here: Round) -> jax.Array:
 def _received(routed: SentExperts, out_RD: jax.Array, here: Round) -> jax.Array:
     """What came back for each token, added up in float32, [N, D]."""
     out_SD = routed._swap(out_RD.at[here.row_S].get(mode="fill", fill_value=0))
-    out_NKD = out_SD.at[here.slot_NK].get(mode="fill", fill_value=0)
-    return jnp.sum(out_NKD, axis=1, dtype=jnp.float32).astype(out_RD.dtype)
+    return moe.added_up(out_SD, here.slot_NK)
 
 
 _sent.defvjp(lambda routed, x, here: (_sent(routed, x, here), here),
              lambda routed, here, grad_RD: (_received(routed, grad_RD, here), None))
 _received.defvjp(lambda routed, out, here: (_received(routed, out, here), here),
                  lambda routed, here, grad_ND: (_sent(routed, grad_ND, here), None))
-
-
-@jax.custom_vjp
-def _weights(weight_NK: jax.Array, here: Round) -> jax.Array:
-    """The weight of each assignment that leaves, [S]; 0 in empty places."""
-    return weight_NK.reshape(-1).at[here.source_S].get(mode="fill", fill_value=0)
-
-
-_weights.defvjp(
-    lambda weight, here: (_weights(weight, here), here),
-    lambda here, grad_S: (grad_S.at[here.slot_NK].get(mode="fill", fill_value=0), None))
 
 
 Given = tuple[Params, jax.Array, jax.Array]  # experts, tokens, weights: what has gradients

@@ -30,6 +30,8 @@ from engram_jax.model.moe import (
     moe_parameters,
     rebalanced,
     route,
+    weighed_first,
+    weighed_last,
 )
 from engram_jax.model.over_encoding import encode
 from engram_jax.model.parameters import values
@@ -384,6 +386,7 @@ def dense_oracle(params, x_BTD, choice_NK, config):
     return out_ND.reshape(x_BTD.shape), picked_NE.sum(axis=0).astype(np.int32)
 
 
+@pytest.mark.parametrize("weighed", [weighed_last, weighed_first])
 @pytest.mark.parametrize(("shape", "experts", "top_k", "bias"), [
     ((1, 1), 4, 2, {}),
     pytest.param((2, 13), 12, 1, {}, marks=pytest.mark.slow),
@@ -392,7 +395,8 @@ def dense_oracle(params, x_BTD, choice_NK, config):
     ((2, 8), 4, 2, {1: -9.0}),
     ((4, 100), 3, 2, {2: 0.2}),
 ], ids=str)
-def test_experts_equal_every_expert_on_every_token(shape, experts, top_k, bias):
+def test_experts_equal_every_expert_on_every_token(weighed, shape, experts, top_k, bias):
+    """Weighed where they come back, or, as on TPUs, where they are computed."""
     config = MoEConfig(experts=experts, top_k=top_k, shared=experts % 2, expert_ffn=8, scale=1.5)
     params = values(moe_parameters(jax.random.key(0), 16, config))
     x, cotangent = jnp.asarray(random(*shape, 16)), random(*shape, 16, seed=1)
@@ -409,7 +413,12 @@ def test_experts_equal_every_expert_on_every_token(shape, experts, top_k, bias):
         function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         return jax.jit(function)(params, x)
 
-    ours, theirs = run(moe, bias_E), run(dense_oracle, choice)
+    def routed(experts, x_ND, choice_NK, weight_NK, number):
+        groups = group(choice_NK, number)
+        return weighed(experts, x_ND, weight_NK, groups), groups.count_E
+
+    ours = run(functools.partial(moe, routed=routed), bias_E)
+    theirs = run(dense_oracle, choice)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
     load = ours[0][1][1]
