@@ -16,6 +16,7 @@ from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoECon
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
 from engram_jax.model import hyper_connections, parameters, transformer
+from engram_jax.model.moe import experts_here, group, weighed_first, weighed_last
 from engram_jax.model.sent_experts import SentExperts
 from engram_jax.tables.layout import TableLayout
 from engram_jax.training import placement
@@ -202,3 +203,23 @@ def test_sinkhorn_of_few_tokens_has_its_own_way_on_gpus(monkeypatch, tokens, way
     jax.jit(lambda logits: hyper_connections.sinkhorn(logits, 20)).trace(
         jnp.ones((1, tokens, 4, 4))).lower(lowering_platforms=("cuda",))
     assert set(taken) == {way}
+
+
+EXPERTS = {"gate": jnp.ones((4, 8, 16)), "up": jnp.ones((4, 8, 16)), "down": jnp.ones((4, 16, 8))}
+CHOICES = jnp.zeros((32, 3), jnp.int32)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_tpus_alone_have_no_array_with_a_row_for_each_choice(platform):
+    """Experts that are all here weigh hidden units there."""
+    text = jax.jit(lambda x_ND: experts_here(EXPERTS, x_ND, CHOICES, jnp.ones((32, 3)), 4)).trace(
+        jnp.ones((32, 8))).lower(lowering_platforms=(platform,)).as_text()
+    assert ("tensor<32x3x8xf32>" in text) == (platform != "tpu")
+
+
+@pytest.mark.parametrize("weighed", [weighed_first, weighed_last])
+def test_nor_do_their_gradients(weighed):
+    gradients = jax.make_jaxpr(jax.grad(
+        lambda *given: jnp.sum(weighed(*given, group(CHOICES, 4)) ** 2), argnums=(0, 1, 2)))
+    traced = str(gradients(EXPERTS, jnp.ones((32, 8)), jnp.ones((32, 3))))
+    assert ("f32[32,3,8]" in traced) == (weighed is weighed_last)
