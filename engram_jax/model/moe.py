@@ -213,11 +213,14 @@ def added_up(rows_PD: jax.Array, slot_NK: jax.Array) -> jax.Array:
     """For each token the sum of its choices' rows, in float32 and then in theirs, [N, D]; places
     after the last row have zeros.
 
-    One choice after another, so that [N, K, D] need not be in memory.
+    One choice after another, so that [N, K, D] need not be in memory. On TPUs the sum is: libtpu
+    made it a part of the products that read it, and added up for each of their tiles anew.
     """
     choices = (rows_PD.at[slot_N].get(mode="fill", fill_value=0).astype(jnp.float32)
                for slot_N in slot_NK.T)
-    return functools.reduce(jnp.add, choices).astype(rows_PD.dtype)
+    return jax.lax.platform_dependent(
+        functools.reduce(jnp.add, choices).astype(rows_PD.dtype),
+        tpu=jax.lax.optimization_barrier, default=lambda sum_ND: sum_ND)
 
 
 def grouped_ffn(
