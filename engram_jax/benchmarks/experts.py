@@ -86,11 +86,11 @@ def _both_ways(
 
     For the gradients alone a compiler would leave out the last product of the forward pass.
     """
-    def total(params: Params, x_ND: jax.Array) -> jax.Array:
+    def total(params: Params, x_ND: jax.Array, weight_NK: jax.Array) -> jax.Array:
         out_ND, _ = experts_here(params, x_ND, choice_NK, weight_NK, experts)
         return jnp.sum(out_ND.astype(jnp.float32))
 
-    return jax.value_and_grad(total, argnums=(0, 1))(params, x_ND)
+    return jax.value_and_grad(total, argnums=(0, 1, 2))(params, x_ND, weight_NK)
 
 
 def _compiled(config: MoEConfig, width: int) -> tuple[Any, Any, Any]:

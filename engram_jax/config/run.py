@@ -171,7 +171,7 @@ class TrainingConfig:
       accumulate: a step's batch is cut into so many parts, one after another; the gradients add up,
         and activations take so much less memory. Rows of tables and their gradients are those of
         the whole batch, as a row meets its optimizer once a step; matrices that are split over
-        devices travel for every part.
+        devices travel for every part, forward and back.
       row_capacity: rows that a device may ask of each peer in one round of the exchange, as a share
         of (ids it looks up / devices); more rounds follow where it is short. 0 measures the data.
       check_exchange: in every step the devices check that rows reach their owners and that tables

@@ -102,7 +102,7 @@ def by_scope(parts: Costs) -> dict[str, dict[str, float]]:
 
 
 def by_kind(parts: Costs) -> dict[str, float]:
-    """Seconds of each of `WORK`; of all that is nothing else, memory bounds it."""
+    """Seconds of each of `WORK`; what is none of the others is called bound by memory."""
     return {kind: total(parts, kind) for kind in WORK}
 
 

@@ -67,13 +67,13 @@ def on_sparse_cores(site: Site) -> bool:
 
 
 def _moved(site: Site) -> int:
-    """Bytes that a gather or scatter reads and writes. Of a scatter into an array that is what has
-    its shape, which stays where it is, and the rest is read with the places that it goes to."""
-    out = site.instruction.shapes[0]
+    """Bytes that a gather or scatter reads and writes. Its first operand is the array whose rows it
+    reads or adds to, the others say which rows and what is added."""
+    _, *others = site.computation.operand_shapes(site.instruction)
     if site.instruction.name.startswith("gather"):
-        return 2 * bytes_of(out)
-    return 3 * sum(bytes_of(shape) for shape in site.computation.operand_shapes(site.instruction)
-                   if shape != out)
+        return 2 * bytes_of(site.instruction.shapes[0]) + sum(map(bytes_of, others))
+    indices, *updates = others
+    return bytes_of(indices) + 3 * sum(map(bytes_of, updates))
 
 
 def flops_of(site: Site) -> int:

@@ -58,7 +58,7 @@ class Plan:
       step_s, mfu: the step's time by both, and the model's FLOPs over what the chip could do in it
         (`costs.breakdown.Roofline`).
       by_scope: for each part of the network seconds, flops, sent_bytes and collective_s.
-      by_kind: seconds of matrix products, kernels, copies, gathers on SparseCores and what memory
+      by_kind: seconds of matrix products, kernels, copies, what SparseCores do and what memory
         bounds.
       reason: why it does not fit, in the compiler's words.
     """

@@ -27,7 +27,7 @@ class Sharing(NamedTuple):
     Attributes:
       devices: that share them; 1 is gathered.
       weights_bytes, weights_s: matrices there, and their gradients back.
-      memory_s: both, from and to memory.
+      memory_s: both, from and to memory; nothing where matrices are whole anyhow.
       tokens_bytes, tokens_s: tokens there and results back, and their gradients.
     """
 
@@ -72,7 +72,8 @@ def sharing(run: RunConfig, there: Slice, split: int, devices: int) -> Sharing:
         (1 + again) * seconds("all-gather", width * own / apart, apart)
         + seconds("reduce-scatter", grads, apart))
     weights = times * (whole + grads) * (apart - 1) / apart
-    memory_s = times * (_THERE * whole + _BACK * grads) / (there.chip.hbm_gbytes * 1e9)
+    passes = 0 if split == 1 else _THERE * whole + _BACK * grads
+    memory_s = times * passes / (there.chip.hbm_gbytes * 1e9)
     if devices == 1:
         return Sharing(1, weights, weights_s, memory_s)
 
@@ -114,7 +115,7 @@ def reason(run: RunConfig, there: Slice, split: int, devices: int) -> str:
 
 def _in_one_part(run: RunConfig, there: Slice, split: int) -> str:
     """What it would take if matrices travelled once a step."""
-    if run.training.accumulate == 1:
+    if run.training.accumulate == 1 or split == 1:
         return ""
     best = chosen(changed(run, {"training.accumulate": 1}), there, split)
     assert best is not None

@@ -113,11 +113,26 @@ def _heads_first(
     return jnp.einsum("bhtv,hvd->btd", mixed_BHTV, output_HVD)
 
 
-def _beside(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The two along the last axis, as a sum of what is filled up with zeros; heads broadcast."""
-    lead = ((0, 0),) * (first.ndim - 1)
-    return (jnp.pad(first, (*lead, (0, second.shape[-1])))
-            + jnp.pad(second, (*lead, (first.shape[-1], 0))))
+@jax.custom_vjp
+def _beside(first_BHTN: jax.Array, second: jax.Array) -> jax.Array:
+    """The two along the last axis, as a sum of what is filled up with zeros; `second` is
+    [B, H, T, R], or the same for all heads, [B, 1, T, R]."""
+    lead = ((0, 0),) * (first_BHTN.ndim - 1)
+    return (jnp.pad(first_BHTN, (*lead, (0, second.shape[-1])))
+            + jnp.pad(second, (*lead, (first_BHTN.shape[-1], 0))))
+
+
+def _beside_backward(
+    shape: tuple[int, ...], grad_BHTX: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Cut before heads are added up, which is in float32."""
+    first, second = jnp.split(grad_BHTX, [grad_BHTX.shape[-1] - shape[-1]], axis=-1)
+    if shape[1] != second.shape[1]:
+        second = jnp.sum(second, axis=1, keepdims=True, dtype=jnp.float32).astype(grad_BHTX.dtype)
+    return first, second
+
+
+_beside.defvjp(lambda first, second: (_beside(first, second), second.shape), _beside_backward)
 
 
 def _expansion(expand: jax.Array, config: AttentionConfig, stretch: Stretch) -> jax.Array:
@@ -235,7 +250,8 @@ def _rope_by_head(
     """`rope` with heads before time, in which the other one of each pair comes from a product.
 
     Halves of R are parts of a TPU's rows of 128, and to cut and join them takes memory several
-    times. The product is with 1, -1 and 0, so it is exact; its gradient is turned back likewise.
+    times. The product is with 1, -1 and 0, so of finite numbers it is exact; its gradient is turned
+    back likewise.
     """
     angle_B1TR = _angles(positions_BT, config)[:, None]
     turn_B1TR = jnp.concatenate([angle_B1TR, angle_B1TR], axis=-1)

@@ -16,9 +16,10 @@ from engram_jax.model import transformer
 # More logits than this are made chunk by chunk: 512 MiB of float32, about 1,000 tokens of the
 # paper's vocabulary. A chunk's backward pass takes a few times as much.
 MAX_LOGITS = 2**27
-# In training each chunk also reads and writes the gradient of the head's weight. So of many tokens
-# a chunk has this share, beside which their activations are large, and up to so many times as much.
-SHARE, TIMES = 32, 4
+# In training each chunk also reads and writes the gradient of the head's weight, for which few
+# tokens take longer than their products. So there a chunk has up to `LARGEST` times as many, 2 GiB
+# of logits, but no more than one of `CHUNKS` of a device's tokens, whose activations are as large.
+LARGEST, CHUNKS = 4, 32
 
 
 @jax.named_scope("loss")
@@ -54,7 +55,7 @@ def mean_token_loss(
     if size * config.vocab_size <= MAX_LOGITS:
         return jnp.mean(token_losses(params, x_BTMD, targets_BT, config))
     tokens = _at_a_time(config)
-    tokens = min(max(tokens, size // SHARE), TIMES * tokens)
+    tokens = min(max(tokens, size // CHUNKS), LARGEST * tokens)
     total: jax.Array = _sum_of_chunks(
         config, params, _chunks(x_BTMD.reshape(size, *x_BTMD.shape[2:]), tokens),
         _chunks(targets_BT.reshape(size), tokens), _chunks(jnp.ones(size), tokens))
@@ -155,7 +156,7 @@ _sum_of_chunks.defvjp(_with_gradients, _scaled)
 
 
 def _at_a_time(config: ModelConfig) -> int:
-    """Tokens of a chunk."""
+    """Tokens of a chunk of which no gradient is made."""
     return max(1, MAX_LOGITS // config.vocab_size)
 
 

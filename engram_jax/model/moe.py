@@ -50,11 +50,21 @@ Routed = Callable[
 def experts_here(
     experts: Params, x_ND: jax.Array, choice_NK: jax.Array, weight_NK: jax.Array, number: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The `Routed` of a device that has all experts, in x's dtype or another."""
+    """The `Routed` of a device that has all experts: what they give is weighed."""
     groups = group(choice_NK, number)
-    out_ND = jax.lax.platform_dependent(
-        experts, x_ND, weight_NK, groups, tpu=weighed_first, default=weighed_last)
-    return out_ND, groups.count_E
+    out_NKD = from_slots(grouped_ffn(experts, to_slots(x_ND, groups), groups), groups)
+    return jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype)), groups.count_E
+
+
+def experts_weighed_first(
+    experts: Params, x_ND: jax.Array, choice_NK: jax.Array, weight_NK: jax.Array, number: int
+) -> tuple[jax.Array, jax.Array]:
+    """The same for TPUs: hidden units are weighed, so that neither it nor a gradient needs
+    [N, K, D], which libtpu lays out in a way of its own and adds up from there."""
+    groups = group(choice_NK, number)
+    weight_P = slot_weights(weight_NK, groups.source_P, groups.slot_NK)
+    out_PD = grouped_ffn(experts, to_slots(x_ND, groups), groups, weight_P)
+    return _of_choices(out_PD, groups), groups.count_E
 
 
 @jax.named_scope("experts")
@@ -189,18 +199,19 @@ from_slots.defvjp(lambda out, groups: (from_slots(out, groups), groups), _from_s
 
 
 @jax.custom_vjp
-def _added(out_PD: jax.Array, groups: Groups) -> jax.Array:
+def _of_choices(out_PD: jax.Array, groups: Groups) -> jax.Array:
     """The slots of each token's assignments, added up, [N, D]: the transpose of `to_slots`."""
     return added_up(out_PD, groups.slot_NK)
 
 
-_added.defvjp(lambda out, groups: (_added(out, groups), groups),
-              lambda groups, grad_ND: (to_slots(grad_ND, groups), None))
+_of_choices.defvjp(lambda out, groups: (_of_choices(out, groups), groups),
+                   lambda groups, grad_ND: (to_slots(grad_ND, groups), None))
 
 
 @jax.custom_vjp
 def slot_weights(weight_NK: jax.Array, source_P: jax.Array, slot_NK: jax.Array) -> jax.Array:
-    """The weight of each slot's assignment, [P]; 0 where `source_P` says A."""
+    """The weight of each slot's assignment, [P]; 0 where `source_P` says A, and no gradient where
+    `slot_NK` says P: an assignment may have no slot."""
     return weight_NK.reshape(-1).at[source_P].get(mode="fill", fill_value=0)
 
 
@@ -238,20 +249,3 @@ def grouped_ffn(
     if weight_P is not None:
         hidden_PF = (hidden_PF.astype(jnp.float32) * weight_P[:, None]).astype(x_PD.dtype)
     return times(hidden_PF, experts["down"])
-
-
-def weighed_last(
-    experts: Params, x_ND: jax.Array, weight_NK: jax.Array, groups: Groups
-) -> jax.Array:
-    """What each token's choices make of it, weighed and added up, [N, D]."""
-    out_NKD = from_slots(grouped_ffn(experts, to_slots(x_ND, groups), groups), groups)
-    return jnp.einsum("nkd,nk->nd", out_NKD, weight_NK.astype(x_ND.dtype))
-
-
-def weighed_first(
-    experts: Params, x_ND: jax.Array, weight_NK: jax.Array, groups: Groups
-) -> jax.Array:
-    """The same by weighed hidden units, so that neither it nor a gradient needs [N, K, D], which
-    libtpu lays out in a way of its own and adds up from there."""
-    weight_P = slot_weights(weight_NK, groups.source_P, groups.slot_NK)
-    return _added(grouped_ffn(experts, to_slots(x_ND, groups), groups, weight_P), groups)

@@ -140,7 +140,7 @@ def _spec(ndim: int, axis: int) -> PartitionSpec:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gathered(part: jax.Array, axis: int, dtype: str, near: int) -> jax.Array:
-    """The whole matrix in `dtype`; the gradient is summed over the axis `fsdp` in float32."""
+    """The whole matrix in `dtype`; the gradient is summed over `OVER` in float32."""
     parts = collectives.all_gather(_packed(part.astype(dtype)), OVER, near)
     return _joined(parts, axis, part.shape)
 

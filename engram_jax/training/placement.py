@@ -19,7 +19,7 @@ from engram_jax.config import RunConfig, require
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
 from engram_jax.model import attention_kernels, hyper_connections, transformer
-from engram_jax.model.moe import Routed, experts_here
+from engram_jax.model.moe import Routed, experts_here, experts_weighed_first
 from engram_jax.model.sent_experts import SentExperts, pays_to_all
 from engram_jax.settings import changed
 from engram_jax.tables import collectives
@@ -204,7 +204,8 @@ def routed(run: RunConfig, mesh: Mesh) -> Routed:
     """How tokens and experts come together on a mesh."""
     moe, devices = run.model.moe, mesh.shape[EXPERT]
     if moe is None or devices == 1:
-        return experts_here
+        on_tpus = mesh.devices.flat[0].platform == "tpu"
+        return experts_weighed_first if on_tpus else experts_here
     axes = collectives.spanned(list(mesh.devices[0, 0, :, 0]))
     return SentExperts(axis=EXPERT, devices=devices, everywhere=AXES,
                        to_all=pays_to_all(moe.top_k, devices, axes))

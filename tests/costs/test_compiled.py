@@ -108,7 +108,7 @@ backend_config={"estimated_cycles":"9223372036854775807"}
 
 def test_what_sparse_cores_do_takes_memory_s_time():
     """libtpu writes no cycles beside it, and it counted for nothing."""
-    gathered, scattered = 2 * 512 * 80 * 2, 3 * (512 * 80 * 4 + 512 * 4)
+    gathered, scattered = 2 * 512 * 80 * 2 + 512 * 4, 3 * 512 * 80 * 4 + 512 * 4
     parts = costs(parse(SPARSE), Torus(sizes=(1,), link=1.0), SPEED)
     assert parts["lookup"]["SparseCores"] == pytest.approx(gathered / SPEED.bytes)
     assert parts["row_update"]["SparseCores"] == pytest.approx(scattered / SPEED.bytes)

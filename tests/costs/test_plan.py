@@ -7,7 +7,7 @@ import pytest
 
 from engram_jax.cli import main
 from engram_jax.costs import slices
-from engram_jax.costs.plan import GIB, Plan, asked_for, described
+from engram_jax.costs.plan import GIB, Plan, _speed, asked_for, described
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 needs_libtpu = pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed (extra aot)")
@@ -23,6 +23,10 @@ needs_libtpu = pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed (e
 ])
 def test_what_the_compiler_asked_for(message, size):
     assert asked_for(message) == size
+
+
+def test_what_a_chip_does_in_a_second():
+    assert _speed(slices.CHIPS["v5p"]) == (1.75e9, 459e12, 2765e9)
 
 
 COMMON = {"name": "tiny", "topology": "v5e:2x2", "mesh": "1x4", "devices": 4,

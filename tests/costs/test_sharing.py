@@ -69,3 +69,17 @@ def test_the_reason_says_what_matrices_would_take_that_travel_once_a_step():
     assert wanted in reason(RUN, V5E, 256, 8)
     assert reason(RUN, V5E, 256, 8).endswith("sent along 2")
     assert "accumulate" not in reason(once, V5E, 256, 2)
+
+
+def test_where_matrices_are_whole_none_travels():
+    one = Slice(chip=CHIPS["v5e"], sizes=(1, 1), devices=[None])
+    assert sharing(RUN, one, 1, 1).seconds == 0
+    assert reason(RUN, one, 1, 1) == (
+        "gathered: 0.0 GB a device and step, 0 s on the links and 0 s in memory")
+
+
+def test_a_step_of_one_part_may_gather():
+    v5p = Slice(chip=CHIPS["v5p"], sizes=(4, 4, 4), devices=[None] * 64)
+    assert reason(RUN, v5p, 64, 2).endswith(
+        "with training.accumulate=1, if it fits, 148.2 GB a device and step, 0.247 s on the links "
+        "and 0.191 s in memory, gathered")

@@ -15,6 +15,7 @@ import pytest
 from engram_jax.config import AttentionConfig, YarnConfig
 from engram_jax.costs.slices import slice_of
 from engram_jax.errors import UserError
+from engram_jax.model import attention as attention_module
 from engram_jax.model import attention_kernels, parameters
 from engram_jax.model.attention import attention, attention_parameters
 from engram_jax.model.attention_kernels import available, chosen, cudnn, in_chunks, splash
@@ -245,3 +246,36 @@ def test_heads_first_is_time_first(monkeypatch, isolated):
 
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5),
                  out_and_gradients("splash"), out_and_gradients("xla"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("width", "yarn"), [
+    (2, None), (10, None), (64, YarnConfig(factor=4.0, original_length=64))])
+def test_rope_by_head_is_rope_to_the_bit(dtype, width, yarn):
+    """Forward and backward; positions begin elsewhere than at 0, as those of a stretch do."""
+    config = AttentionConfig(rope_dim=width, yarn=yarn)
+    x_BHTR = jax.random.normal(jax.random.key(0), (2, 3, 7, width)).astype(dtype)
+    positions_1T = jnp.arange(15_000, 15_007)[None]
+
+    def by_time(x_BHTR):
+        return jnp.swapaxes(
+            attention_module.rope(jnp.swapaxes(x_BHTR, 1, 2), positions_1T, config), 1, 2)
+
+    ours, back = jax.vjp(
+        lambda x: attention_module._rope_by_head(x, positions_1T, config), x_BHTR)
+    theirs, their_back = jax.vjp(by_time, x_BHTR)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(back(2 * ours)[0], their_back(2 * ours)[0])
+    assert "Precision.HIGHEST" in str(jax.make_jaxpr(attention_module._turned)(
+        x_BHTR, *jnp.ones((2, 1, 1, 7, width))))
+
+
+def test_gradients_of_a_key_that_heads_share_add_up_in_float32():
+    """In bfloat16 each 1 would be lost."""
+    first_BHTN, shared_B1TR = jnp.ones((1, 4, 1, 2), "bfloat16"), jnp.ones((1, 1, 1, 3), "bfloat16")
+    out, back = jax.vjp(attention_module._beside, first_BHTN, shared_B1TR)
+    assert out.shape == (1, 4, 1, 5)
+    grad_BHTX = jnp.stack([jnp.full((1, 1, 5), value) for value in (256, 1, 1, 2)], 1)
+    of_first, of_shared = back(grad_BHTX.astype("bfloat16"))
+    assert of_first[0, :, 0, 0].tolist() == [256, 1, 1, 2]
+    assert of_shared.astype("float32").tolist() == [[[[260] * 3]]]

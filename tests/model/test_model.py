@@ -25,13 +25,13 @@ from engram_jax.model.hyper_connections import connect, mixing, mixing_parameter
 from engram_jax.model.layers import ffn, rms_norm
 from engram_jax.model.moe import (
     block_size,
+    experts_here,
+    experts_weighed_first,
     group,
     moe,
     moe_parameters,
     rebalanced,
     route,
-    weighed_first,
-    weighed_last,
 )
 from engram_jax.model.over_encoding import encode
 from engram_jax.model.parameters import values
@@ -386,7 +386,7 @@ def dense_oracle(params, x_BTD, choice_NK, config):
     return out_ND.reshape(x_BTD.shape), picked_NE.sum(axis=0).astype(np.int32)
 
 
-@pytest.mark.parametrize("weighed", [weighed_last, weighed_first])
+@pytest.mark.parametrize("routed", [experts_here, experts_weighed_first])
 @pytest.mark.parametrize(("shape", "experts", "top_k", "bias"), [
     ((1, 1), 4, 2, {}),
     pytest.param((2, 13), 12, 1, {}, marks=pytest.mark.slow),
@@ -395,7 +395,7 @@ def dense_oracle(params, x_BTD, choice_NK, config):
     ((2, 8), 4, 2, {1: -9.0}),
     ((4, 100), 3, 2, {2: 0.2}),
 ], ids=str)
-def test_experts_equal_every_expert_on_every_token(weighed, shape, experts, top_k, bias):
+def test_experts_equal_every_expert_on_every_token(routed, shape, experts, top_k, bias):
     """Weighed where they come back, or, as on TPUs, where they are computed."""
     config = MoEConfig(experts=experts, top_k=top_k, shared=experts % 2, expert_ffn=8, scale=1.5)
     params = values(moe_parameters(jax.random.key(0), 16, config))
@@ -412,10 +412,6 @@ def test_experts_equal_every_expert_on_every_token(weighed, shape, experts, top_
             return jnp.sum(out * cotangent), (out, load)
         function = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         return jax.jit(function)(params, x)
-
-    def routed(experts, x_ND, choice_NK, weight_NK, number):
-        groups = group(choice_NK, number)
-        return weighed(experts, x_ND, weight_NK, groups), groups.count_E
 
     ours = run(functools.partial(moe, routed=routed), bias_E)
     theirs = run(dense_oracle, choice)

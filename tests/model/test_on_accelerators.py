@@ -15,8 +15,8 @@ from engram_jax import recipes
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
-from engram_jax.model import hyper_connections, parameters, transformer
-from engram_jax.model.moe import experts_here, group, weighed_first, weighed_last
+from engram_jax.model import hyper_connections, moe, parameters, transformer
+from engram_jax.model.moe import experts_here, experts_weighed_first
 from engram_jax.model.sent_experts import SentExperts
 from engram_jax.tables.layout import TableLayout
 from engram_jax.training import placement
@@ -117,7 +117,10 @@ def test_how_streams_lie_is_for_the_device_to_say(platform, streams, layout, the
     (lambda x: SentExperts(axis="expert", devices=4, everywhere=AXES, to_all=True)._tokens(x, None),
      {"tpu": ("LayoutConstraint", 2)}),
     (lambda x: TableLayout(rows=64, dim=8, shards=1).put(jnp.zeros((1, 64, 8)), jnp.arange(32), x),
-     {"tpu": ("optimization_barrier", 1)})], ids=["gathered tokens", "rows that are written"])
+     {"tpu": ("optimization_barrier", 1)}),
+    (lambda x: moe.added_up(x, jnp.zeros((4, 2), jnp.int32)),
+     {"tpu": ("optimization_barrier", 1)})],
+    ids=["gathered tokens", "rows that are written", "sums of choices"])
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
 def test_what_a_tpu_alone_is_asked_for(function, asked, platform):
     """Tokens that lie row by row before and after they are gathered; rows that are made first."""
@@ -205,21 +208,42 @@ def test_sinkhorn_of_few_tokens_has_its_own_way_on_gpus(monkeypatch, tokens, way
     assert set(taken) == {way}
 
 
-EXPERTS = {"gate": jnp.ones((4, 8, 16)), "up": jnp.ones((4, 8, 16)), "down": jnp.ones((4, 16, 8))}
-CHOICES = jnp.zeros((32, 3), jnp.int32)
+@pytest.mark.parametrize("routed", [experts_here, experts_weighed_first])
+def test_what_is_weighed_first_has_no_array_with_a_row_for_each_choice(routed):
+    """Nor have its gradients. Meshes of TPUs ask for it, other ones do not."""
+    experts = {"gate": jnp.ones((4, 8, 16)), "up": jnp.ones((4, 8, 16)),
+               "down": jnp.ones((4, 16, 8))}
+
+    def loss(experts, x_ND, weight_NK):
+        return jnp.sum(routed(experts, x_ND, jnp.zeros((32, 3), jnp.int32), weight_NK, 4)[0] ** 2)
+
+    traced = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(
+        experts, jnp.ones((32, 8)), jnp.ones((32, 3))))
+    assert ("f32[32,3,8]" in traced) == (routed is experts_here)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
-def test_tpus_alone_have_no_array_with_a_row_for_each_choice(platform):
-    """Experts that are all here weigh hidden units there."""
-    text = jax.jit(lambda x_ND: experts_here(EXPERTS, x_ND, CHOICES, jnp.ones((32, 3)), 4)).trace(
-        jnp.ones((32, 8))).lower(lowering_platforms=(platform,)).as_text()
-    assert ("tensor<32x3x8xf32>" in text) == (platform != "tpu")
+@pytest.mark.parametrize(("platform", "routed"), [
+    ("tpu", experts_weighed_first), ("cpu", experts_here), ("gpu", experts_here)])
+def test_a_mesh_of_tpus_weighs_first(platform, routed):
+    device = types.SimpleNamespace(platform=platform)
+    mesh = types.SimpleNamespace(shape={"expert": 1}, devices=np.array([[[[device]]]]))
+    assert placement.routed(recipes.recipe("moe-27b"), mesh) is routed
 
 
-@pytest.mark.parametrize("weighed", [weighed_first, weighed_last])
-def test_nor_do_their_gradients(weighed):
-    gradients = jax.make_jaxpr(jax.grad(
-        lambda *given: jnp.sum(weighed(*given, group(CHOICES, 4)) ** 2), argnums=(0, 1, 2)))
-    traced = str(gradients(EXPERTS, jnp.ones((32, 8)), jnp.ones((32, 3))))
-    assert ("f32[32,3,8]" in traced) == (weighed is weighed_last)
+def test_choices_add_up_in_float32():
+    """In bfloat16 each 1 would be lost: 256 and 1 are 256 there."""
+    rows_PD = jnp.array([[256], [1], [1], [2]], jnp.bfloat16)
+    sums = moe.added_up(rows_PD, jnp.array([[0, 1, 2], [3, 1, 4]]))
+    assert sums.dtype == jnp.bfloat16
+    assert sums.astype(jnp.float32).tolist() == [[258], [3]]
+
+
+def test_what_mixes_streams_may_be_joined_with_the_forward_pass():
+    model = dataclasses.replace(MODEL, streams=2)
+    params = hyper_connections.mixing_parameters(jax.random.key(0), 8, 2)
+    streams = tuple(jnp.ones((1, 4, 8)) for _ in range(2))
+    traced = str(jax.make_jaxpr(lambda x: hyper_connections.connect(
+        parameters.values(params), x, lambda x: (x, None), model.sinkhorn_rounds, 1e-6)[0])(
+            streams))
+    assert traced.count("prevent_cse=False") == 2
+    assert "prevent_cse=True" not in traced

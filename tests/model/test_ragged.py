@@ -147,7 +147,8 @@ def test_gpus_go_block_after_block_only_where_blocks_are_few():
     assert "batching_dims = [0] x [0]" in program(64)
 
 
-def test_what_a_kernel_leaves_in_empty_slots_reaches_nobody(monkeypatch):
+@pytest.mark.parametrize("routed", [moe.experts_here, moe.experts_weighed_first])
+def test_what_a_kernel_leaves_in_empty_slots_reaches_nobody(monkeypatch, routed):
     """Kernels may write nothing at all after the last group's slots, forward and backward."""
     product = moe.ragged_product
 
@@ -174,7 +175,7 @@ def test_what_a_kernel_leaves_in_empty_slots_reaches_nobody(monkeypatch):
     choice_NK = jnp.array([[0, 1], [1, 3], [3, 0], [1, 0], [3, 1]], np.int32)
 
     def total(experts, x_ND, weight_NK):
-        return jnp.sum(moe.experts_here(experts, x_ND, choice_NK, weight_NK, EXPERTS)[0] ** 2)
+        return jnp.sum(routed(experts, x_ND, choice_NK, weight_NK, EXPERTS)[0] ** 2)
 
     given = jax.tree.map(jnp.asarray, (experts, random(5, WIDTH, seed=3), random(5, 2, seed=4)))
     clean = jax.grad(total, argnums=(0, 1, 2))(*given)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from engram_jax.training.fsdp import AXES, OVER, gathered, own_gathered
+from engram_jax.model.parameters import Parameter
+from engram_jax.training.fsdp import AXES, OVER, gathered, split
 from engram_jax.training.placement import make_mesh
 
 MATRIX = np.random.default_rng(0).integers(-8, 8, (3, 16, 24)).astype(np.float32)
@@ -17,7 +18,7 @@ SHARE = np.random.default_rng(1).integers(-8, 8, (8, 3, 16, 24)).astype(np.float
 @pytest.mark.parametrize("near", [0, 2, 4])
 def test_a_matrix_is_whole_and_its_gradient_summed_whatever_the_steps(axis, near):
     """Whole numbers, so that the order of the sum does not matter."""
-    split = PartitionSpec(*(OVER if i == 3 + axis else None for i in range(3)))
+    spec = PartitionSpec(*(OVER if i == 3 + axis else None for i in range(3)))
 
     def loss(part, share):
         return jnp.sum(gathered(part, axis, "float32", near) * share[0])
@@ -26,8 +27,8 @@ def test_a_matrix_is_whole_and_its_gradient_summed_whatever_the_steps(axis, near
         return gathered(part, axis, "float32", near)[None], jax.grad(loss)(part, share)
 
     whole, grad = jax.jit(jax.shard_map(
-        device, mesh=make_mesh(1, 8), in_specs=(split, PartitionSpec(OVER)),
-        out_specs=(PartitionSpec(OVER), split), check_vma=False))(MATRIX, SHARE)
+        device, mesh=make_mesh(1, 8), in_specs=(spec, PartitionSpec(OVER)),
+        out_specs=(PartitionSpec(OVER), spec), check_vma=False))(MATRIX, SHARE)
     assert whole.shape == SHARE.shape
     assert (np.asarray(whole) == MATRIX).all()
     assert (np.asarray(grad) == SHARE.sum(axis=0)).all()
@@ -48,16 +49,19 @@ def test_the_other_axis_of_the_mesh_keeps_to_itself():
 @pytest.mark.parametrize("near", [0, 2])
 def test_experts_that_are_not_shared_have_gradients_that_nobody_rounds(near):
     """The matrix arrives in bfloat16; its gradients are sums of numbers that bfloat16 has not."""
-    split, share = PartitionSpec(None, OVER), SHARE + np.float32(2**-12)
+    spec, share = PartitionSpec(None, OVER), SHARE + np.float32(2**-12)
+    tree = {"experts": Parameter(MATRIX, "matrix", split=True, cast=True, owned=True)}
+    how = split(tree, 8, "bfloat16", near, 1, near)
 
     def device(part, share):
-        whole = own_gathered(part, -2, "bfloat16", 1, near)
-        grad = jax.grad(lambda part: jnp.sum(
-            own_gathered(part, -2, "bfloat16", 1, near) * share[0]))(part)
-        return whole[None], grad
+        def whole(part):
+            return how.whole({"experts": part})["experts"]
+
+        return whole(part)[None], jax.grad(lambda part: jnp.sum(whole(part) * share[0]))(part)
 
     whole, grad = jax.jit(jax.shard_map(
-        device, mesh=make_mesh(1, 8), in_specs=(split, PartitionSpec(OVER)),
-        out_specs=(PartitionSpec(OVER), split), check_vma=False))(MATRIX + 2**-12, share)
+        device, mesh=make_mesh(1, 8), in_specs=(spec, PartitionSpec(OVER)),
+        out_specs=(PartitionSpec(OVER), spec), check_vma=False))(MATRIX + 2**-12, share)
+    assert whole.dtype == jnp.float32
     assert (np.asarray(whole) == np.asarray(jnp.bfloat16(MATRIX + 2**-12), np.float32)).all()
     assert (np.asarray(grad) == share.sum(axis=0)).all()
