@@ -23,7 +23,9 @@ from engram_jax.model.layers import Params, rms_norm, wide_linear
 from engram_jax.model.parameters import Declared, matrix, vector
 
 FEW_TOKENS = 256  # up to so many, as in decoding, Sinkhorn on GPUs has a way of its own
-LARGEST = 40.0  # logit of H_res whose exponential's square is still far from float32's end
+# Of logits of H_res: the largest of a column that stays as it is, and how far below it others count.
+# Gradients may be divided by a row's sum and twice by a column's: exp(40 + 2 20) is 6e34.
+MOVED, FURTHEST = 20.0, 40.0
 OUTPUT = "output"  # of a sub-layer and of what mixes the streams, by the name of `jax.checkpoint`
 
 Apart = tuple[jax.Array, ...]  # M times [B, T, D]
@@ -179,16 +181,17 @@ def _positive(logits: jax.Array, axis: int) -> jax.Array:
     """exp(logits) as Sinkhorn's gradient in float32 can take it; `axis` is that of the rows.
 
     The gradient of a quotient has the square of the sum that it is divided by, which is 0 or
-    infinite where the largest logit of a column is beyond 44, far before exp itself is. Columns
-    are divided by their sums first, so one whose largest logit is beyond `LARGEST` is moved to
-    where that is 0, which changes no result after a round. What is further than `LARGEST` below
-    the largest of its column counts as no further: a row of such entries alone would have a sum
-    that is too small. Other logits keep their bits.
+    infinite where the largest logit of a column is beyond 44, far before exp itself is, and may
+    have been divided by the small sum of a row before. Columns are divided by their sums first, so
+    one whose largest logit is beyond `MOVED` is moved to where that is 0, which changes no result
+    after a round. What is further than `FURTHEST` below the largest of its column counts as no
+    further: a row of such entries alone would have a sum that is too small. Other logits keep their
+    bits.
     """
     rows = (jax.lax.index_in_dim(logits, row, axis) for row in range(logits.shape[axis]))
     top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, rows))
-    shift = jnp.where(jnp.abs(top) > LARGEST, top, 0)  # whole: of 1e9 the 40 less is no other float
-    return jnp.exp(jnp.maximum(logits - shift, top - shift - LARGEST))
+    shift = jnp.where(jnp.abs(top) > MOVED, top, 0)  # whole: of 1e9 the 40 less is no other float
+    return jnp.exp(jnp.maximum(logits - shift, top - shift - FURTHEST))
 
 
 def _by_device(
