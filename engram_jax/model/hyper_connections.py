@@ -23,8 +23,8 @@ from engram_jax.model.layers import Params, rms_norm, wide_linear
 from engram_jax.model.parameters import Declared, matrix, vector
 
 FEW_TOKENS = 256  # up to so many, as in decoding, Sinkhorn on GPUs has a way of its own
-# Of logits of H_res: the largest of a column that stays as it is, and how far below it others count.
-# Gradients may be divided by a row's sum and twice by a column's: exp(40 + 2 20) is 6e34.
+# Of logits of H_res: the largest of a column that stays as it is, and how far below it others
+# count. Gradients may be divided by a row's sum and twice by a column's: exp(40 + 2 20) is 6e34.
 MOVED, FURTHEST = 20.0, 40.0
 OUTPUT = "output"  # of a sub-layer and of what mixes the streams, by the name of `jax.checkpoint`
 
