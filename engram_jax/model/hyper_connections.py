@@ -135,8 +135,7 @@ def _square(x: Apart) -> jax.Array:
 
 
 # Not kept for the backward pass. The compiler may join it with whatever else reads its arguments,
-# the forward pass included: kept from that, libtpu read and copied all streams once more, 4 % of
-# what mixes them.
+# the forward pass included: kept from that, libtpu read and copied all streams once more.
 _anew = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
