@@ -3,9 +3,9 @@
     python -m experiments.packages FILE.jsonl
 
 The documents are the source files of Python's standard library and of every package that
-requirements.txt pins, in the order of their paths, no two the same; a line of JSON each with path
-and text. Beside it FILE.jsonl.json says what went in. The same Python and the same pins give the
-same bytes, and the digest of the bytes is the check.
+experiments/packages.txt names, in the order of their paths, no two the same; a line of JSON each
+with path and text. Beside it FILE.jsonl.json says what went in. The same Python and the same
+versions give the same bytes, and their digest is compared with the committed results' text.
 """
 
 import hashlib
@@ -17,37 +17,45 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from packaging.requirements import Requirement
-
 from engram_jax.config import DataConfig, require
 from engram_jax.data.sources import open_source
 from engram_jax.errors import UserError
 
-PINS = Path(__file__).parents[1] / "requirements.txt"
+PINS = Path(__file__).with_name("packages.txt")
+SHA256 = "cd2646db46422655a69e167d176deba51b9595218d7267e3c79323dc56aa8d21"  # committed results'
 
 
 def pinned(pins: Path = PINS) -> dict[str, str]:
-    """name -> version of the packages that requirements.txt pins for this Python.
+    """name -> version of the packages of a list of NAME==VERSION, one of which may be python.
 
     Raises:
-      UserError: one is not installed, or in another version.
+      UserError: any is not here, or is here in another version.
     """
-    versions = {}
+    versions, missing = {}, []
     for line in pins.read_text().splitlines():
-        if not (words := line.partition("#")[0].strip()):
+        if not (pin := line.partition("#")[0].strip()):
             continue
-        requirement = Requirement(words)
-        if requirement.marker is not None and not requirement.marker.evaluate():
+        name, _, wanted = pin.partition("==")
+        there = _version(name)
+        if name == "python":
+            require(there == wanted, name, there, f"is not what {pins.name} names, {wanted}")
             continue
-        name, wanted = requirement.name, str(requirement.specifier).removeprefix("==")
-        try:
-            there = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError as error:
-            raise UserError(f"{name}: is not installed; make venv installs what "
-                            "requirements.txt pins") from error
-        require(there == wanted, name, there, f"is not what requirements.txt pins, {wanted}")
-        versions[name] = there
+        versions[name] = wanted
+        if there != wanted:
+            missing.append(pin)
+    if missing:
+        raise UserError(f"{', '.join(missing)}: not here, or in another version; "
+                        f"python -m pip install --no-deps {' '.join(missing)}")
     return dict(sorted(versions.items()))
+
+
+def _version(name: str) -> str | None:
+    if name == "python":
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def documents(versions: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -103,6 +111,10 @@ def main(words: list[str]) -> int:
         return 2 if isinstance(error, UserError) else 1
     print(f"{record['documents']:,} documents, {record['bytes'] / 1e6:.1f} MB, "
           f"sha256 {record['sha256']}")
+    if record["sha256"] != SHA256:
+        print(f"experiments.packages: not the text of the committed results, sha256 {SHA256}",
+              file=sys.stderr)
+        return 1
     return 0
 
 

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import platform
+import re
 import types
 
 import pytest
@@ -28,7 +30,7 @@ def pins(tmp_path, *lines):
 
 
 def test_the_text_is_the_same_each_time_and_no_document_is_there_twice(tmp_path):
-    wanted = pins(tmp_path, f"packaging=={VERSION}  # one", 'nothing==1; python_version < "3"')
+    wanted = pins(tmp_path, f"python=={platform.python_version()}", f"packaging=={VERSION}  # one")
     record = packages.write(tmp_path / "a.jsonl", wanted)
     assert record["packages"] == {"packaging": VERSION}
     again = packages.write(tmp_path / "b.jsonl", wanted)
@@ -43,14 +45,38 @@ def test_the_text_is_the_same_each_time_and_no_document_is_there_twice(tmp_path)
     assert texts == [row["text"] for row in rows]
 
 
-def test_other_packages_than_the_pinned_ones_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(packages, "PINS", pins(tmp_path, "packaging==0.1"))
-    wrong = f"packaging = {VERSION!r}: is not what requirements.txt pins, 0.1"
-    with pytest.raises(packages.UserError, match=wrong.replace(".", r"\.")):
-        packages.write(tmp_path / "a.jsonl", packages.PINS)
-    missing = pins(tmp_path, "no-such-package==1")
-    with pytest.raises(packages.UserError, match="no-such-package: is not installed"):
-        packages.pinned(missing)
+def test_other_packages_than_those_of_the_list_are_refused_all_at_once(tmp_path, monkeypatch,
+                                                                       capsys):
+    wanted = pins(tmp_path, "packaging==0.1", f"pytest=={pytest.__version__}", "no-such-package==1")
+    monkeypatch.setattr(packages, "PINS", wanted)
+    wrong = ("packaging==0.1, no-such-package==1: not here, or in another version; "
+             "python -m pip install --no-deps packaging==0.1 no-such-package==1")
+    with pytest.raises(packages.UserError, match=re.escape(wrong)):
+        packages.write(tmp_path / "a.jsonl", wanted)
+    other = pins(tmp_path, "python==3.0")
+    with pytest.raises(packages.UserError, match="python = '3[.0-9]*': is not what .* names, 3.0"):
+        packages.write(tmp_path / "a.jsonl", other)
     assert not (tmp_path / "a.jsonl").exists()
     assert packages.main([]) == 2
     assert capsys.readouterr().err == "python -m experiments.packages FILE.jsonl\n"
+
+
+def test_another_text_than_the_committed_results_is_said_to_be_one(tmp_path, monkeypatch, capsys):
+    wanted = pins(tmp_path, f"packaging=={VERSION}")
+    record = packages.write(tmp_path / "a.jsonl", wanted)
+    monkeypatch.setattr(packages, "write", lambda path: record)
+    assert packages.main([str(tmp_path / "b.jsonl")]) == 1
+    assert f"not the text of the committed results, sha256 {packages.SHA256}" in (
+        capsys.readouterr().err)
+    monkeypatch.setattr(packages, "SHA256", record["sha256"])
+    assert packages.main([str(tmp_path / "b.jsonl")]) == 0
+    assert record["sha256"] in capsys.readouterr().out
+
+
+def test_the_page_and_the_command_know_the_same_text():
+    page = (packages.PINS.parent / "tokens" / "README.md").read_text()
+    assert packages.SHA256 in page
+    lines = packages.PINS.read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert pinned.pop("python") in page
+    assert len(pinned) == 88 and pinned["chex"] == "0.1.92"
