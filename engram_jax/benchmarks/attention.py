@@ -18,7 +18,7 @@ from engram_jax.config import AttentionConfig, require
 from engram_jax.costs.hlo import parse
 from engram_jax.costs.plan import squares
 from engram_jax.costs.slices import slice_of
-from engram_jax.model.attention_kernels import available, causal_attention
+from engram_jax.model.attention_kernels import available, causal_attention, splash_by_head
 
 PAPER = AttentionConfig()  # engram-27b's
 LENGTHS = {"cpu": 2048}  # and 32768 elsewhere
@@ -61,16 +61,21 @@ def attention_benchmark(
 def _compiled(
     name: str, config: AttentionConfig, length: int, dtype: str, device: jax.Device
 ) -> tuple[Any, Any]:
-    """The gradients of attention's sum of squares, and the shapes of its inputs."""
+    """The gradients of attention's sum of squares, and the shapes of its inputs.
+
+    As in the network, splash gets [1, H, T, X] and the others [1, T, H, X].
+    """
     lies, wide = SingleDeviceSharding(device), config.nope_dim + config.rope_dim
-    parts = [jax.ShapeDtypeStruct((1, length, config.heads, size), dtype, sharding=lies)
+    lead = (config.heads, length) if name == "splash" else (length, config.heads)
+    parts = [jax.ShapeDtypeStruct((1, *lead, size), dtype, sharding=lies)
              for size in (wide, wide, config.value_dim)]
     documents_BT = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=lies)
 
     def total(
         query: jax.Array, key: jax.Array, value: jax.Array, documents_BT: jax.Array
     ) -> jax.Array:
-        out = causal_attention(query, key, value, documents_BT, config.score_scale, name)
+        inputs = (query, key, value, documents_BT, config.score_scale)
+        out = splash_by_head(*inputs) if name == "splash" else causal_attention(*inputs, name)
         return jnp.sum(out.astype(jnp.float32) ** 2)
 
     gradients = jax.jit(jax.grad(total, argnums=(0, 1, 2)))

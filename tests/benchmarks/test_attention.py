@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engram_jax.benchmarks.attention import attention_benchmark
+from engram_jax.benchmarks import attention
 from engram_jax.cli import main
 from engram_jax.config import AttentionConfig
 
@@ -12,12 +12,25 @@ FEW = AttentionConfig(heads=2, nope_dim=8, rope_dim=4, value_dim=8)
 
 
 def test_attention():
-    measured = attention_benchmark(96, config=FEW, steps=1)
+    measured = attention.attention_benchmark(96, config=FEW, steps=1)
     assert measured["device"] == "cpu"
     assert measured["xla_squares"] > 0  # so short a sequence is one chunk
     assert measured["xla_temporary_bytes"] >= 96 * 96 * 4
     assert measured["xla_ms"] > 0
     assert not [name for name in measured if name.startswith(("splash", "cudnn"))]
+
+
+def test_splash_gets_heads_first_as_in_the_network(monkeypatch):
+    met = []
+
+    def kernel(query, key, value, documents_BT, scale):
+        met.append((query.shape, key.shape, value.shape))
+        return value * query[..., :1] * key[..., :1]
+
+    monkeypatch.setattr(attention, "available", lambda *inputs: ("splash",))
+    monkeypatch.setattr(attention, "splash_by_head", kernel)
+    attention.attention_benchmark(96, config=FEW, steps=1)
+    assert met == [((1, 2, 96, 12), (1, 2, 96, 12), (1, 2, 96, 8))]
 
 
 def test_attention_for_a_tpu(capsys):
