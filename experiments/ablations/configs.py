@@ -6,9 +6,10 @@ from typing import Any
 from engram_jax.config import EngramConfig, RunConfig
 from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import with_flops
-from engram_jax.recipes import engram_3b, small, tiny, without_memory
+from engram_jax.recipes import engram_3b, small, without_memory
 from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
+from experiments.committed import tiny
 
 
 def _tiny() -> RunConfig:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from engram_jax.config import EngramConfig, MoEConfig, RunConfig
 from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import Allocation, allocate
-from engram_jax.recipes import moe_6b, moe_10b, small, tiny, without_memory
+from engram_jax.recipes import moe_6b, moe_10b, small, without_memory
 from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
+from experiments.committed import tiny
 
 RHOS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

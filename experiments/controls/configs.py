@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from engram_jax.config import KEYS, RunConfig
 from engram_jax.costs.allocation import matched_baseline
-from engram_jax.recipes import engram_3b, small, tiny
+from engram_jax.recipes import engram_3b, small
 from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
+from experiments.committed import tiny
 
 SCALES = {"tiny": tiny, "small": small, "paper": engram_3b}
 

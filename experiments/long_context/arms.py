@@ -37,7 +37,9 @@ def _experts(folder: str) -> RunConfig:
             attention=AttentionConfig(heads=4, kv_rank=32, nope_dim=16, rope_dim=16, value_dim=16),
             moe=MoEConfig(experts=18, top_k=2, shared=1, expert_ffn=64, dense_layers=1)),
         data=_data(folder, SHORT),
-        optimizer=OptimizerConfig(learning_rate=1.6e-2, warmup_steps=50),
+        # row Adam was the default when the committed table was trained
+        optimizer=OptimizerConfig(
+            learning_rate=1.6e-2, warmup_steps=50, table_optimizer="row_adam"),
         training=TrainingConfig(steps=STEPS, evaluate_every=EVERY, checkpoint_every=EVERY,
                                 keep_checkpoints=STEPS // EVERY, log_every=EVERY))
 

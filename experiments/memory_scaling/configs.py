@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from engram_jax.config import RunConfig
 from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import matched_baseline, with_flops
-from engram_jax.recipes import engram_3b, small, tiny, with_over_encoding
+from engram_jax.recipes import engram_3b, small, with_over_encoding
 from engram_jax.settings import changed
 from engram_jax.sweeps.sweep import seeded
+from experiments.committed import tiny
 
 VOCABULARY = 129_280  # the paper's sizes are multiples of it
 

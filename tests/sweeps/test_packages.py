@@ -54,7 +54,7 @@ def test_other_packages_than_those_of_the_list_are_refused_all_at_once(tmp_path,
     with pytest.raises(packages.UserError, match=re.escape(wrong)):
         packages.write(tmp_path / "a.jsonl", wanted)
     other = pins(tmp_path, "python==3.0")
-    with pytest.raises(packages.UserError, match="python = '3[.0-9]*': is not what .* names, 3.0"):
+    with pytest.raises(packages.UserError, match=r"python = '3[.0-9]*': is not what .* names"):
         packages.write(tmp_path / "a.jsonl", other)
     assert not (tmp_path / "a.jsonl").exists()
     assert packages.main([]) == 2
@@ -79,4 +79,5 @@ def test_the_page_and_the_command_know_the_same_text():
     lines = packages.PINS.read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
     assert pinned.pop("python") in page
-    assert len(pinned) == 88 and pinned["chex"] == "0.1.92"
+    assert len(pinned) == 88
+    assert pinned["chex"] == "0.1.92"
