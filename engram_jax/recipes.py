@@ -1,7 +1,9 @@
 """The named runs: every model of the paper, and small ones for a laptop.
 
 A recipe is a function that returns a `RunConfig`. Sizes are docs/spec.md section 3.1
-(arXiv 2601.07372 table 5, arXiv 2512.24880 table 5).
+(arXiv 2601.07372 table 5, arXiv 2512.24880 table 5). All train their tables by row-wise RMSProp:
+the paper's dense Adam moves every row in every step, for which a large table has no time, and row
+Adam, which moves only rows that were read, trains worse (experiments/row_optimizers).
 """
 
 import importlib

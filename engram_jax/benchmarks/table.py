@@ -1,7 +1,7 @@
 """Does a train step's time depend on the size of the table?
 
-Row-wise: this library's step, gradients of rows and row Adam. Dense: the same model with the table
-differentiated as a parameter and updated by optax's Adam, as frameworks do by default.
+Row-wise: this library's step, gradients of rows and row-wise RMSProp. Dense: the same model with
+the table differentiated as a parameter and updated by optax's Adam, as frameworks do by default.
 """
 
 import statistics
