@@ -193,4 +193,6 @@ def _moves_rows(one: Collective, dims: set[int]) -> bool:
 
 def _wire(calls: Iterable[Collective]) -> float:
     """Bytes that a device puts on the wire."""
-    return sum(one.times * one.bytes * WIRE[one.kind](one.group or DEVICES) for one in calls)
+    return sum(
+        one.times * one.bytes * WIRE[one.kind](len(one.groups[0]) if one.groups else DEVICES)
+        for one in calls)

@@ -6,13 +6,12 @@ program, through gradients and fusions. Nothing here has been compared with a ru
 
 import collections
 import dataclasses
-import math
 import re
-from collections.abc import Sequence
 
-from engram_jax.costs.collectives import Collective, collectives
+from engram_jax.costs.collectives import collectives
 from engram_jax.costs.compiled import KERNEL, Speed, flops_of, on_sparse_cores, timed
 from engram_jax.costs.hlo import Program, Site
+from engram_jax.costs.torus import Torus
 
 OTHER = "other"
 # Named scopes, as the code has them; an operation is the innermost's.
@@ -42,7 +41,7 @@ def scope_of(op_name: str) -> str:
     return names[-1] if names else OTHER
 
 
-def costs(program: Program, torus: "Torus", speed: Speed) -> Costs:
+def costs(program: Program, torus: Torus, speed: Speed) -> Costs:
     """What each scope that occurs takes.
 
     Conditionals, and loops whose trips depend on data, are left out. In this library they are what
@@ -51,7 +50,7 @@ def costs(program: Program, torus: "Torus", speed: Speed) -> Costs:
 
     Args:
       program: compiled.
-      torus: the slice that it is compiled for.
+      torus: the links of the slice that it is compiled for, with its devices.
       speed: of its chips.
     """
     parts: Costs = collections.defaultdict(collections.Counter)
@@ -121,52 +120,7 @@ def _kind(site: Site, products: set[str]) -> str:
     return "copies" if instruction.opcode in _COPIES else "memory-bound"
 
 
-# --- On the wire ---
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Torus:
-    """The links of a slice.
-
-    Attributes:
-      sizes: chips along each axis.
-      link: bytes a second over one link in one direction; a chip has two links an axis.
-    """
-
-    sizes: Sequence[int]
-    link: float
-
-    def seconds(self, one: Collective) -> float:
-        """The time of one collective each time that it runs, by its bytes over the links alone.
-
-        All groups talk at once and use both directions of every axis that a group spans. Gathers
-        and scatters pass each byte on from chip to chip; what goes from all to all crosses a
-        quarter of its axis on average, what stays at home counted with it.
-        """
-        group = one.group or math.prod(self.sizes)
-        if group <= 1:
-            return 0.0
-        spanned = self.spanned(group)
-        width, rest = 2 * self.link * spanned, (group - 1) / group
-        if one.kind == "all-gather":
-            return one.bytes * (group - 1) / width
-        if one.kind == "all-reduce":
-            return 2 * one.bytes * rest / width
-        if one.kind in ("all-to-all", "ragged-all-to-all"):
-            hops = group ** (1 / spanned) / 4
-            return one.bytes * hops * spanned / width
-        if one.kind == "reduce-scatter":
-            return one.bytes * rest / width
-        return one.bytes / self.link
-
-    def spanned(self, group: int) -> int:
-        """How many axes a group of devices spans at least."""
-        reach, axes = 1, 0
-        for size in sorted(self.sizes, reverse=True):
-            if reach >= group:
-                break
-            reach, axes = reach * size, axes + 1
-        return max(axes, 1)
+# --- The whole step ---
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

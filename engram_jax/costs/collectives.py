@@ -7,10 +7,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from engram_jax.costs.hlo import Computation, Instruction, Program, Shape, bytes_of, parse
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
          "collective-permute", "collective-broadcast")
+
+
+Groups = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +28,8 @@ class Collective:
       bytes: of `shapes`, each time.
       times: how often it runs in one call, as `hlo.Site` has it.
       exact: as `hlo.Site` has it.
-      group: how many devices take part together; 0 means all.
+      groups: which devices take part together, by their numbers in the program; () means all. Of a
+        collective-permute who sends to whom.
       source: the operation of the model that it came from, if the compiler kept that.
       overlaps: it is started in one place and waited for in another, so other work may go on.
     """
@@ -33,7 +39,7 @@ class Collective:
     bytes: int
     times: int
     exact: bool
-    group: int
+    groups: Groups
     source: str
     overlaps: bool = False
 
@@ -64,7 +70,7 @@ def collectives(program: Any) -> list[Collective]:
         sent = _sent(computation, instruction)
         calls.append(Collective(
             kind=kind, shapes=sent, bytes=sum(map(bytes_of, sent)), times=site.times,
-            exact=site.exact, group=_group(program, instruction),
+            exact=site.exact, groups=_groups(program, instruction),
             source=instruction.attribute(r'op_name="([^"]*)"') or "",
             overlaps=(instruction.opcode.endswith("-start") or computation.name in started
                       or computation.name in begun)))
@@ -135,15 +141,28 @@ def _sent(computation: Computation, instruction: Instruction) -> tuple[Shape, ..
     return instruction.shapes
 
 
-def _group(program: Program, instruction: Instruction) -> int:
-    """Devices of the first replica group: `{{0,1},{2,3}}`; `[2,4]<=[8]`, 2 groups of 4; or
-    `mesh['data'=2,'fsdp'=4] {'fsdp'}`, the groups along an axis."""
-    instruction = _reduced_in_fusion(program, instruction) or instruction
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.attributes):
-        return len(listed[1].split(","))
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=", instruction.attributes):
-        return math.prod(map(int, iota[1].split(",")[1:]))
-    if named := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", instruction.attributes):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
-    return 0
+def _groups(program: Program, instruction: Instruction) -> Groups:
+    """Replica groups: `{{0,1},{2,3}}`; `[4,2]<=[2,4]T(1,0)`, numbers in an array of 2 x 4 that is
+    transposed and cut into 4 groups of 2; or `mesh['data'=2,'fsdp'=4] {'fsdp'}`, along an axis."""
+    text = (_reduced_in_fusion(program, instruction) or instruction).attributes
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
+        return tuple(map(_numbers, re.findall(r"\{([\d,]+)\}", listed[1])))
+    if iota := re.search(r"replica_groups=\[(\d+),[\d,]+\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        numbers = np.arange(math.prod(_numbers(iota[2]))).reshape(_numbers(iota[2]))
+        turned = numbers.transpose(_numbers(iota[3])) if iota[3] else numbers
+        return _rows(turned.reshape(int(iota[1]), -1))
+    if named := re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", text):
+        axes = re.findall(r"'(\w+)'=(\d+)", named[1])
+        names, sizes = [name for name, _ in axes], [int(size) for _, size in axes]
+        own = [names.index(name) for name in re.findall(r"'(\w+)'", named[2])]
+        last = np.moveaxis(np.arange(math.prod(sizes)).reshape(sizes), own, range(-len(own), 0))
+        return _rows(last.reshape(-1, math.prod(sizes[axis] for axis in own)))
+    return ()
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _rows(numbers: np.ndarray) -> Groups:
+    return tuple(map(tuple, numbers.tolist()))

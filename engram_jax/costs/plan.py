@@ -188,7 +188,7 @@ def measured(run: RunConfig, there: Slice, mesh: Mesh) -> Measured:
     return Measured(
         given, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
         memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-        breakdown.costs(program, there.torus, _speed(there.chip)), largest,
+        breakdown.costs(program, there.torus(mesh.devices.flat), _speed(there.chip)), largest,
         squares(program, run.data.sequence_length))
 
 

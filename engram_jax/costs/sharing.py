@@ -3,17 +3,20 @@
 Experts that are gathered travel whole to every device: each time that a block runs in the compute
 dtype, and their gradients in float32. Along an axis of X devices that share them, each gathers a
 share of them, and tokens and results travel instead (`model.sent_experts`). Both are counted as
-`breakdown.Torus` counts collectives. Matrices also pass through a device's memory several times on
+`torus.Torus` counts collectives. Matrices also pass through a device's memory several times on
 their way, as often as compiled programs have it. Nothing of it was compared with a running TPU.
 """
 
 from typing import NamedTuple
+
+import numpy as np
 
 from engram_jax.config import RunConfig
 from engram_jax.costs.collectives import Collective
 from engram_jax.costs.slices import Slice
 from engram_jax.model.sent_experts import ROOM, pays_to_all
 from engram_jax.settings import changed
+from engram_jax.tables import collectives
 
 _WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number
 # How often a number of a matrix is written or read beside the product that it is for: it arrives
@@ -63,14 +66,19 @@ def sharing(run: RunConfig, there: Slice, split: int, devices: int) -> Sharing:
     own = -(-moe.experts // devices) * 3 * model.width * moe.expert_ffn
     apart = split // devices
 
-    def seconds(kind: str, size: float, group: int) -> float:
-        return there.torus.seconds(Collective(
-            kind=kind, shapes=(), bytes=int(size), times=1, exact=True, group=group, source=""))
+    blocked = np.arange(split).reshape(-1, devices)
+    ordered = collectives.in_blocks(there.devices[:split], devices)
+    torus = there.torus(ordered)
+
+    def seconds(kind: str, size: float, groups: np.ndarray) -> float:
+        return torus.seconds(Collective(
+            kind=kind, shapes=(), bytes=int(size), times=1, exact=True, source="",
+            groups=tuple(map(tuple, groups.tolist()))))
 
     times, whole, grads = blocks * parts, (1 + again) * width * own, 4 * own
     weights_s = 0.0 if apart == 1 else times * (
-        (1 + again) * seconds("all-gather", width * own / apart, apart)
-        + seconds("reduce-scatter", grads, apart))
+        (1 + again) * seconds("all-gather", width * own / apart, blocked.T)
+        + seconds("reduce-scatter", grads, blocked.T))
     weights = times * (whole + grads) * (apart - 1) / apart
     passes = 0 if split == 1 else _THERE * whole + _BACK * grads
     memory_s = times * passes / (there.chip.hbm_gbytes * 1e9)
@@ -83,25 +91,27 @@ def sharing(run: RunConfig, there: Slice, split: int, devices: int) -> Sharing:
     # There go tokens, once more as rounds are computed anew whatever is kept, and gradients of what
     # they got; back come results, and gradients of tokens.
     there_times, back_times = times * 3, times * 2
+    block = collectives.extent(ordered[:devices])
     kind, size, sent = (("all-gather", one, devices * one)
-                        if pays_to_all(moe.top_k, devices, there.torus.spanned(devices))
+                        if pays_to_all(moe.top_k, devices, block)
                         else ("all-to-all", each, each))
     tokens = (there_times * sent + back_times * each) * (devices - 1) / devices
-    tokens_s = (there_times * seconds(kind, size, devices)
-                + back_times * seconds("all-to-all", each, devices))
+    tokens_s = (there_times * seconds(kind, size, blocked)
+                + back_times * seconds("all-to-all", each, blocked))
     return Sharing(devices, weights, weights_s, memory_s, tokens, tokens_s)
 
 
 def chosen(run: RunConfig, there: Slice, split: int) -> Sharing | None:
-    """The way that takes least time, along one axis of the slice; None without experts.
-
-    What fills an axis and a part of the next one has links that `breakdown.Torus` does not know.
-    """
+    """The way that takes least time; None without experts."""
     moe = run.model.moe
     if moe is None:
         return None
-    return min((sharing(run, there, split, devices) for devices in range(1, max(there.sizes) + 1)
-                if split % devices == 0 and devices <= moe.experts), key=lambda way: way.seconds)
+    return min((sharing(run, there, split, devices) for devices in _ways(split, moe.experts)),
+               key=lambda way: way.seconds)
+
+
+def _ways(split: int, experts: int) -> list[int]:
+    return [devices for devices in range(1, experts + 1) if split % devices == 0]
 
 
 def reason(run: RunConfig, there: Slice, split: int, devices: int) -> str:
@@ -126,8 +136,7 @@ def _in_one_part(run: RunConfig, there: Slice, split: int) -> str:
 def _compared(run: RunConfig, there: Slice, split: int, devices: int, experts: int) -> str:
     gathered = sharing(run, there, split, 1)
     if devices == 1:
-        other = min((sharing(run, there, split, each) for each in (2, 4, 8, 16)
-                     if split % each == 0 and each <= experts),
+        other = min((sharing(run, there, split, each) for each in _ways(split, experts)[1:]),
                     key=lambda way: way.seconds, default=None)
         least = "" if other is None else (
             f"; tokens sent along {other.devices} devices would be {_both(other)}")

@@ -5,13 +5,14 @@ import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from engram_jax.config import require
-from engram_jax.costs.breakdown import Torus
+from engram_jax.costs.torus import Torus
 from engram_jax.errors import UserError
 
 
@@ -27,6 +28,8 @@ class Chip:
       hbm_gbytes: 1e9 bytes a second from and to memory (same source: 1228, 819, 2765, 1638 and 7380
         a chip).
       axes, most: of a slice's layout, and how many chips one may have (same source).
+      ring: how many chips along an axis close to a ring
+        (https://jax-ml.github.io/scaling-book/tpus/: 16 of v5e and v6e, 4 of the others).
       link_gbytes: 1e9 bytes a second over one link to a neighbour in one direction: the
         interconnect bandwidth of a chip (same source: 2400, 1600, 4800, 3584 and 9600 Gbit/s) over
         its links, two for each axis.
@@ -42,6 +45,7 @@ class Chip:
     hbm_gbytes: float
     axes: int
     most: int
+    ring: int = 4
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -50,11 +54,11 @@ CHIPS = {
                axes=3, most=4096,
                options=(("chip_config_name", "megacore"),)),
     "v5e": Chip(hbm_gib=15.75, peak_teraflops=197, clock_ghz=1.5, link_gbytes=50, hbm_gbytes=819,
-                axes=2, most=256),
+                axes=2, most=256, ring=16),
     "v5p": Chip(hbm_gib=95.74, peak_teraflops=459, clock_ghz=1.75, link_gbytes=100, hbm_gbytes=2765,
                 axes=3, most=8960),
     "v6e": Chip(hbm_gib=31.25, peak_teraflops=918, clock_ghz=1.75, link_gbytes=112, hbm_gbytes=1638,
-                axes=2, most=256),
+                axes=2, most=256, ring=16),
     "tpu7x": Chip(hbm_gib=94.75, peak_teraflops=1153.5, clock_ghz=2.2, link_gbytes=200,
                   hbm_gbytes=3690, axes=3, most=9216),
 }
@@ -82,10 +86,18 @@ class Slice:
     sizes: tuple[int, ...]
     devices: list[jax.Device]
 
-    @property
-    def torus(self) -> Torus:
-        """Its links."""
-        return Torus(sizes=self.sizes, link=self.chip.link_gbytes * 1e9)
+    def torus(self, devices: Iterable[jax.Device] | None = None) -> Torus:
+        """Its links, for a program that runs on these devices, in this order (default: its own).
+
+        An axis closes to a ring where it is as long as `Chip.ring` or a multiple of that; of three
+        axes all must be.
+        """
+        closed = tuple(size % self.chip.ring == 0 for size in self.sizes)
+        if self.chip.axes == 3:
+            closed = (all(closed),) * 3
+        places = tuple(tuple(device.coords[:self.chip.axes])
+                       for device in (self.devices if devices is None else devices))
+        return Torus(self.sizes, closed, self.chip.link_gbytes * 1e9, places)
 
 
 def slice_of(topology: str) -> Slice:

@@ -21,7 +21,7 @@ of one device.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,21 +35,21 @@ ROOM = 1.125  # over the even share of a device's assignments
 FURTHER = 4  # a further round has room for one in so many of the first
 
 
-def pays_to_all(choices: int, devices: int, axes: int) -> bool:
+def pays_to_all(choices: int, devices: int, block: Sequence[int]) -> bool:
     """Shall a token go once to all, and not once for each of its choices?
 
-    Where every two devices have a link of their own, if that is less to send. On a torus what goes
-    from all to all crosses a quarter of each axis on average, and what goes to all takes the links
-    of one axis alone: of several, which are shorter, that is the more.
+    Where every two devices have a link of their own, if that is less to send. In a block of a slice
+    what goes from all to all passes through the middle of the longest axis, a quarter of its chips
+    times as much as a device sends, and what goes to all takes the links of all axes.
 
     Args:
       choices: of a token.
       devices: that share the experts.
-      axes: of a torus that they span; 0 where every two have a link.
+      block: how many of them lie along each axis of a slice; () where every two have a link.
     """
-    if not axes:
+    if not block:
         return ROOM * choices >= devices
-    return ROOM * choices * axes * devices ** (1 / axes) >= 4 * (devices - 1)
+    return ROOM * choices * max(block) * len(block) >= 4 * (devices - 1)
 
 
 class Way(NamedTuple):

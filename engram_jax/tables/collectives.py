@@ -9,9 +9,11 @@ torus, whatever is not for a neighbour passes through others anyhow.
 
 All act on a leading axis of P devices: an all_to_all along an inner axis took the compiler over
 five minutes. `near` is how many of the P, in their order, lie together (`neighbours`); 0 is one
-step. Everything but `neighbours`, `spanned` and `on_mesh` runs inside `jax.shard_map`.
+step. Everything but `neighbours`, `in_blocks`, `extent` and `on_mesh` runs inside `jax.shard_map`.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,11 +35,37 @@ def neighbours(devices: Sequence[jax.Device]) -> int:
     return max(strides) if len(strides) > 1 else 0
 
 
-def spanned(devices: Sequence[jax.Device]) -> int:
-    """How many axes of a slice they lie along; 0 where there is no slice."""
+def in_blocks(devices: Sequence[jax.Device], size: int) -> list[jax.Device]:
+    """The devices in such an order that each `size` of them are a block of a slice, as nearly a
+    cube as its axes allow: what goes from all to all of a block takes less of its busiest link than
+    along one axis. Within a block, and from block to block, the last axis comes first.
+
+    They stay as they are where there is no slice, where they do not fill a box, and where no block
+    of that size divides it.
+    """
+    along = _spanned(devices)
+    places = [sorted(set(each)) for each in along]
+    shapes = [shape for shape in itertools.product(*(range(1, len(each) + 1) for each in places))
+              if math.prod(shape) == size
+              and not any(len(each) % n for each, n in zip(places, shape, strict=True))]
+    if not along or not shapes or math.prod(map(len, places)) != len(devices):
+        return list(devices)
+    block = min(shapes, key=lambda shape: (max(shape), *shape))
+
+    def order(device: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        parts = [divmod(each.index(own[device]), n)
+                 for each, own, n in zip(places, along, block, strict=True)]
+        return tuple(first for first, _ in parts), tuple(second for _, second in parts)
+
+    return [devices[each] for each in sorted(range(len(devices)), key=order)]
+
+
+def extent(devices: Sequence[jax.Device]) -> tuple[int, ...]:
+    """Along how many places of each axis of a slice they lie, axes that all have in common left
+    out; () where there is no slice."""
     if devices[0].platform != "tpu":
-        return 0
-    return max(1, len(_spanned(devices)))
+        return ()
+    return tuple(len(set(along)) for along in _spanned(devices)) or (1,)
 
 
 def _spanned(devices: Sequence[jax.Device]) -> list[tuple[int, ...]]:

@@ -34,7 +34,7 @@ def make_mesh(
     sequence: int = 1,
 ) -> Mesh:
     """A mesh `data` x `fsdp` x `expert` x `sequence` of the given devices, or of the first of all
-    that there are.
+    that there are. On a slice those that share experts are a block of it.
 
     Raises:
       UserError: there are fewer devices, or some would be left over on a cluster; sequences would
@@ -57,7 +57,10 @@ def make_mesh(
     except NotImplementedError as error:  # of a TPU slice
         raise UserError(f"mesh = {shape!r}: sizes must be products of the slice's own axes, as "
                         "4x16 is on a slice of 4x4x4 chips") from error
-    return _mesh(flat.devices, data, fsdp, expert, sequence)
+    rows = flat.devices.tolist()
+    if expert > 1:
+        rows = [collectives.in_blocks(row, expert * sequence) for row in rows]
+    return _mesh(np.array(rows), data, fsdp, expert, sequence)
 
 
 def _mesh(devices: np.ndarray, *shape: int) -> Mesh:
@@ -206,9 +209,9 @@ def routed(run: RunConfig, mesh: Mesh) -> Routed:
     if moe is None or devices == 1:
         on_tpus = mesh.devices.flat[0].platform == "tpu"
         return experts_weighed_first if on_tpus else experts_here
-    axes = collectives.spanned(list(mesh.devices[0, 0, :, 0]))
+    block = collectives.extent(list(mesh.devices[0, 0, :, 0]))
     return SentExperts(axis=EXPERT, devices=devices, everywhere=AXES,
-                       to_all=pays_to_all(moe.top_k, devices, axes))
+                       to_all=pays_to_all(moe.top_k, devices, block))
 
 
 def local_memory(run: RunConfig, mesh: Mesh) -> LocalMemory:

@@ -1,4 +1,4 @@
-"""Scopes are found in compiled programs; the wire's time is that of a torus."""
+"""Scopes are found in compiled programs, and what each takes."""
 
 import ast
 from collections import Counter
@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from links import slice_of_links
 
 import engram_jax
 from engram_jax.costs.breakdown import (
     OTHER,
     SCOPES,
-    Torus,
     by_kind,
     by_scope,
     costs,
@@ -22,11 +22,10 @@ from engram_jax.costs.breakdown import (
     scope_of,
     total,
 )
-from engram_jax.costs.collectives import Collective
 from engram_jax.costs.compiled import Speed
 from engram_jax.costs.hlo import parse
 
-TORUS = Torus(sizes=(4, 4), link=1.0)
+TORUS = slice_of_links((4, 4))
 SPEED = Speed(cycles=1e9, flops=1e12, bytes=1e12)
 
 
@@ -40,11 +39,6 @@ def scopes_of_the_code():
 
 def test_every_scope_of_the_code_is_known_here_and_no_other():
     assert set(scopes_of_the_code()) == set(SCOPES)
-
-
-def one(kind, size, group=0, **fields):
-    return Collective(kind=kind, shapes=(), bytes=size, times=1, exact=True, group=group,
-                      source="", **fields)
 
 
 @pytest.mark.parametrize(("name", "scope"), [
@@ -145,19 +139,6 @@ def test_what_is_missing_is_multiplied_out():
     assert {name: part["seconds"] for name, part in whole.items()} == {
         "ffn": 8.0, "fusion": 3.0, "lookup": 4.0, "head": 5.0, "router": 1.25}
     assert total(whole, "flops") == 35
-
-
-def test_the_wire_of_a_ring_of_sixteen():
-    """Links of 1 byte a second, two ways: 2 bytes a second on one axis, 4 on both."""
-    torus = Torus(sizes=(16, 16), link=1.0)
-    assert torus.seconds(one("all-gather", 10, 16)) == pytest.approx(10 * 15 / 2)
-    assert torus.seconds(one("reduce-scatter", 160, 16)) == pytest.approx(160 * 15 / 16 / 2)
-    assert torus.seconds(one("all-reduce", 160, 16)) == pytest.approx(160 * 15 / 16)
-    assert torus.seconds(one("all-gather", 10)) == pytest.approx(10 * 255 / 4)
-    assert torus.seconds(one("all-to-all", 160, 16)) == pytest.approx(160 * 4 / 2)
-    assert torus.seconds(one("all-to-all", 256)) == pytest.approx(256 * 4 / 2)
-    assert torus.seconds(one("collective-permute", 7, 16)) == 7
-    assert torus.seconds(one("all-gather", 10, 1)) == 0
 
 
 def test_what_overlaps_hides_behind_computing():

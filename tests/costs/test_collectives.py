@@ -41,9 +41,10 @@ def test_one_of_each_kind(mesh):
         "reduce-scatter": {"count": 1, "bytes": 128, "largest_bytes": 128},
         "all-to-all": {"count": 1, "bytes": 32, "largest_bytes": 32},
         "collective-permute": {"count": 1, "bytes": 32, "largest_bytes": 32}}
-    assert {one.kind: one.group for one in found} == {
-        "all-gather": 4, "all-reduce": 8, "reduce-scatter": 4, "all-to-all": 8,
-        "collective-permute": 0}
+    rows, whole = ((0, 1, 2, 3), (4, 5, 6, 7)), (tuple(range(8)),)
+    assert {one.kind: one.groups for one in found} == {
+        "all-gather": rows, "all-reduce": whole, "reduce-scatter": rows, "all-to-all": whole,
+        "collective-permute": tuple((one, (one + 4) % 8) for one in (0, 4, 1, 5, 2, 6, 3, 7))}
     assert all(one.exact and one.times == 1 and one.source for one in found)
 
 
@@ -155,9 +156,9 @@ def test_the_forms_of_tpus():
         "reduce-scatter": {"count": 10, "bytes": 10 * 1024 * 256 * 2,
                            "largest_bytes": 1024 * 256 * 2},
         "all-to-all": {"count": 1, "bytes": 32 * 8 * 80 * 2, "largest_bytes": 32 * 8 * 80 * 2}}
-    assert found["all-gather"].group == 16
-    assert found["reduce-scatter"].group == 16
-    assert found["all-to-all"].group == 32
+    assert len(found["all-gather"].groups[0]) == 16
+    assert len(found["reduce-scatter"].groups[0]) == 16
+    assert len(found["all-to-all"].groups[0]) == 32
     assert found["reduce-scatter"].source == "jit(step)/reduce_scatter"
 
 
@@ -259,7 +260,8 @@ ENTRY %main (x.1: f32[64,8], all.1: f32[4,8,8]) -> f32[4,8,8] {
 def test_one_that_a_gpu_has_fused_with_a_slice_counts():
     """As XLA's `dynamic-slice` fusions do; nothing is cut there."""
     [one] = collectives(FUSED)
-    assert (one.kind, one.bytes, one.times, one.group) == ("reduce-scatter", 2048, 1, 8)
+    assert (one.kind, one.bytes, one.times, one.groups) == (
+        "reduce-scatter", 2048, 1, (tuple(range(8)),))
 
 
 def test_one_that_a_tpu_cuts_into_fusions_counts_once_and_overlaps():

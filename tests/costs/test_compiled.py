@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from links import slice_of_links
 
 from engram_jax.costs import compiled
-from engram_jax.costs.breakdown import Torus, costs
+from engram_jax.costs.breakdown import costs
 from engram_jax.costs.hlo import parse
 
 
@@ -109,7 +110,7 @@ backend_config={"estimated_cycles":"9223372036854775807"}
 def test_what_sparse_cores_do_takes_memory_s_time():
     """libtpu writes no cycles beside it, and it counted for nothing."""
     gathered, scattered = 2 * 512 * 80 * 2 + 512 * 4, 3 * 512 * 80 * 4 + 512 * 4
-    parts = costs(parse(SPARSE), Torus(sizes=(1,), link=1.0), SPEED)
+    parts = costs(parse(SPARSE), slice_of_links((1,)), SPEED)
     assert parts["lookup"]["SparseCores"] == pytest.approx(gathered / SPEED.bytes)
     assert parts["row_update"]["SparseCores"] == pytest.approx(scattered / SPEED.bytes)
     assert parts["lookup"]["seconds"] == parts["lookup"]["SparseCores"]
@@ -141,7 +142,7 @@ def test_splash_attention():
     """Ten of sixteen blocks are visited, by two products forward and seven backward."""
     pairs, program = 3 * 10 * 16 * 16, parse(SPLASH)
     assert compiled.flops(program) == 2 * pairs * ((24 + 16) + (2 * 24 + 16) + 2 * (24 + 16))
-    forward = costs(program, Torus(sizes=(1,), link=1.0), SPEED)["attention"]
+    forward = costs(program, slice_of_links((1,)), SPEED)["attention"]
     assert forward["flops"] == 2 * pairs * (24 + 16)
 
 

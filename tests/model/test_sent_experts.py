@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from links import chips
 
 from engram_jax.config import MoEConfig
-from engram_jax.costs.breakdown import Torus
 from engram_jax.costs.collectives import Collective, by_kind, collectives
+from engram_jax.costs.slices import CHIPS, Slice
 from engram_jax.model.moe import experts_here, moe, moe_parameters
 from engram_jax.model.parameters import values
 from engram_jax.model.sent_experts import ROOM, SentExperts, pays_to_all
+from engram_jax.tables.collectives import extent, in_blocks
 from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES, own_gathered
 
@@ -142,25 +144,31 @@ def test_what_travels_in_a_round(to_all, trips):
 
 def test_tokens_go_to_all_where_that_is_less():
     """By the links of a torus, by the bytes elsewhere; the paper picks 6, `tiny` 2."""
-    assert pays_to_all(6, devices=16, axes=1)
-    assert not pays_to_all(2, devices=16, axes=1)
-    assert not pays_to_all(6, devices=16, axes=2)  # of 4 x 4
-    assert pays_to_all(6, devices=4, axes=0)
-    assert not pays_to_all(6, devices=8, axes=0)
+    assert pays_to_all(6, devices=16, block=(16,))
+    assert not pays_to_all(2, devices=16, block=(16,))
+    assert not pays_to_all(6, devices=16, block=(4, 4))
+    assert pays_to_all(6, devices=4, block=())
+    assert not pays_to_all(6, devices=8, block=())
 
 
 @pytest.mark.parametrize("sizes", [(16, 16), (4, 4, 4)])
-@pytest.mark.parametrize("devices", [2, 4, 16, 32])
+@pytest.mark.parametrize("devices", [2, 4, 8, 16, 32])
 @pytest.mark.parametrize("choices", [2, 6, 8, 12])
 def test_the_links_say_the_same(sizes, devices, choices):
-    torus = Torus(sizes=sizes, link=1e9)
+    """Of blocks of a slice."""
+    slices = Slice(chip=CHIPS["v5e" if len(sizes) == 2 else "v5p"], sizes=sizes,
+                   devices=chips(*sizes))
+    there = slices.torus(in_blocks(slices.devices, devices))
+    block = extent(in_blocks(slices.devices, devices)[:devices])
+    groups = tuple(map(tuple, np.arange(len(there.places)).reshape(-1, devices).tolist()))
 
     def seconds(kind, size):
-        return torus.seconds(Collective(kind=kind, shapes=(), bytes=size, times=1, exact=True,
-                                        group=devices, source=""))
+        return there.seconds(Collective(kind=kind, shapes=(), bytes=size, times=1, exact=True,
+                                        groups=groups, source=""))
 
-    to_all = seconds("all-gather", 8e6) <= seconds("all-to-all", ROOM * choices * 8e6)
-    assert pays_to_all(choices, devices, torus.spanned(devices)) is to_all
+    to_all, each = seconds("all-gather", 8e6), seconds("all-to-all", ROOM * choices * 8e6)
+    assert pays_to_all(choices, devices, block) is (to_all <= each)
+
 
 
 @pytest.mark.slow

@@ -1,13 +1,16 @@
 """Collectives in two steps do what those in one do."""
 
+import math
 import types
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from links import chips
 
 from engram_jax.tables import collectives
+from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES
 from engram_jax.training.placement import make_mesh
 
@@ -34,12 +37,6 @@ def test_one_step_or_two(shape, near):
     assert (got == SENT.sum(axis=0)).all()
 
 
-def chips(*sizes, cores=1):
-    """Devices of a slice, its last axis the fastest."""
-    return [types.SimpleNamespace(platform="tpu", coords=place)
-            for place in np.ndindex(*sizes) for _ in range(cores)]
-
-
 @pytest.mark.parametrize(("devices", "near"), [
     (chips(4, 4, 4), 16), (chips(16, 16, 1), 16), (chips(4, 4, 8), 32), (chips(1, 4, 4), 4),
     (chips(4, 4, 4, cores=2), 32), (chips(1, 1, 8), 0), (chips(1, 1, 1), 0)])
@@ -47,11 +44,54 @@ def test_neighbours_are_those_before_the_first_step_along_the_slowest_axis(devic
     assert collectives.neighbours(devices) == near
 
 
-@pytest.mark.parametrize(("devices", "axes"), [
-    (chips(4, 4, 4), 3), (chips(1, 4, 4), 2), (chips(1, 16, 1), 1), (chips(1, 1, 1, cores=2), 1)])
-def test_axes_that_devices_span(devices, axes):
-    assert collectives.spanned(devices) == axes
+@pytest.mark.parametrize(("devices", "extent"), [
+    (chips(4, 4, 4), (4, 4, 4)), (chips(1, 2, 4), (2, 4)), (chips(1, 16, 1), (16,)),
+    (chips(1, 1, 1, cores=2), (1,))])
+def test_axes_that_devices_lie_along(devices, extent):
+    assert collectives.extent(devices) == extent
+
+
+@pytest.mark.parametrize(("devices", "size", "first", "then"), [
+    (chips(16, 16, 1), 8, [(0, 0, 0), (0, 3, 0), (1, 0, 0), (1, 3, 0)], (0, 4, 0)),
+    (chips(16, 16, 1), 16, [(0, 0, 0), (1, 1, 0), (2, 2, 0), (3, 3, 0)], (0, 4, 0)),
+    (chips(4, 4, 4), 8, [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 1)], (0, 0, 2)),
+    (chips(4, 4, 4), 4, [(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 1)], (0, 0, 2)),
+    (chips(1, 8, 1), 4, [(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)], (0, 4, 0)),
+])
+def test_blocks_are_as_nearly_cubes_as_can_be(devices, size, first, then):
+    """Their first devices, and the first of the second; whatever order they were given in."""
+    for given in (devices, devices[::-1]):
+        blocked = [device.coords for device in collectives.in_blocks(given, size)]
+        assert sorted(blocked) == sorted(device.coords for device in devices)
+        assert set(first) <= set(blocked[:size])
+        assert blocked[0] == first[0]
+        assert blocked[size] == then
+        for start in range(0, len(devices), size):
+            spans = [len(set(along))
+                     for along in zip(*blocked[start:start + size], strict=True)]
+            assert math.prod(spans) == size
+
+
+@pytest.mark.parametrize(("devices", "size"), [
+    (chips(4, 4, 4, cores=2), 8), (chips(16, 16, 1)[:-1], 5), (chips(4, 4, 4), 3)])
+def test_what_has_no_blocks_stays_as_it_is(devices, size):
+    assert collectives.in_blocks(devices, size) == devices
+
+
+def test_those_that_share_experts_are_a_block(monkeypatch):
+    given = np.array(chips(4, 4, 4)).reshape(2, 32)
+    flat = types.SimpleNamespace(devices=given)
+    monkeypatch.setattr(jax, "make_mesh", lambda *shape, **how: flat)
+    monkeypatch.setattr(placement, "_mesh", lambda devices, *shape: devices.reshape(shape))
+    mesh = placement.make_mesh(2, 4, list(given.flat), 8)
+    assert mesh.shape == (2, 4, 8, 1)
+    for half, row in zip(mesh, given, strict=True):
+        assert set(half.flat) == set(row)
+    for block in mesh.reshape(8, 8):
+        assert collectives.extent(list(block)) == (2, 2, 2)
+    assert (placement.make_mesh(2, 32, list(given.flat)).reshape(2, 32) == given).all()
 
 
 def test_without_a_slice_there_is_one_step():
-    assert collectives.neighbours(jax.devices()) == collectives.spanned(jax.devices()) == 0
+    assert collectives.neighbours(jax.devices()) == 0
+    assert collectives.extent(jax.devices()) == ()

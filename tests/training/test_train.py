@@ -54,8 +54,9 @@ def silent(line):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
+    """Tables are row Adam's: its moments show what a step has asked for."""
     text = write_text(tmp_path_factory.mktemp("text") / "text.txt")
-    return micro(text, evaluate_every=5)
+    return changed(micro(text, evaluate_every=5), {"optimizer.table_optimizer": "row_adam"})
 
 
 @pytest.fixture(scope="module")
