@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "engram_jax"
 # A room may import itself and what stands in a row above it, never a room beside it.
 LEVELS = (
-    ("errors", "faces"),
+    ("errors", "faces", "settled"),
     ("config", "quiet"),
     ("settings", "storage", "host_memory"),
     ("recipes", "distributed"),

@@ -36,9 +36,11 @@ STEPS, PROFILED = 9, 3
 # makers' data sheets, without sparsity.
 PEAKS = {
     "TPU v4": CHIPS["v4"].peak_teraflops, "TPU v5 lite": CHIPS["v5e"].peak_teraflops,
-    "TPU v5": CHIPS["v5p"].peak_teraflops, "TPU v5p": CHIPS["v5p"].peak_teraflops,
-    "TPU v6 lite": CHIPS["v6e"].peak_teraflops, "TPU7x": CHIPS["tpu7x"].peak_teraflops,
-    "NVIDIA A100": 312.0, "NVIDIA H100 PCIe": 756.0, "NVIDIA H100": 989.4, "NVIDIA H200": 989.4,
+    "TPU v5e": CHIPS["v5e"].peak_teraflops, "TPU v5": CHIPS["v5p"].peak_teraflops,
+    "TPU v5p": CHIPS["v5p"].peak_teraflops, "TPU v6 lite": CHIPS["v6e"].peak_teraflops,
+    "TPU v6e": CHIPS["v6e"].peak_teraflops, "TPU7x": CHIPS["tpu7x"].peak_teraflops,
+    "NVIDIA A100": 312.0, "NVIDIA H100": 989.4, "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.5, "NVIDIA H200": 989.4, "NVIDIA H200 NVL": 835.5,
     "NVIDIA B200": 2250.0,
 }
 # Kernels of libraries that a GPU starts from a graph of launches: a profile does not say of which
@@ -120,8 +122,10 @@ def _rates(run: RunConfig, mesh: Mesh, step_s: float) -> dict[str, Any]:
 
 
 def peak_flops(kind: str) -> float | None:
-    """Dense bfloat16 FLOPs a second of a device kind as jax names it; None where unknown."""
-    names = [name for name in PEAKS if kind.startswith(name)]
+    """Dense bfloat16 FLOPs a second of a device kind as jax names it; None where unknown, as it is
+    of a part of a GPU."""
+    names = [name for name in PEAKS if re.match(rf"{re.escape(name)}(?![a-zA-Z0-9])", kind)
+             and "MIG" not in kind]
     return PEAKS[max(names, key=len)] * 1e12 if names else None
 
 

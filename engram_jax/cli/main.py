@@ -8,8 +8,6 @@ Exit codes: 0 done, 1 the machine failed (disk, memory) or a run diverged, 2 the
 ends with 1, too, where the second run differs, and `verify` where something is damaged.
 """
 
-import importlib.util
-import os
 import sys
 from collections.abc import Sequence
 
@@ -29,8 +27,8 @@ from engram_jax.cli import (
 from engram_jax.cli.endings import ending
 from engram_jax.cli.words import Parser
 from engram_jax.quiet import quieten
+from engram_jax.settled import settle_sums
 
-GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
 FAMILIES = (models, fields, texts, runs, evaluation, sweeps, results, serving, released,
             benchmarks)
 
@@ -50,19 +48,6 @@ def main(words: Sequence[str] | None = None) -> int:
         if line:
             print(f"engram-jax: {line}", file=sys.stderr)
         return code
-
-
-def settle_sums() -> None:
-    """Ask GPUs for the same bits in every run; to be done before jax starts.
-
-    Sums of gradients whose indices repeat are atomic additions there, in whatever order they come,
-    unless XLA is told otherwise. What the order costs was never measured; with
-    XLA_FLAGS=--xla_gpu_deterministic_ops=false nobody asks for it.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    with_gpus = any(importlib.util.find_spec(name) for name in GPU_PLUGINS)
-    if with_gpus and "xla_gpu_deterministic_ops" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
 
 
 def parser() -> Parser:

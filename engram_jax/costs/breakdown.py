@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import re
 
-from engram_jax.costs.collectives import collectives
+from engram_jax.costs.collectives import KINDS, collectives
 from engram_jax.costs.compiled import KERNEL, Speed, flops_of, on_sparse_cores, timed
 from engram_jax.costs.hlo import Program, Site
 from engram_jax.costs.torus import Torus
@@ -23,6 +23,10 @@ SCOPES = (*OF_TABLES, *OF_FUSIONS, "embed", "over_encoding", "attention", "exper
 _SMALL = ("rms_norm", "gather_weights")  # inside a fusion they are the fusion's
 _COPIES = ("copy", "transpose", "bitcast", "copy-start", "dynamic-slice", "dynamic-update-slice",
            "concatenate", "pad", "slice", "reshape")
+ASSUMED = (
+    "computing as the compiler estimates it, kernels and matrix products at the chip's peak; each "
+    "collective alone, at the bandwidth of the busiest link that it uses; what is begun early "
+    "hides behind computing; no further rounds where a capacity is short; never measured")
 WORK = ("matrix products", "kernels", "copies", "SparseCores", "memory-bound")
 
 # For each part of the network what it takes of a device's step: `seconds` of computing, as the
@@ -93,9 +97,10 @@ def total(parts: Costs, what: str) -> float:
 
 
 def by_scope(parts: Costs) -> dict[str, dict[str, float]]:
-    """The parts, those that take longest first, without kinds of work and of collectives."""
-    shown = ("seconds", "flops", "sent_bytes", "collective_s")
-    return {name: {what: part[what] for what in shown}
+    """The parts, those that take longest first, without counts and what may overlap."""
+    shown = ("seconds", *WORK, "flops", "sent_bytes", "collective_s")
+    return {name: {what: amount for what in (*shown, *(f"bytes {kind}" for kind in KINDS))
+                   if (amount := part[what]) or what in ("seconds", "flops", *shown[-2:])}
             for name, part in sorted(parts.items(), key=lambda item: (-item[1]["seconds"],
                                                                      item[0]))}
 

@@ -8,6 +8,7 @@ that is not compressed (`CompressedVocabulary.identity`), which changes constant
 import dataclasses
 import math
 import re
+import textwrap
 import time
 from typing import Any
 
@@ -57,7 +58,9 @@ class Plan:
         those that computing may hide.
       step_s, mfu: the step's time by both, and the model's FLOPs over what the chip could do in it
         (`costs.breakdown.Roofline`).
-      by_scope: for each part of the network seconds, flops, sent_bytes and collective_s.
+      assumed: what these two rest on.
+      by_scope: for each part of the network seconds, of these the kinds of `by_kind`, flops,
+        sent_bytes and collective_s, and `bytes KIND` of each kind of collective.
       by_kind: seconds of matrix products, kernels, copies, what SparseCores do and what memory
         bounds.
       reason: why it does not fit, in the compiler's words.
@@ -83,6 +86,7 @@ class Plan:
     overlapping_s: float | None = None
     step_s: float | None = None
     mfu: float | None = None
+    assumed: str = ""
     by_scope: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     by_kind: dict[str, float] = dataclasses.field(default_factory=dict)
     compile_s: float
@@ -258,6 +262,7 @@ def _said(whole: Measured, chip: Chip, model_flops: float) -> dict[str, Any]:
     assert whole.peak_bytes is not None
     times = breakdown.roofline(parts, model_flops, _speed(chip).flops)
     return {**said, **dataclasses.asdict(times), "model_flops": model_flops,
+            "assumed": breakdown.ASSUMED,
             "fits": whole.peak_bytes <= chip.hbm_gib * GIB,
             "flops": round(breakdown.total(parts, "flops")),
             "collectives": {kind: {
@@ -318,7 +323,8 @@ def _times(plan: Plan) -> list[str]:
         _line("computing", f"{plan.compute_s:.4g} s by the compiler's estimate"),
         _line("collectives", f"{plan.collective_s:.4g} s by the links' bandwidth, of which "
                              f"{plan.overlapping_s:.4g} s may hide behind computing"),
-        _line("a step", f"{plan.step_s:.4g} s, MFU {plan.mfu:.1%} (estimated; never measured)"),
+        _line("a step", f"{plan.step_s:.4g} s, MFU {plan.mfu:.1%}, estimated:"),
+        *textwrap.wrap(plan.assumed, 96, initial_indent="    ", subsequent_indent="    "),
         *(_line(f"  {kind}", f"{seconds:.4g} s") for kind, seconds in plan.by_kind.items()),
         "",
         f"  {'part':<20}{'seconds':>12}{'FLOPs':>12}{'sent':>14}{'on the wire':>14}",

@@ -5,17 +5,19 @@ Shapes: B batch, T time, N tokens of the text, P positions, S spans.
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 import numpy as np
 
-from engram_jax.config import require
+from engram_jax.config import RunConfig, require
 from engram_jax.insides.observing import Opened
 from engram_jax.runs import reader
 
 BATCHES = 8  # of the text that an analysis reads
+KEPT = 2**31  # bytes of streams after all blocks, of a batch that is observed
 
 
 class Text:
-    """A text as a run reads it, in batches of the run's shape.
+    """A text as a run reads it, in batches of the run's shape, or of fewer sequences.
 
     Attributes:
       text: itself.
@@ -33,7 +35,7 @@ class Text:
         count = self.tokens_N.size // self._length
         require(count >= 1, "text", f"{self.tokens_N.size} tokens",
                 f"must have at least {self._length}, one sequence of {opened.name}")
-        self._size = min(data.batch_size, count)
+        self._size = min(sequences(opened.run), count)
         self._whole = count // self._size
 
     @property
@@ -71,6 +73,14 @@ class Text:
         return each_N[number * tokens : (number + 1) * tokens].reshape(self._size, self._length)
 
 
+def sequences(run: RunConfig) -> int:
+    """How many an analysis reads at a time: a batch of the run, or as many as can be observed."""
+    model = run.model
+    each = ((model.depth + 1) * run.data.sequence_length * model.streams * model.width
+            * jnp.dtype(model.compute_dtype).itemsize)
+    return max(1, min(run.data.batch_size, KEPT // each))
+
+
 def validation_text(opened: Opened) -> str:
     """The beginning of a run's validation text, twice as much as analyses read; a blank line
     between documents.
@@ -80,5 +90,5 @@ def validation_text(opened: Opened) -> str:
     """
     data = opened.run.data
     return reader.validation_text(
-        opened.run, 2 * BATCHES * data.batch_size * (data.sequence_length + 1),
+        opened.run, 2 * BATCHES * sequences(opened.run) * (data.sequence_length + 1),
         opened.fingerprint)

@@ -49,8 +49,10 @@ def unjoined(x: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def wide_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., in] times weight [in, out], kept in float32 as it was summed; gradients are those of
-    `linear`, in x's dtype."""
-    return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    `linear`, in x's dtype. What is float32 is not rounded before it is multiplied."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.matmul(x, weight.astype(x.dtype), precision=precision,
+                      preferred_element_type=jnp.float32)
 
 
 def _wide_linear_backward(

@@ -17,7 +17,9 @@ from engram_jax import __version__, distributed
 from engram_jax.config import RunConfig, require
 from engram_jax.errors import MachineError, UserError
 from engram_jax.settings import from_dict
+from engram_jax.settled import settle_sums
 from engram_jax.storage import first_line
+from engram_jax.sweeps.compilations import kept_compilations
 from engram_jax.sweeps.member import result_of
 from engram_jax.training.placement import chosen_mesh
 
@@ -79,8 +81,10 @@ def train_here(
         named = line if line.startswith(run.name) else f"{run.name}: {line}"
         ray.get(desk.put.remote(named))
 
+    settle_sums()  # a node's own environment knows nothing of the command's
     made = chosen_mesh(mesh)
-    return result_of(run, epath.Path(folder), distributed.first_only(say), made)
+    with kept_compilations():
+        return result_of(run, epath.Path(folder), distributed.first_only(say), made)
 
 
 def train_on_slice(

@@ -23,7 +23,10 @@ pytestmark = pytest.mark.usefixtures("compilations")
 
 @pytest.mark.parametrize(("kind", "peak"), [
     ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v5", 459e12), ("cpu", None),
-    ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989.4e12)])
+    ("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989.4e12),
+    ("TPU v5e", 197e12), ("TPU v6e", 918e12), ("TPU v6 lite", 918e12), ("TPU v5x", None),
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 NVL", 835.5e12), ("NVIDIA H1000", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)])
 def test_peaks(kind, peak):
     assert step.peak_flops(kind) == peak
 

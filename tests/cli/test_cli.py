@@ -13,7 +13,7 @@ import pytest
 from micro import STEPS, micro, plain, write_text
 
 import engram_jax
-from engram_jax import recipes
+from engram_jax import recipes, settled
 from engram_jax.cli import evaluation, main, results, runs, serving
 from engram_jax.cli.words import keeping_programs
 from engram_jax.runs.directory import RunDirectory
@@ -290,8 +290,8 @@ def test_programs_are_kept_in_the_users_cache(monkeypatch):
 ])
 def test_gpus_are_asked_for_the_same_bits(plugin, before, after, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", before)
-    monkeypatch.setattr(main.importlib.util, "find_spec", lambda name: plugin or None)
-    main.settle_sums()
+    monkeypatch.setattr(settled.importlib.util, "find_spec", lambda name: plugin or None)
+    settled.settle_sums()
     assert os.environ["XLA_FLAGS"] == after
 
 

@@ -101,6 +101,8 @@ def test_time_by_scope_and_by_kind():
     assert {name: round(part["seconds"] * 1e9) for name, part in parts.items()} == {
         "attention": 430, "experts": 200, OTHER: 70}
     assert list(parts) == ["attention", "experts", OTHER]
+    assert parts["experts"]["kernels"] == parts["experts"]["seconds"]
+    assert "copies" not in parts["experts"]
     assert {name: round(seconds * 1e9) for name, seconds in by_kind(costs_of).items()} == {
         "matrix products": 400, "kernels": 200, "copies": 30, "SparseCores": 0,
         "memory-bound": 70}
@@ -111,6 +113,9 @@ def test_a_collective_is_its_scopes():
               'metadata={op_name="jit(step)/gather_weights/all_gather"}')
     text = TPU.replace("ROOT %s =", f"{gather}\n  ROOT %s =")
     part = costs(parse(text), TORUS, SPEED)["gather_weights"]
+    shown = by_scope(costs(parse(text), TORUS, SPEED))["gather_weights"]
+    assert shown == {"seconds": 0, "flops": 0, "sent_bytes": 256, "collective_s": 384,
+                     "bytes all-gather": 256}
     assert part["sent_bytes"] == part["bytes all-gather"] == 8 * 8 * 4
     assert part["count all-gather"] == 1
     assert part["collective_s"] == pytest.approx(256 * 3 / 2)

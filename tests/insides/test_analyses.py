@@ -9,16 +9,18 @@ import numpy as np
 import pytest
 from micro import micro, plain, with_model, write_text
 
+from engram_jax import recipes
 from engram_jax.cli import main
 from engram_jax.cli.results import ANALYSES as NAMES
 from engram_jax.data.reading import read_file
 from engram_jax.insides import analyses
 from engram_jax.insides.examples import GATED
 from engram_jax.insides.observing import Opened, open_run
-from engram_jax.insides.texts import Text, validation_text
+from engram_jax.insides.texts import Text, sequences, validation_text
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.reader import open_inputs
 from engram_jax.runs.train import train
+from engram_jax.settings import changed
 
 pytestmark = pytest.mark.usefixtures("compilations")
 
@@ -98,6 +100,13 @@ def test_positions_are_those_of_the_spans(folders):
     np.testing.assert_array_equal(taken[1][0], list(read.inputs())[1])
     assert [places for _, places in
             ((tokens, places.tolist()) for tokens, places in read.ends(tokens_S2, 2))] == [[1, 3]]
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("tiny", 16), ("small", 32), ("engram-27b", 1)])
+def test_as_many_sequences_are_read_as_can_be_observed(name, wanted):
+    """Of engram-27b one sequence's streams after all blocks are 2.6 GB, and a batch has 1,280."""
+    assert sequences(recipes.recipe(name)) == wanted
+    assert sequences(changed(recipes.tiny(), {"data.sequence_length": 2**17})) == 10
 
 
 def test_gates_of_the_papers_sentences(folders, capsys):

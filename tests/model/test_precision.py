@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from engram_jax.config import AttentionConfig, EngramConfig, ModelConfig, MoEConfig
 from engram_jax.hashing.addressing import sites
-from engram_jax.model import loss, transformer
+from engram_jax.model import layers, loss, moe, transformer
 from engram_jax.model.hyper_connections import connect, joined, laid_out, mixing_parameters
 from engram_jax.model.parameters import values
 from engram_jax.training import fsdp, placement
@@ -154,3 +154,19 @@ def test_a_profile_reads_like_the_design():
     for name in ("embed", "fusion/gate", "fusion/convolution", "hyper_connection", "sinkhorn",
                  "attention", "experts/router", "experts/", "rms_norm", "head"):
         assert name in text, name
+
+
+@pytest.mark.parametrize(("dtype", "named"), [("float32", 1), ("bfloat16", 0)])
+def test_logits_of_float32_are_not_rounded_before_they_are_multiplied(dtype, named):
+    """GPUs would multiply 10 bits of each number, TPUs 8, where nobody names a precision."""
+    said = str(jax.make_jaxpr(layers.wide_linear)(jnp.ones((2, 4), dtype), jnp.ones((4, 3))))
+    assert said.count("dot_general") == 1
+    assert said.count("Precision.HIGHEST, Precision.HIGHEST") == named
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_routers_logits_are_float32_in_full(dtype):
+    config = MoEConfig(experts=4, top_k=2, shared=0, expert_ffn=8)
+    said = str(jax.make_jaxpr(lambda *inputs: moe.route(*inputs, config))(
+        jnp.ones((WIDTH, 4)), jnp.ones((3, WIDTH), dtype), jnp.zeros(4)))
+    assert said.count("dot_general") == said.count("Precision.HIGHEST, Precision.HIGHEST") == 1

@@ -30,7 +30,7 @@ from engram_jax.errors import MachineError, UserError
 from engram_jax.model import parameters, transformer
 from engram_jax.model.parameters import Parameter
 from engram_jax.recipes import RECIPES, without_memory
-from engram_jax.runs import train
+from engram_jax.runs import evaluate, train
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.evaluate import evaluator
@@ -583,6 +583,29 @@ def test_evaluation_weighs_every_validation_token_once(run, inputs, last):
     assert found.loss == pytest.approx(total / count, rel=1e-5)
     per_token = data.validation_bytes / data.validation_tokens
     assert found.bits_per_byte == pytest.approx(found.loss / math.log(2) / per_token, rel=1e-9)
+
+
+def test_results_are_read_one_batch_behind(run, inputs, monkeypatch):
+    """Never more than two batches are under way, and a device never waits for a result's reader."""
+    begun, seen = [], []
+
+    class Sum:
+        def __init__(self):
+            self.number = len(begun)
+
+        def __float__(self):
+            seen.append((self.number, len(begun)))
+            return 1.0
+
+    def step(state, batch):
+        begun.append(batch)
+        return Sum(), Sum()
+
+    monkeypatch.setattr(evaluate, "evaluation_step", lambda *settings: step)
+    monkeypatch.setattr(evaluate, "to_be_read", lambda state: state)
+    monkeypatch.setattr(evaluate.jax, "jit", lambda function: function)
+    evaluator(with_training(run, evaluate_batches=3), inputs)(None)
+    assert seen == [(1, 2), (1, 2), (2, 3), (2, 3), (3, 3), (3, 3)]
 
 
 def test_evaluation_reads_as_many_batches_as_it_is_told(run, inputs, last):
