@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ from engram_jax.data.batches import train_batches, validation_batches
 from engram_jax.errors import MachineError, UserError
 from engram_jax.model import parameters, transformer
 from engram_jax.model.parameters import Parameter
-from engram_jax.recipes import RECIPES, without_memory
+from engram_jax.recipes import RECIPES, tiny, without_memory
 from engram_jax.runs import evaluate, train
 from engram_jax.runs.checkpoints import Checkpoints
 from engram_jax.runs.directory import RunDirectory
@@ -45,6 +46,7 @@ from engram_jax.training.state import init_state
 
 pytestmark = pytest.mark.usefixtures("compilations")
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "train_step.json"
+TINY = GOLDEN.with_name("tiny_losses.json")
 TENSORBOARD = importlib.util.find_spec("tensorboardX") is not None
 
 
@@ -152,6 +154,29 @@ def test_golden_train_step(run, first, take):
     golden = json.loads(GOLDEN.read_text())
     for name, values in found.items():
         np.testing.assert_allclose(values, golden[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_tiny_has_the_losses_of_before_the_step_was_made_fast(tmp_path):
+    """Of twenty steps, by an earlier commit; to the bit where CPUs and versions are the same."""
+    random = np.random.default_rng(20)
+    words = ["".join(random.choice(list(string.ascii_lowercase), random.integers(2, 9)))
+             for _ in range(600)]
+    share = 1 / np.arange(1, 601)
+    text = " ".join(words[each] for each in random.choice(600, 60_000, p=share / share.sum()))
+    (tmp_path / "text.txt").write_text(text)
+    run = changed(tiny(), {
+        "data.path": str(tmp_path / "text.txt"), "data.tokenizer": "bpe:1024",
+        "data.batch_size": 2, "model.vocab_size": 1024, "training.steps": 20,
+        "training.log_every": 1, "training.checkpoint_every": 0,
+        "optimizer.table_optimizer": "row_adam"})
+    result = train.train(run, tmp_path / "run", silent, single_mesh())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [json.loads(line) for line in lines]
+    losses = [line["learning/loss"] for line in logged if "learning/loss" in line]
+    wanted = json.loads(TINY.read_text())
+    np.testing.assert_allclose(losses, wanted["losses"], rtol=0, atol=1e-6)
+    assert result["loss"] == pytest.approx(wanted["validation_loss"], abs=1e-6)
 
 
 def dense_gradients(run, inputs, state, batch):
