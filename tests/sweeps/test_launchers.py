@@ -172,6 +172,25 @@ def test_a_task_checks_its_node():
         ray_tasks.train_here({}, "/nowhere", None, __version__, None)
 
 
+def test_a_task_settles_its_sums_before_devices_and_keeps_its_programs(
+    two_runs, tmp_path, monkeypatch
+):
+    done = []
+
+    @contextlib.contextmanager
+    def kept():
+        done.append("kept")
+        yield
+        done.append("noted")
+
+    monkeypatch.setattr(ray_tasks, "settle_sums", lambda: done.append("sums"))
+    monkeypatch.setattr(ray_tasks, "chosen_mesh", lambda shape: done.append("devices"))
+    monkeypatch.setattr(ray_tasks, "kept_compilations", kept)
+    monkeypatch.setattr(ray_tasks, "result_of", lambda *words: done.append("trained"))
+    ray_tasks.train_here(to_dict(two_runs[0]), str(tmp_path), None, __version__, None)
+    assert done == ["sums", "devices", "kept", "trained", "noted"]
+
+
 @pytest.mark.parametrize(("nodes", "needs"), [
     ([{"CPU": 8.0}, {"CPU": 4.0}, {"memory": 1e9}], {"CPU": 4.0}),
     ([{"CPU": 64.0}, {"CPU": 8.0, "GPU": 8.0}], {"CPU": 1, "GPU": 1}),
