@@ -80,8 +80,9 @@ def test_a_mesh_that_does_not_divide(capsys):
     assert "data.batch_size = 6" in refused(capsys, "v5e:2x2", "--set", "data.batch_size=6")
 
 
-SMALL = [word for setting in (
-    "model.depth=2", "model.moe=none", "model.width=64", "training.steps=10")
+SMALL = [word for setting in (  # of a length that is not that of a TPU's lanes
+    "model.depth=2", "model.moe=none", "model.width=64", "training.steps=10",
+    "data.sequence_length=96")
     for word in ("--set", setting)]
 
 
