@@ -86,8 +86,8 @@ class OptimizerConfig:
       clip_norm: the largest norm of a whole gradient, the tables' included; longer ones are scaled.
       table_optimizer: of the tables: "row_rmsprop" and "row_adagrad" move only rows that were read
         and keep one number a row; "row_adam" does, too, and catches up with their moments;
-        "dense_adam", the paper's, and "balanced_momentum" move the whole table. The default trains
-        as well as dense Adam (experiments/row_optimizers) and costs a row of any width 8 bytes.
+        "dense_adam", the paper's, and "balanced_momentum" move the whole table. The default was
+        the best of the five (experiments/row_optimizers) and costs a row of any width 8 bytes.
       table_multiplier: learning rate of the tables over that of the backbone.
       table_b1: decay of the mean gradient, for tables with Adam.
       table_b2: decay of the mean squared gradient, for tables with Adam or RMSProp.
