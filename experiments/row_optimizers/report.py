@@ -97,15 +97,16 @@ def _bytes(optimizer: str) -> int:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """A panel for each budget: every run's loss by optimizer and rate."""
+    """A panel for each budget: every run's loss by optimizer and rate, a bar for their mean."""
     grouped = _arms(results)
     budgets = sorted({arm.tokens for arm in grouped})
     drawn, axes = figures.panels(max(1, len(budgets)))
     for each, tokens in zip(axes, budgets, strict=False):
         _panel(each, {arm: own for arm, own in grouped.items() if arm.tokens == tokens})
         figures.title(each, f"{short(tokens)} tokens")
-    axes[-1].legend(title="tables' rate over\nthe backbone's", frameon=False, loc="upper left",
-                    bbox_to_anchor=(1.0, 1.0))
+    axes[-1].legend(
+        *axes[0].get_legend_handles_labels(), title="tables' rate over\nthe backbone's",
+        frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return drawn
 
 
@@ -118,6 +119,6 @@ def _panel(axes: Axes, grouped: Mapping[Arm, Losses]) -> None:
         axes.plot(statistics.mean(losses), height, "|", color=COLOURS[at], markersize=15,
                   markeredgewidth=2, label=f"x{arm.rate:g}" if arm.optimizer == names[0] else None)
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
-    axes.invert_yaxis()
-    axes.set_xlabel("validation loss (nats a token); a dot a seed, a bar their mean")
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("validation loss (nats a token)")
     figures.plain(axes, "x")
