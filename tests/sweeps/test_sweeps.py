@@ -15,12 +15,14 @@ from engram_jax.costs.accounting import account
 from engram_jax.costs.allocation import matched_baseline
 from engram_jax.errors import UserError
 from engram_jax.hashing.addressing import sites
-from engram_jax.recipes import with_over_encoding
+from engram_jax.recipes import RECIPES, with_over_encoding
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.divergence import Diverged
 from engram_jax.settings import first_difference, to_dict, with_settings
 from engram_jax.sweeps import member, sweep
 from engram_jax.sweeps.sweep import Sweep, from_csv, run_sweep, seeded, to_csv
+from engram_jax.tables.memory import Memory
+from engram_jax.tables.row_optimizers import row_rmsprop
 from experiments.memory_scaling import report
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -375,6 +377,21 @@ def test_every_scale_has_arms_of_their_own_names(experiment):
         names = [run.name for run in module.runs(scale, (0, 1))]
         assert len(set(names)) == len(names)
         assert all(name.endswith(("-seed0", "-seed1")) for name in names)
+
+
+@pytest.mark.parametrize("experiment", [
+    "memory_scaling", "controls", "layer_sweep", "allocation", "ablations"])
+def test_committed_tables_can_be_made_again(experiment):
+    """They were trained when row Adam was the default; other scales have today's."""
+    module = configs(experiment)
+    for scale in module.SCALES:
+        wanted = "row_adam" if scale == "tiny" else "row_rmsprop"
+        assert {run.optimizer.table_optimizer for run in module.runs(scale, (0,))} == {wanted}
+
+
+def test_recipes_and_the_part_train_tables_alike():
+    assert {make().optimizer.table_optimizer for make in RECIPES.values()} == {"row_rmsprop"}
+    assert Memory.optimizer == row_rmsprop()
 
 
 def test_an_ablation_changes_what_its_name_says():
