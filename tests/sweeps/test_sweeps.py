@@ -21,8 +21,9 @@ from engram_jax.runs.divergence import Diverged
 from engram_jax.settings import first_difference, to_dict, with_settings
 from engram_jax.sweeps import member, sweep
 from engram_jax.sweeps.sweep import Sweep, from_csv, run_sweep, seeded, to_csv
+from engram_jax.tables.layout import TableLayout
 from engram_jax.tables.memory import Memory
-from engram_jax.tables.row_optimizers import row_rmsprop
+from engram_jax.tables.row_optimizers import RowRmsPropState
 from experiments.memory_scaling import report
 
 pytestmark = pytest.mark.usefixtures("compilations")
@@ -391,7 +392,8 @@ def test_committed_tables_can_be_made_again(experiment):
 
 def test_recipes_and_the_part_train_tables_alike():
     assert {make().optimizer.table_optimizer for make in RECIPES.values()} == {"row_rmsprop"}
-    assert Memory.optimizer == row_rmsprop()
+    layout = TableLayout(rows=4, dim=2, shards=1)
+    assert isinstance(Memory.optimizer.init(layout), RowRmsPropState)
 
 
 def test_an_ablation_changes_what_its_name_says():
