@@ -1,10 +1,11 @@
 """Shall experts travel to tokens, or tokens to experts? By the time that their bytes take.
 
 Experts that are gathered travel whole to every device: each time that a block runs in the compute
-dtype, and their gradients in float32. Along an axis of X devices that share them, each gathers a
-share of them, and tokens and results travel instead (`model.sent_experts`). Both are counted as
-`torus.Torus` counts collectives. Matrices also pass through a device's memory several times on
-their way, as often as compiled programs have it. Nothing of it was compared with a running TPU.
+dtype, and their gradients in float32. Of X devices that share them, a block of the slice, each
+gathers a share of them, and tokens and results travel instead (`model.sent_experts`). Both are
+counted as `torus.Torus` counts collectives. Matrices also pass through a device's memory several
+times on their way, as often as compiled programs have it. Nothing of it was compared with a
+running TPU.
 """
 
 from typing import NamedTuple

@@ -86,8 +86,8 @@ class Slice:
     sizes: tuple[int, ...]
     devices: list[jax.Device]
 
-    def torus(self, devices: Iterable[jax.Device] | None = None) -> Torus:
-        """Its links, for a program that runs on these devices, in this order (default: its own).
+    def torus(self, devices: Iterable[jax.Device]) -> Torus:
+        """Its links, for a program that runs on these devices, in this order.
 
         An axis closes to a ring where it is as long as `Chip.ring` or a multiple of that; of three
         axes all must be.
@@ -95,8 +95,7 @@ class Slice:
         closed = tuple(size % self.chip.ring == 0 for size in self.sizes)
         if self.chip.axes == 3:
             closed = (all(closed),) * 3
-        places = tuple(tuple(device.coords[:self.chip.axes])
-                       for device in (self.devices if devices is None else devices))
+        places = tuple(tuple(device.coords[:self.chip.axes]) for device in devices)
         return Torus(self.sizes, closed, self.chip.link_gbytes * 1e9, places)
 
 

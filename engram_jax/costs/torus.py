@@ -14,7 +14,7 @@ from engram_jax.costs.collectives import Collective, Groups
 
 Link = tuple[tuple[int, ...], int, int]  # a line of chips, a chip in it, +1 or -1
 Hop = tuple[tuple[int, ...], int, int, float]  # a line, from where to where in it, and how much
-Line = tuple[tuple[int, ...], tuple[int, ...]]  # a line of chips, and some places in it
+Line = tuple[tuple[int, ...], collections.Counter[int]]  # a line of chips, and devices by place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,11 @@ class Torus:
             return 0.0
         if one.kind in ("all-to-all", "ragged-all-to-all"):
             return one.bytes * self._exchanged(groups) / self.link
-        passed = (members - 1) / (self._width(groups) * self.link)
-        return one.bytes * passed * {"all-gather": 1.0, "all-reduce": 2 / members,
-                                     "reduce-scatter": 1 / members}.get(one.kind, 1.0)
+        if not (width := self._width(groups)):  # of devices on one chip
+            return 0.0
+        parts = {"all-gather": members - 1, "all-reduce": 2 * (members - 1) / members,
+                 "reduce-scatter": (members - 1) / members}
+        return one.bytes * parts.get(one.kind, 1) / (width * self.link)
 
     @functools.cache  # noqa: B019 - few slices, few groups, and a pod's take a while
     def _width(self, groups: Groups) -> float:
@@ -58,19 +60,21 @@ class Torus:
         for axis in range(len(self.sizes)):
             hops: list[Hop] = []
             for line, places in self._lines(groups, axis):
-                following = dict(zip(places, (*places[1:], places[0]), strict=True))
-                hops += [(line, *pair, 1.0) for one, other in following.items()
+                ordered = sorted(places)
+                following = zip(ordered, (*ordered[1:], ordered[0]), strict=True)
+                hops += [(line, *pair, 1.0) for one, other in following
                          for pair in ((one, other), (other, one))]
             if busiest := self._busiest(hops, axis):
                 width += 2 / busiest
-        return width or 2.0  # of devices on one chip
+        return width
 
     @functools.cache  # noqa: B019
     def _exchanged(self, groups: Groups) -> float:
         """Of what a member puts in, how often it passes over the busiest link, if every member
         gets an equal part."""
         return max(self._busiest(
-            [(line, one, other, 1 / len(places)) for line, places in self._lines(groups, axis)
+            [(line, one, other, places[one] * places[other] / places.total())
+             for line, places in self._lines(groups, axis)
              for one in places for other in places if one != other], axis)
             for axis in range(len(self.sizes)))
 
@@ -88,13 +92,15 @@ class Torus:
         return max(map(self._busiest, hops, range(len(hops))), default=0.0) if pairs else 1.0
 
     def _lines(self, groups: Groups, axis: int) -> Iterable[Line]:
-        """The places of a group's members along an axis, for each line of chips that has two."""
+        """The places of a group's members along an axis, and how many are at each, for each line
+        of chips that has two places."""
         for group in groups:
-            lines = collections.defaultdict(set)
+            lines: dict[tuple[int, ...], collections.Counter[int]] = (
+                collections.defaultdict(collections.Counter))
             for device in group:
                 place = self.places[device]
-                lines[*place[:axis], -1, *place[axis + 1:]].add(place[axis])
-            yield from ((line, tuple(sorted(own))) for line, own in lines.items() if len(own) > 1)
+                lines[*place[:axis], -1, *place[axis + 1:]][place[axis]] += 1
+            yield from ((line, own) for line, own in lines.items() if len(own) > 1)
 
     def _busiest(self, hops: Sequence[Hop], axis: int) -> float:
         """The most that passes over one link of an axis, in one direction."""

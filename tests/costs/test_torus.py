@@ -68,8 +68,8 @@ def test_a_message_goes_along_one_axis_and_then_the_other():
 ])
 def test_which_axes_close(chip, sizes, rings):
     there = Slice(chip=CHIPS[chip], sizes=sizes, devices=chips(*sizes))
-    assert there.torus().rings == rings
-    assert there.torus().link == CHIPS[chip].link_gbytes * 1e9
+    assert there.torus(there.devices).rings == rings
+    assert there.torus(there.devices).link == CHIPS[chip].link_gbytes * 1e9
 
 
 def test_the_programs_devices_count_and_not_their_numbers():
@@ -79,7 +79,14 @@ def test_the_programs_devices_count_and_not_their_numbers():
     assert seconds("all-to-all", 80, IDS.reshape(-1, 8), blocks) * 50e9 == pytest.approx(wanted)
 
 
-def test_of_two_devices_on_a_chip_nothing_is_sent():
-    torus = slice_of_links((2,))
-    both = type(torus)(torus.sizes, torus.rings, torus.link, ((0,), (0,), (1,), (1,)))
-    assert seconds("all-to-all", 8, [(0, 1), (2, 3)], both) == 0
+def test_two_devices_on_a_chip():
+    """Between them nothing is sent; to another chip's two each sends half of what it puts in."""
+    line = slice_of_links((2,), [False])
+    both = type(line)(line.sizes, line.rings, line.link, ((0,), (0,), (1,), (1,)))
+    for kind in ("all-to-all", "all-gather", "all-reduce"):
+        assert seconds(kind, 8, [(0, 1), (2, 3)], both) == 0
+    assert seconds("all-to-all", 8, torus=both) == 8
+
+
+def test_a_broadcast_comes_in_by_all_links():
+    assert seconds("collective-broadcast", 8, ROWS) == 4
