@@ -35,12 +35,12 @@ def _paper(name: str, moe: MoEConfig | None, engram: EngramConfig | None) -> Run
         name=name,
         model=ModelConfig(
             vocab_size=129_280, width=2560, depth=30, ffn=12_288, attention=AttentionConfig(),
-            moe=moe, streams=4, engram=engram, remat="outputs"),
+            moe=moe, streams=4, engram=engram, remat="auto"),
         data=DataConfig(path="hf:HuggingFaceFW/fineweb-edu", tokenizer="deepseek-ai/DeepSeek-V3",
                         sequence_length=4096, batch_size=1280),
         optimizer=OptimizerConfig(),
         training=TrainingConfig(
-            steps=50_000, accumulate=5, checkpoint_every=1000, evaluate_every=1000,
+            steps=50_000, accumulate=0, checkpoint_every=1000, evaluate_every=1000,
             evaluate_batches=4),  # 21M tokens; all of the text's 5 % would cost as much as training
     )
 

@@ -57,7 +57,8 @@ def cut_27b() -> RunConfig:
     return changed(recipes.engram_27b(), {
         "name": "engram-27b, 4 blocks", "baseline": "", "model.depth": 4,
         "model.engram.layers": (1,), "model.engram.rows_per_head": (282_800, 282_800),
-        "data.batch_size": 8 * jax.device_count(), "training.accumulate": 8})
+        "data.batch_size": 8 * jax.device_count(), "training.accumulate": 8,
+        "model.remat": "outputs"})
 
 
 WORKLOADS: dict[str, Callable[[], RunConfig]] = {

@@ -7,6 +7,7 @@ Every field has its meaning in the docstring of its class; docs/config.md is mad
 
 from engram_jax.config.checks import require, require_at_least
 from engram_jax.config.model import (
+    KEPT,
     KEYS,
     MAX_TABLE_ROWS,
     AttentionConfig,
@@ -28,6 +29,7 @@ from engram_jax.config.run import (
 ROW_DTYPES = ("float32", "bfloat16", "int8", "fp8")  # of tables off the device
 
 __all__ = [
+    "KEPT",
     "KEYS",
     "MAX_TABLE_ROWS",
     "ROW_DTYPES",

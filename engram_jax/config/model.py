@@ -7,7 +7,7 @@ from engram_jax.config.checks import require, require_all_whole, require_at_leas
 
 MAX_TABLE_ROWS = 2**31 - 1  # row ids are int32
 KEYS = ("ngrams", "shuffled", "random")
-REMAT = ("none", "block", "outputs")
+KEPT = ("none", "outputs", "ffn", "block")  # for the backward pass, from all to least
 ATTENTIONS = ("auto", "xla", "splash", "cudnn")
 STREAM_LAYOUTS = ("auto", "joined", "apart")
 
@@ -277,8 +277,11 @@ class ModelConfig:
       norm_eps: epsilon of the backbone's norms.
       compute_dtype: dtype of activations; parameters are kept in float32.
       remat: "none" keeps every activation for the backward pass; "block" keeps what each block was
-        given and computes the rest anew; "outputs" keeps what each sub-layer gave, too, so that its
-        last products are not computed again.
+        given, and the few numbers a token that mix its streams, and computes the rest anew; "ffn"
+        keeps what each FFN gave, too, so that its last product is not computed again; "outputs"
+        keeps what each attention gave, too, and what splash attention wants again. "auto" is the
+        first of "none", "outputs", "ffn" and "block" that fits the devices by a guess
+        (`training.fitting`); "block" where nothing is trained.
       isolate_documents: attention, n-grams and convolution stop at document boundaries. Off is
         the reference's behaviour.
     """
@@ -306,8 +309,8 @@ class ModelConfig:
         require_at_least(self, 0, "model", "sinkhorn_rounds", "norm_eps", "embedding_std")
         require(self.compute_dtype in ("float32", "bfloat16"), "model.compute_dtype",
                 self.compute_dtype, "must be float32 or bfloat16")
-        require(self.remat in REMAT, "model.remat", self.remat,
-                f"must be one of {', '.join(REMAT)}")
+        require(self.remat in (*KEPT, "auto"), "model.remat", self.remat,
+                f"must be one of {', '.join(KEPT)}, auto")
         require(self.stream_layout in STREAM_LAYOUTS, "model.stream_layout", self.stream_layout,
                 f"must be one of {', '.join(STREAM_LAYOUTS)}")
         require(self.stream_layout == "auto" or self.streams > 1, "model.stream_layout",

@@ -172,7 +172,8 @@ class TrainingConfig:
       accumulate: a step's batch is cut into so many parts, one after another; the gradients add up,
         and activations take so much less memory. Rows of tables and their gradients are those of
         the whole batch, as a row meets its optimizer once a step; matrices that are split over
-        devices travel for every part, forward and back.
+        devices travel for every part, forward and back. 0 is the fewest parts that fit the devices
+        by a guess (`training.fitting`).
       row_capacity: rows that a device may ask of each peer in one round of the exchange, as a share
         of (ids it looks up / devices); more rounds follow where it is short. 0 measures the data.
       check_exchange: in every step the devices check that rows reach their owners and that tables
@@ -197,10 +198,10 @@ class TrainingConfig:
     check_exchange: bool = False
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "training", "steps", "keep_checkpoints", "accumulate")
-        require_at_least(self, 0, "training", "seed", "evaluate_every", "evaluate_batches",
-                         "checkpoint_every", "log_every", "row_capacity", "skips_in_a_row",
-                         "grace_seconds")
+        require_at_least(self, 1, "training", "steps", "keep_checkpoints")
+        require_at_least(self, 0, "training", "seed", "accumulate", "evaluate_every",
+                         "evaluate_batches", "checkpoint_every", "log_every", "row_capacity",
+                         "skips_in_a_row", "grace_seconds")
         require(self.freeze in FROZEN, "training.freeze", self.freeze,
                 'must be "tables", "backbone" or "" for nothing')
         require(not self.start_optimizer or bool(self.start_from), "training.start_optimizer",

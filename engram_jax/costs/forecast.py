@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from engram_jax.config import RunConfig, require
 from engram_jax.costs.accounting import account, short
-from engram_jax.host_memory import total_bytes
 from engram_jax.training import placement
+from engram_jax.training.fitting import device_bytes
 from engram_jax.training.state import abstract_state
 
 EFFICIENCY = 0.3
@@ -61,7 +61,7 @@ def forecast(run: RunConfig, mesh: Mesh | None = None) -> Forecast:
     flops = float(account(run).flops_per_token) * tokens
     return Forecast(
         run=run, tokens=tokens, flops=flops, memory_bytes=_memory_bytes(run),
-        available_bytes=_available_bytes(mesh),
+        available_bytes=device_bytes(mesh) * mesh.size,
         seconds=flops / (EFFICIENCY * mesh.size * _flops_a_second(run.model.compute_dtype)))
 
 
@@ -105,15 +105,6 @@ def _memory_bytes(run: RunConfig) -> int:
     state = abstract_state(run)
     return (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             + sum(4 * leaf.size for leaf in jax.tree.leaves(state.params)))
-
-
-def _available_bytes(mesh: Mesh) -> int:
-    """Memory of the mesh's devices; CPU devices share the machine's or container's."""
-    device = mesh.local_devices[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"]) * mesh.size
-    return total_bytes() * jax.process_count()
 
 
 @functools.cache

@@ -6,7 +6,6 @@ that is not compressed (`CompressedVocabulary.identity`), which changes constant
 """
 
 import dataclasses
-import math
 import re
 import textwrap
 import time
@@ -27,7 +26,7 @@ from engram_jax.costs.slices import Chip, Slice, slice_of
 from engram_jax.hashing.addressing import address
 from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.settings import json_text
-from engram_jax.training import placement
+from engram_jax.training import fitting, placement
 from engram_jax.training.fsdp import BATCH
 from engram_jax.training.step import train_step
 
@@ -43,6 +42,8 @@ class Plan:
     Attributes:
       devices: of the slice, `mesh` (data x fsdp, x expert where experts are shared) of them.
       experts: how tokens and experts come together, and why; "" without experts.
+      parts, remat: `training.accumulate` and `model.remat`, as the run names them or as they fit by
+        the guess of `training.fitting`.
       depth: blocks that were compiled; the rest is multiplied out. 0 is all of them.
       hbm_bytes: that a program may use.
       argument_bytes: state and batch.
@@ -71,6 +72,8 @@ class Plan:
     mesh: str
     devices: int
     experts: str = ""
+    parts: int = 1
+    remat: str = ""
     depth: int = 0
     hbm_bytes: int
     argument_bytes: int
@@ -146,13 +149,20 @@ def plan(
     require(fsdp >= 1 and groups % fsdp == 0, "fsdp", fsdp,
             f"does not divide the {groups} devices of {topology}" + " for each stretch of a "
             "sequence" * (sequence > 1))
-    if expert == 0:
-        way = sharing.chosen(run, there, fsdp)
-        expert = 1 if way is None else way.devices
-    require(expert >= 1 and fsdp % expert == 0, "expert", expert,
+    require(expert >= 0 and fsdp % max(1, expert) == 0, "expert", expert,
             f"does not divide the {fsdp} devices that parameters are split over")
-    mesh = placement.make_mesh(
-        groups // fsdp, fsdp // expert, there.devices, expert, sequence)
+
+    def mesh_of(expert: int) -> Mesh:
+        return placement.make_mesh(
+            groups // fsdp, fsdp // expert, there.devices, expert, sequence)
+
+    memory = int(there.chip.hbm_gib * GIB)
+    if expert == 0:
+        # What fits depends on it, and it on what fits.
+        way = sharing.chosen(fitting.fitted(run, mesh_of(1), memory), there, fsdp)
+        expert = 1 if way is None else way.devices
+    mesh = mesh_of(expert)
+    run = fitting.fitted(run, mesh, memory)
     start = time.perf_counter()
     if depth:
         depths.check(run, depth)
@@ -165,7 +175,7 @@ def plan(
         "name": run.name, "topology": topology, "mesh": placement.shape_of(mesh),
         "devices": mesh.size, "depth": depth,
         "experts": sharing.reason(run, there, fsdp, expert),
-        "hbm_bytes": int(there.chip.hbm_gib * GIB),
+        "parts": run.training.accumulate, "remat": run.model.remat, "hbm_bytes": memory,
         "compile_s": time.perf_counter() - start}
     model_flops = account(run).flops_per_token * run.data.batch_size * run.data.sequence_length
     return Plan(**common, **_said(whole, there.chip, model_flops / count))
@@ -174,7 +184,7 @@ def plan(
 def measured(run: RunConfig, there: Slice, mesh: Mesh) -> Measured:
     """Compile one program, and ask it."""
     state, batch = _arguments(run, mesh)
-    given = _bytes_of_a_device((state, batch))
+    given = fitting.bytes_of_a_device((state, batch))
     step = train_step(run, address(run.model, _vocabulary(run), 0), mesh)
     try:
         compiled: Any = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
@@ -200,7 +210,7 @@ def _multiplied(
     run: RunConfig, mesh: Mesh, few: Measured, more: Measured, depth: int
 ) -> Measured:
     """The whole run from `depth` blocks of it and twice as many."""
-    given = _bytes_of_a_device(_arguments(run, mesh))
+    given = fitting.bytes_of_a_device(_arguments(run, mesh))
     refused = next((each for each in (few, more) if each.costs is None), None)
     if refused is not None:
         return Measured(given, given, peak_bytes=refused.peak_bytes, reason=refused.reason)
@@ -234,11 +244,6 @@ def _arguments(run: RunConfig, mesh: Mesh) -> tuple[Any, dict[str, jax.ShapeDtyp
         ("tokens_BT", jnp.int32), ("targets_BT", jnp.int32), ("starts_BT", jnp.bool))}
     placement.check(run, mesh)
     return placement.placed_state(run, mesh), batch
-
-
-def _bytes_of_a_device(tree: Any) -> int:
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(tree))
 
 
 def _speed(chip: Chip) -> Speed:
@@ -301,6 +306,7 @@ def described(plan: Plan) -> str:
               f"{plan.squares or 'none'}"),
         _line("fits", "yes" if plan.fits else f"no: {plan.reason}" if plan.reason else "no"),
     ]
+    lines.append(_line("a step in parts, keeping", f"{plan.parts}, {plan.remat}"))
     if plan.experts:
         lines.append(_line("experts", plan.experts))
     if plan.depth:

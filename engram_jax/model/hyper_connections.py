@@ -26,7 +26,8 @@ FEW_TOKENS = 256  # up to so many, as in decoding, Sinkhorn on GPUs has a way of
 # Of logits of H_res: the largest of a column that stays as it is, and how far below it others
 # count. Gradients may be divided by a row's sum and twice by a column's: exp(40 + 2 20) is 6e34.
 MOVED, FURTHEST = 20.0, 40.0
-OUTPUT = "output"  # of a sub-layer and of what mixes the streams, by the name of `jax.checkpoint`
+# By the names of `jax.checkpoint`: what mixes the streams, and what a sub-layer gave.
+MIXING, OUTPUT = "mixing", "output"
 
 Apart = tuple[jax.Array, ...]  # M times [B, T, D]
 Streams = TypeVar("Streams", jax.Array, Apart)
@@ -117,7 +118,7 @@ def _mixing_apart(
     raw_BTX = _added(wide_linear(x_BTD, project)
                      for x_BTD, project in zip(x, projects, strict=True))
     square_BT1 = _anew(_square)(x)
-    raw_BTX, square_BT1 = (checkpoint_name(part, OUTPUT) for part in (raw_BTX, square_BT1))
+    raw_BTX, square_BT1 = (checkpoint_name(part, MIXING) for part in (raw_BTX, square_BT1))
 
     def rest(params: Params, raw_BTX: jax.Array, square_BT1: jax.Array) -> Mixing:
         norm_BT1 = jax.lax.rsqrt(square_BT1 / (len(x) * width) + eps)
@@ -140,8 +141,8 @@ _anew = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def _kept(mix: Mixing) -> Mixing:
-    """The same, kept for the backward pass where outputs are."""
-    return Mixing(*(checkpoint_name(part, OUTPUT) for part in mix))
+    """The same, kept for the backward pass."""
+    return Mixing(*(checkpoint_name(part, MIXING) for part in mix))
 
 
 def _projected(eps: float, flat_BTZ: jax.Array, project: jax.Array) -> jax.Array:
@@ -253,15 +254,16 @@ def connect(
     sub_layer: Callable[[jax.Array], tuple[jax.Array, Any]],
     rounds: int,
     eps: float,
+    output: str = OUTPUT,
 ) -> tuple[Streams, Any]:
     """The streams after one wrapped sub-layer, which maps [B, T, D] to ([B, T, D], extra).
 
-    They lie as they did.
+    They lie as they did. `output` is the name by which what the sub-layer gave may be kept.
     """
     if not params:
         assert not isinstance(x, tuple), "one stream is an array"
         out_BTD, extra = sub_layer(x[:, :, 0])
-        return x + checkpoint_name(out_BTD, OUTPUT)[:, :, None], extra
+        return x + checkpoint_name(out_BTD, output)[:, :, None], extra
     with jax.named_scope("hyper_connection"):
         if isinstance(x, tuple):
             mix = _mixing_apart(params, x, rounds, eps)
@@ -270,7 +272,7 @@ def connect(
             mix = _kept(jax.checkpoint(mixing, static_argnums=(2, 3))(params, x, rounds, eps))
             read_BTD = _by_device(_read, _read_joined)(mix.pre_BTM.astype(x.dtype), x)
     out_BTD, extra = sub_layer(read_BTD)
-    out_BTD = checkpoint_name(out_BTD, OUTPUT)
+    out_BTD = checkpoint_name(out_BTD, output)
     with jax.named_scope("hyper_connection"):
         if isinstance(x, tuple):
             return _written_as_sums(mix.residual_BTMM, mix.post_BTM, x, out_BTD), extra

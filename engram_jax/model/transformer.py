@@ -195,7 +195,7 @@ def run_segment(
         with jax.named_scope("fusion"):
             weights = whole(params["engram"], "engram")
         fuse_here = fuse
-        if config.remat == "outputs":
+        if config.remat != "none":
             fuse_here = jax.checkpoint(fuse, static_argnums=(3, 6))
         position_BT = None if docs is None else stretch.own(docs.position_BT)
         fused = fuse_here(
@@ -224,11 +224,16 @@ def run_segment(
     return hyper_connections.joined(x), load_LE, gate_BTM
 
 
+FFN_OUTPUT = "ffn_output"
 # What is kept for the backward pass, beside each block's input.
-_KEPT: dict[str, Any] = {
-    "block": None,
-    "outputs": jax.checkpoint_policies.save_only_these_names(hyper_connections.OUTPUT, RESIDUALS),
-}
+_KEPT = {
+    remat: jax.checkpoint_policies.save_only_these_names(hyper_connections.MIXING, *names)
+    for remat, names in {
+        "block": (),
+        "ffn": (FFN_OUTPUT,),
+        "outputs": (FFN_OUTPUT, hyper_connections.OUTPUT, RESIDUALS),
+        "auto": (),
+    }.items()}
 
 
 def block(
@@ -261,7 +266,7 @@ def block(
     connect = functools.partial(
         hyper_connections.connect, rounds=config.sinkhorn_rounds, eps=config.norm_eps)
     x, beside = connect(params["attention_mixing"], x, attended)
-    x, load_E = connect(params["ffn_mixing"], x, feed)
+    x, load_E = connect(params["ffn_mixing"], x, feed, output=FFN_OUTPUT)
     return x, beside, load_E
 
 

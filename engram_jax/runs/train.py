@@ -31,6 +31,7 @@ from engram_jax.runs.tensorboard import TensorBoard
 from engram_jax.settings import changed, to_dict
 from engram_jax.training import placement
 from engram_jax.training.capacity import with_capacity
+from engram_jax.training.fitting import fitted
 from engram_jax.training.state import TrainState, init_state
 from engram_jax.training.step import train_step
 
@@ -77,7 +78,9 @@ def train(
             tokens=inputs.tokens.directory,
             data_revision=inputs.tokens.revision,
             mesh=placement.shape_of(loop.mesh),
-            row_capacity=loop.run.training.row_capacity)
+            row_capacity=loop.run.training.row_capacity,
+            accumulate=loop.run.training.accumulate,
+            remat=loop.run.model.remat)
         records.make()
         with Lock(records.path, say) as lock:
             stopping.at_last(lock.release)
@@ -99,7 +102,8 @@ class _Loop:
         placement.check(run, mesh)
         self.inputs, self.records, self.say, self.mesh = inputs, records, say, mesh
         self.batches = _batches(run, inputs)
-        self.run = with_capacity(run, inputs.addressing, _batches(run, inputs), mesh)
+        self.run = fitted(
+            with_capacity(run, inputs.addressing, _batches(run, inputs), mesh), mesh)
         self.step = jax.jit(train_step(self.run, inputs.addressing, mesh), donate_argnums=0)
         self.evaluate = evaluator(self.run, inputs, mesh)
         self.batch_tokens = run.data.batch_size * run.data.sequence_length

@@ -145,7 +145,7 @@ def check(run: RunConfig, mesh: Mesh) -> None:
     require(batch % devices == 0, "data.batch_size", batch,
             f"does not divide among the {devices} {'devices' * (devices == mesh.size) or 'groups'} "
             f"of the mesh {shape_of(mesh)}")
-    require(batch // devices % accumulate == 0, "training.accumulate", accumulate,
+    require(batch // devices % max(1, accumulate) == 0, "training.accumulate", accumulate,
             f"does not divide the {batch // devices} sequences that each of {devices} devices has")
     moe, sharing = run.model.moe, mesh.shape[EXPERT]
     require(sharing <= (moe.experts if moe else 1), "mesh", shape_of(mesh),

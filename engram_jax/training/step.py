@@ -27,6 +27,7 @@ from engram_jax.model.transformer import Observed
 from engram_jax.tables.exchange import RowGradients
 from engram_jax.tables.local import LocalLookup
 from engram_jax.training import placement
+from engram_jax.training.fitting import fitted
 from engram_jax.training.freezing import gradients_of_trained, only_trained
 from engram_jax.training.fsdp import AXES, BATCH
 from engram_jax.training.optimizers import optimizer, schedule
@@ -55,7 +56,7 @@ def train_step(
     """
     mesh = mesh or placement.single_mesh()
     placement.check(run, mesh)
-    settled = placement.settled(run, mesh)
+    settled = placement.settled(fitted(run, mesh), mesh)
     split, memory = placement.param_split(run, mesh), placement.local_memory(run, mesh)
     routed, stretch = placement.routed(run, mesh), stretch_of(mesh)
     transform = optimizer(run.optimizer, transformer.declared(run.model), split.by_matrix)
