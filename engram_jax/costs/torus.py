@@ -66,17 +66,27 @@ class Torus:
                          for pair in ((one, other), (other, one))]
             if busiest := self._busiest(hops, axis):
                 width += 2 / busiest
+        if not width:  # no two of a group on a line: from each to the next, and back
+            around = (pair for group in groups for pair in zip(
+                group, (*group[1:], group[0]), strict=True))
+            if busiest := self._permuted(tuple(way for one, other in around
+                                               for way in ((one, other), (other, one)))):
+                width = 2 / busiest
         return width
 
     @functools.cache  # noqa: B019
     def _exchanged(self, groups: Groups) -> float:
         """Of what a member puts in, how often it passes over the busiest link, if every member
         gets an equal part."""
-        return max(self._busiest(
+        most = max(self._busiest(
             [(line, one, other, places[one] * places[other] / places.total())
              for line, places in self._lines(groups, axis)
              for one in places for other in places if one != other], axis)
             for axis in range(len(self.sizes)))
+        # 0 where no two of a group are on a line.
+        return most or self._permuted(tuple(
+            (one, other) for group in groups for one in group for other in group
+            if one != other)) / len(groups[0])
 
     @functools.cache  # noqa: B019
     def _permuted(self, pairs: Groups) -> float:

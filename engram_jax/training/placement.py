@@ -57,9 +57,8 @@ def make_mesh(
     except NotImplementedError as error:  # of a TPU slice
         raise UserError(f"mesh = {shape!r}: sizes must be products of the slice's own axes, as "
                         "4x16 is on a slice of 4x4x4 chips") from error
-    rows = flat.devices.tolist()
-    if expert > 1:
-        rows = [collectives.in_blocks(row, expert * sequence) for row in rows]
+    # Of few chips `make_mesh` makes a ring, whose halves do not lie on a line.
+    rows = [collectives.in_blocks(row, expert * sequence) for row in flat.devices.tolist()]
     return _mesh(np.array(rows), data, fsdp, expert, sequence)
 
 
@@ -197,10 +196,11 @@ def settled(run: RunConfig, mesh: Mesh) -> RunConfig:
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
     """How the run's parameters are split."""
     sharing = mesh.shape[EXPERT]
+    over, along = list(mesh.devices[0, :, :, 0].flat), list(mesh.devices[0, :, 0, 0])
     return split(
-        transformer.declared(run.model), mesh.shape[FSDP] * sharing, run.model.compute_dtype,
-        collectives.neighbours(list(mesh.devices[0, :, :, 0].flat)), sharing,
-        collectives.neighbours(list(mesh.devices[0, :, 0, 0])))
+        transformer.declared(run.model), len(over), run.model.compute_dtype, sharing,
+        near=collectives.neighbours(over), steps=collectives.steps(over, mesh.size),
+        steps_fsdp=collectives.steps(along, mesh.size))
 
 
 def routed(run: RunConfig, mesh: Mesh) -> Routed:

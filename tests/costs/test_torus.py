@@ -90,3 +90,12 @@ def test_two_devices_on_a_chip():
 
 def test_a_broadcast_comes_in_by_all_links():
     assert seconds("collective-broadcast", 8, ROWS) == 4
+
+
+def test_members_that_share_no_line_take_time():
+    """On a diagonal each reaches the next, a step along both axes, by links of its own."""
+    torus = slice_of_links((4, 4))
+    diagonals = [[4 * i + (i + start) % 4 for i in range(4)] for start in range(4)]
+    along = [[4 * i + start for i in range(4)] for start in range(4)]
+    for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all"):
+        assert seconds(kind, 8, diagonals, torus) == seconds(kind, 8, along, torus) > 0
