@@ -153,8 +153,6 @@ def _splash(site: Site) -> int:
     (*heads, time, width), (*_, wide) = [
         dims for dims in arrays if len(dims) >= 3 and dims[-2:] != arrays[0][-2:]][:3:2]
     of_keys, of_values = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}[kernel[1]]
-    if len({len(dims) for _, dims in site.instruction.shapes if len(dims) >= len(heads) + 2}) > 1:
-        of_keys += 1  # queries' gradients, too, a part for each block of keys
     blocks = arrays[0][-2]
     pairs = time * time * (blocks + 1) // (2 * blocks)
     return 2 * math.prod(heads) * pairs * (of_keys * width + of_values * wide)

@@ -241,14 +241,10 @@ def splash_by_head(
 
 
 def _splash_kernel(time: int, heads: int, block: int, interpret: bool) -> Any:
-    """The kernel of a shape; it sees [H, T, X], blocks of the future are never computed.
-
-    Its gradients come from one kernel, which computes scores once and not twice; the queries' is a
-    part from each block of keys, in their dtype, and the sum of these.
-    """
+    """The kernel of a shape; it sees [H, T, X], blocks of the future are never computed."""
     sizes = splash_attention.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block,
-        block_kv_dkv=block, block_kv_dkv_compute=block, use_fused_bwd_kernel=True)
+        block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
     mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((time, time))] * heads)
     return splash_attention.make_splash_mha(
         mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret,
