@@ -47,7 +47,8 @@ class Plan:
       depth: blocks that were compiled; the rest is multiplied out. 0 is all of them.
       hbm_bytes: that a program may use.
       argument_bytes: state and batch.
-      temporary_bytes: activations, gradients, gathered weights; None where it does not fit.
+      temporary_bytes: activations, gradients, gathered weights, as if none took another's place;
+        None where it does not fit, and of a few blocks, as it is no line in their number.
       peak_bytes: what is alive at once, the program included; where it does not fit, what the
         compiler asked for, None if it did not say.
       squares: arrays of the program with two axes as long as a sequence, such as all scores are.
@@ -225,8 +226,7 @@ def _multiplied(
     # What other tables add to the state is known, but for what layouts add to it.
     tables = (given - line("given_bytes")) * few.argument_bytes // few.given_bytes
     return Measured(
-        given, line("argument_bytes") + tables, line("temporary_bytes"),
-        line("peak_bytes") + tables,
+        given, line("argument_bytes") + tables, None, line("peak_bytes") + tables,
         breakdown.multiplied(few.costs, more.costs, times.blocks, times.tables, times.fusions),
         {kind: max(few.largest.get(kind, 0), size) for kind, size in more.largest.items()},
         more.squares)

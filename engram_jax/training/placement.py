@@ -25,7 +25,7 @@ from engram_jax.settings import changed
 from engram_jax.tables import collectives
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
-from engram_jax.training.fsdp import AXES, BATCH, EXPERT, FSDP, SEQUENCE, Split, split
+from engram_jax.training.fsdp import AXES, BATCH, EXPERT, SEQUENCE, Split, split
 from engram_jax.training.state import TrainState, abstract_state, row_optimizer
 
 

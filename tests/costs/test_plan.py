@@ -108,6 +108,17 @@ def test_a_tiny_run(capsys):
 
 
 @needs_libtpu
+def test_what_a_run_leaves_to_the_devices_is_chosen_and_said(capsys):
+    words = ["plan", "tiny", "--topology", "v5e:2x2", *SMALL, "--set", "training.accumulate=0",
+             "--set", "model.remat=auto"]
+    assert main.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["parts"], found["remat"]) == (1, "none")
+    assert main.main([*words, "--set", "data.batch_size=8", "--set", "training.accumulate=2"]) == 0
+    assert "a step in parts, keeping            2, none" in capsys.readouterr().out
+
+
+@needs_libtpu
 def test_a_run_that_does_not_fit(capsys):
     """Logits are never whole, so it takes activations: one enormous sequence for each device."""
     words = ["plan", "tiny", "--topology", "v5e:2x2", "--json", *SMALL,
@@ -143,6 +154,7 @@ def test_a_few_blocks_tell_of_all(capsys):
     assert main.main([*words, "--depth", "3"]) == 0
     cut = json.loads(capsys.readouterr().out)
     assert (whole["depth"], cut["depth"]) == (0, 3)
+    assert cut["temporary_bytes"] is None
     assert cut["argument_bytes"] == pytest.approx(whole["argument_bytes"], rel=0.05)
     for what in ("flops", "compute_s", "collective_s", "step_s", "mfu"):
         assert cut[what] == pytest.approx(whole[what], rel=0.05), what

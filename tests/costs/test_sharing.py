@@ -9,7 +9,8 @@ from engram_jax.costs.slices import CHIPS, Slice
 from engram_jax.settings import changed
 
 V5E = Slice(chip=CHIPS["v5e"], sizes=(16, 16), devices=chips(16, 16))
-RUN = recipes.recipe("engram-27b")
+RUN = changed(recipes.recipe("engram-27b"),
+              {"training.accumulate": 5, "model.remat": "outputs"})
 OWN = 14 * 3 * 2560 * 1536  # numbers of a device's experts, of 55 among four
 TIMES = 29 * 5  # blocks with experts, and parts of a step
 TOKEN = 4096 * 2560 * 2  # bytes of a part's tokens
