@@ -5,19 +5,18 @@ of all-gathers (three-dimensional slices) and of reduce-scatters (two-dimensiona
 take P times the memory and about twice the bytes (0.0.42 and 0.0.50), and took up to a minute to
 compile a single all_to_all of 256 devices (0.0.42). First among those that lie together and then
 among the groups of them, each stays what it is and compiles in a second. But a step uses the links
-of its own axes alone. So where one step stays what it is, it is one (`Steps`); where it does not,
-those together lie on one axis, and what is large travels along all others.
+of its own axes alone. So those together lie on one axis, and what is large travels along all
+others; and where a group is a part of a slice, one step will do.
 
 All act on a leading axis of P devices: an all_to_all along an inner axis took the compiler over
 five minutes. `near` is how many of the P, in their order, lie together (`neighbours`); 0 is one
-step. Everything but `neighbours`, `steps`, `in_blocks`, `extent` and `on_mesh` runs inside
-`jax.shard_map`.
+step. Everything but `neighbours`, `in_blocks`, `extent` and `on_mesh` runs inside `jax.shard_map`.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,22 +34,6 @@ def neighbours(devices: Sequence[jax.Device]) -> int:
     strides = {next(i for i, coordinate in enumerate(along) if coordinate != along[0])
                for along in _spanned(devices)}
     return sorted(strides)[1] if len(strides) > 1 else 0
-
-
-class Steps(NamedTuple):
-    """`near` of an all-gather and of a reduce-scatter."""
-
-    gather: int = 0
-    scatter: int = 0
-
-
-def steps(group: Sequence[jax.Device], all_devices: int) -> Steps:
-    """In how many steps a group of so many devices gathers and scatters.
-
-    In one where it is not all of them; a gather also where they lie on two axes of a slice.
-    """
-    near = neighbours(group) if len(group) == all_devices else 0
-    return Steps(near if len(_spanned(group)) > 2 else 0, near)
 
 
 def in_blocks(devices: Sequence[jax.Device], size: int) -> list[jax.Device]:

@@ -25,13 +25,11 @@ from jax.sharding import PartitionSpec
 from engram_jax.model import parameters
 from engram_jax.model.parameters import Parameter
 from engram_jax.tables import collectives
-from engram_jax.tables.collectives import Steps
 from engram_jax.training.optimizers import on_matrices
 
 DATA, FSDP, EXPERT, SEQUENCE = "data", "fsdp", "expert", "sequence"
 OVER = (FSDP, EXPERT)  # over which parameters are split
 AXES = (DATA, *OVER, SEQUENCE)
-ONE_STEP = Steps()
 BATCH = PartitionSpec((DATA, *OVER), SEQUENCE)  # of what is [B, T, ...]
 
 
@@ -47,8 +45,7 @@ class Split:
       sharing: of these along the axis `expert`.
       dtype: in which matrices travel.
       near: how many of them lie together (`collectives.neighbours`).
-      steps: in which they gather and scatter.
-      steps_fsdp: the same of those of the axis `fsdp` alone.
+      near_fsdp: how many of those of the axis `fsdp` alone, or 0 for one step.
     """
 
     axes: Any
@@ -56,9 +53,8 @@ class Split:
     devices: int
     sharing: int
     dtype: str
-    near: int = 0
-    steps: Steps = ONE_STEP
-    steps_fsdp: Steps = ONE_STEP
+    near: int
+    near_fsdp: int
 
     def whole(self, params: Any, *path: str | int) -> Any:
         """The subtree `params`, which stands at `path` of the tree, with its matrices whole; of
@@ -71,9 +67,9 @@ class Split:
 
     def _whole(self, leaf: jax.Array, axis: int, owned: bool) -> jax.Array:
         if owned:
-            return (own_gathered(leaf, axis, self.dtype, self.sharing, self.steps_fsdp) if axis
+            return (own_gathered(leaf, axis, self.dtype, self.sharing, self.near_fsdp) if axis
                     else _own_of(leaf, self.sharing))
-        return gathered(leaf, axis, self.dtype, self.steps) if axis else leaf
+        return gathered(leaf, axis, self.dtype, self.near) if axis else leaf
 
     @jax.named_scope("sum_gradients")
     def summed(self, grads: Any) -> Any:
@@ -121,10 +117,9 @@ class Split:
 
 
 def split(
-    declared: Any, devices: int, dtype: str, sharing: int = 1, **how: Any
+    declared: Any, devices: int, dtype: str, near: int = 0, sharing: int = 1, near_fsdp: int = 0
 ) -> Split:
-    """How to split a tree of `Parameter`: along the second-last axis, or else the last. `how` they
-    travel are fields of `Split`.
+    """How to split a tree of `Parameter`: along the second-last axis, or else the last.
 
     The second-last first: a TPU keeps the last axis in lanes of 128, and a narrow one wastes them.
     """
@@ -136,7 +131,7 @@ def split(
 
     return Split(
         parameters.each(axis, declared), parameters.each(lambda leaf: leaf.owned, declared),
-        devices, sharing, dtype, **how)
+        devices, sharing, dtype, near, near_fsdp)
 
 
 def _spec(ndim: int, axis: int) -> PartitionSpec:
@@ -144,32 +139,31 @@ def _spec(ndim: int, axis: int) -> PartitionSpec:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gathered(part: jax.Array, axis: int, dtype: str, steps: Steps) -> jax.Array:
+def gathered(part: jax.Array, axis: int, dtype: str, near: int) -> jax.Array:
     """The whole matrix in `dtype`; the gradient is summed over `OVER` in float32."""
-    parts = collectives.all_gather(_packed(part.astype(dtype)), OVER, steps.gather)
+    parts = collectives.all_gather(_packed(part.astype(dtype)), OVER, near)
     return _joined(parts, axis, part.shape)
 
 
 def _gathered_backward(
-    axis: int, dtype: str, steps: Steps, _: None, grad: jax.Array
+    axis: int, dtype: str, near: int, _: None, grad: jax.Array
 ) -> tuple[jax.Array]:
     del dtype
     devices = jax.lax.axis_size(OVER)
     parts = _cut(grad.astype(jnp.float32), axis, devices)
-    part = collectives.reduce_scatter(parts, OVER, steps.scatter)
+    part = collectives.reduce_scatter(parts, OVER, near)
     shape = list(grad.shape)
     shape[axis] //= devices
     return (part.reshape(shape),)
 
 
 gathered.defvjp(
-    lambda part, axis, dtype, steps: (gathered(part, axis, dtype, steps), None),
-    _gathered_backward)
+    lambda part, axis, dtype, near: (gathered(part, axis, dtype, near), None), _gathered_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def own_gathered(
-    part: jax.Array, axis: int, dtype: str, sharing: int, steps: Steps
+    part: jax.Array, axis: int, dtype: str, sharing: int, near: int
 ) -> jax.Array:
     """Of experts' matrices [E, in, out] this device's own, whole, [X, in, out] float32.
 
@@ -182,20 +176,20 @@ def own_gathered(
     """
     parts = _packed(_shared_out(part.astype(dtype), sharing))
     mine = _swapped(parts)  # from each neighbour, of my experts
-    whole = collectives.all_gather(mine, FSDP, steps.gather)
+    whole = collectives.all_gather(mine, FSDP, near)
     return _joined(whole.reshape(-1, *whole.shape[2:]), axis,
                    (parts.shape[1], *part.shape[1:])).astype(jnp.float32)
 
 
 def _own_gathered_backward(
-    axis: int, dtype: str, sharing: int, steps: Steps, saved: tuple[int, ...], grad: jax.Array
+    axis: int, dtype: str, sharing: int, near: int, saved: tuple[int, ...], grad: jax.Array
 ) -> tuple[jax.Array]:
     del dtype
     shape = list(saved)
     devices = grad.shape[axis] // shape[axis]
     parts = _cut(grad.astype(jnp.float32), axis, devices)
     parts = parts.reshape(devices // sharing, sharing, *parts.shape[1:])
-    mine = collectives.reduce_scatter(parts, FSDP, steps.scatter)
+    mine = collectives.reduce_scatter(parts, FSDP, near)
     back = _swapped(mine)
     return (back.reshape(-1, *shape[1:])[: shape[0]],)
 
@@ -220,8 +214,8 @@ def _own_of(matrices: jax.Array, sharing: int) -> jax.Array:
 
 
 own_gathered.defvjp(
-    lambda part, axis, dtype, sharing, steps: (
-        own_gathered(part, axis, dtype, sharing, steps), part.shape), _own_gathered_backward)
+    lambda part, axis, dtype, sharing, near: (
+        own_gathered(part, axis, dtype, sharing, near), part.shape), _own_gathered_backward)
 
 
 # Parts travel as `collectives.packed` says, so that a TPU's buffers have no gaps; and libtpu made

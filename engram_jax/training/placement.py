@@ -25,7 +25,7 @@ from engram_jax.settings import changed
 from engram_jax.tables import collectives
 from engram_jax.tables.layout import layout_of
 from engram_jax.tables.local import LocalMemory
-from engram_jax.training.fsdp import AXES, BATCH, EXPERT, SEQUENCE, Split, split
+from engram_jax.training.fsdp import AXES, BATCH, EXPERT, FSDP, SEQUENCE, Split, split
 from engram_jax.training.state import TrainState, abstract_state, row_optimizer
 
 
@@ -196,11 +196,11 @@ def settled(run: RunConfig, mesh: Mesh) -> RunConfig:
 def param_split(run: RunConfig, mesh: Mesh) -> Split:
     """How the run's parameters are split."""
     sharing = mesh.shape[EXPERT]
-    over, along = list(mesh.devices[0, :, :, 0].flat), list(mesh.devices[0, :, 0, 0])
+    near = collectives.neighbours(list(mesh.devices[0, :, :, 0].flat))
+    # Those that hold parts of the same experts are a part of the slice where others share them.
     return split(
-        transformer.declared(run.model), len(over), run.model.compute_dtype, sharing,
-        near=collectives.neighbours(over), steps=collectives.steps(over, mesh.size),
-        steps_fsdp=collectives.steps(along, mesh.size))
+        transformer.declared(run.model), mesh.shape[FSDP] * sharing, run.model.compute_dtype, near,
+        sharing, near_fsdp=0 if sharing > 1 else near)
 
 
 def routed(run: RunConfig, mesh: Mesh) -> Routed:

@@ -44,14 +44,6 @@ def test_neighbours_are_those_along_the_fastest_axis(devices, near):
     assert collectives.neighbours(devices) == near
 
 
-@pytest.mark.parametrize(("group", "of", "steps"), [
-    (chips(4, 4, 4), 64, (4, 4)), (chips(16, 16), 256, (0, 16)), (chips(16, 16)[:128], 256, (0, 0)),
-    (chips(4, 4, 4)[::8], 64, (0, 0)), (chips(8), 8, (0, 0))])
-def test_what_libtpu_makes_no_all_reduce_of_is_one_step(group, of, steps):
-    """A group that is not all devices; a gather of a slice with two axes, too."""
-    assert collectives.steps(group, of) == steps
-
-
 @pytest.mark.parametrize(("devices", "extent"), [
     (chips(4, 4, 4), (4, 4, 4)), (chips(1, 2, 4), (2, 4)), (chips(1, 16, 1), (16,)),
     (chips(1, 1, 1, cores=2), (1,))])

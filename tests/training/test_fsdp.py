@@ -7,7 +7,6 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from engram_jax.model.parameters import Parameter
-from engram_jax.tables.collectives import Steps
 from engram_jax.training.fsdp import AXES, OVER, gathered, split
 from engram_jax.training.placement import make_mesh
 
@@ -22,10 +21,10 @@ def test_a_matrix_is_whole_and_its_gradient_summed_whatever_the_steps(axis, near
     spec = PartitionSpec(*(OVER if i == 3 + axis else None for i in range(3)))
 
     def loss(part, share):
-        return jnp.sum(gathered(part, axis, "float32", Steps(near, near)) * share[0])
+        return jnp.sum(gathered(part, axis, "float32", near) * share[0])
 
     def device(part, share):
-        return gathered(part, axis, "float32", Steps(near, near))[None], jax.grad(loss)(part, share)
+        return gathered(part, axis, "float32", near)[None], jax.grad(loss)(part, share)
 
     whole, grad = jax.jit(jax.shard_map(
         device, mesh=make_mesh(1, 8), in_specs=(spec, PartitionSpec(OVER)),
@@ -37,7 +36,7 @@ def test_a_matrix_is_whole_and_its_gradient_summed_whatever_the_steps(axis, near
 
 def test_the_other_axis_of_the_mesh_keeps_to_itself():
     def device(part):
-        return gathered(part, -1, "float32", Steps(2, 2))[None]
+        return gathered(part, -1, "float32", 2)[None]
 
     own = PartitionSpec(AXES[0], None, OVER)
     whole = jax.jit(jax.shard_map(
@@ -52,7 +51,7 @@ def test_experts_that_are_not_shared_have_gradients_that_nobody_rounds(near):
     """The matrix arrives in bfloat16; its gradients are sums of numbers that bfloat16 has not."""
     spec, share = PartitionSpec(None, OVER), SHARE + np.float32(2**-12)
     tree = {"experts": Parameter(MATRIX, "matrix", split=True, cast=True, owned=True)}
-    how = split(tree, 8, "bfloat16", near=near, steps_fsdp=Steps(near, near))
+    how = split(tree, 8, "bfloat16", near, 1, near)
 
     def device(part, share):
         def whole(part):
