@@ -63,7 +63,8 @@ def experts_weighed_first(
     [N, K, D], which libtpu lays out in a way of its own and adds up from there."""
     groups = group(choice_NK, number)
     weight_P = slot_weights(weight_NK, groups.source_P, groups.slot_NK)
-    out_PD = grouped_ffn(experts, to_slots(x_ND, groups), groups, weight_P)
+    # Empty slots weigh 0, and so count for no gradient whatever is in them.
+    out_PD = grouped_ffn(experts, to_slots(x_ND, groups, "clip"), groups, weight_P)
     return _of_choices(out_PD, groups), groups.count_E
 
 
@@ -170,11 +171,11 @@ def group(choice_NK: jax.Array, experts: int) -> Groups:
     return Groups(slot_A.reshape(choice_NK.shape), source_P, padded_E, count_E, expert_Q)
 
 
-@jax.custom_vjp
-def to_slots(x_ND: jax.Array, groups: Groups) -> jax.Array:
-    """Each token at the slots of its K assignments, [P, D]; zeros in empty slots."""
-    choices = groups.slot_NK.shape[1]
-    return x_ND.at[groups.source_P // choices].get(mode="fill", fill_value=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def to_slots(x_ND: jax.Array, groups: Groups, empty: str = "fill") -> jax.Array:
+    """Each token at the slots of its K assignments, [P, D]; zeros in empty slots, or, with `empty`
+    "clip", some token for which one there is no pass over all of them to make zeros."""
+    return x_ND.at[groups.source_P // groups.slot_NK.shape[1]].get(mode=empty, fill_value=0)
 
 
 @jax.custom_vjp
@@ -183,7 +184,8 @@ def from_slots(out_PD: jax.Array, groups: Groups) -> jax.Array:
     return out_PD.at[groups.slot_NK].get(mode="promise_in_bounds")
 
 
-def _to_slots_backward(groups: Groups, grad_PD: jax.Array) -> tuple[jax.Array, None]:
+def _to_slots_backward(empty: str, groups: Groups, grad_PD: jax.Array) -> tuple[jax.Array, None]:
+    del empty
     return added_up(grad_PD, groups.slot_NK), None
 
 
@@ -194,18 +196,19 @@ def _from_slots_backward(groups: Groups, grad_NKD: jax.Array) -> tuple[jax.Array
 
 # Both are bijections between assignments and filled slots, so the gradient is a gather by the
 # inverse: no scatter, no atomics, the same bits each run.
-to_slots.defvjp(lambda x, groups: (to_slots(x, groups), groups), _to_slots_backward)
+to_slots.defvjp(lambda x, groups, empty: (to_slots(x, groups, empty), groups), _to_slots_backward)
 from_slots.defvjp(lambda out, groups: (from_slots(out, groups), groups), _from_slots_backward)
 
 
 @jax.custom_vjp
 def _of_choices(out_PD: jax.Array, groups: Groups) -> jax.Array:
-    """The slots of each token's assignments, added up, [N, D]: the transpose of `to_slots`."""
+    """The slots of each token's assignments, added up, [N, D]: the transpose of `to_slots`, whose
+    empty slots nobody reads."""
     return added_up(out_PD, groups.slot_NK)
 
 
 _of_choices.defvjp(lambda out, groups: (_of_choices(out, groups), groups),
-                   lambda groups, grad_ND: (to_slots(grad_ND, groups), None))
+                   lambda groups, grad_ND: (to_slots(grad_ND, groups, "clip"), None))
 
 
 @jax.custom_vjp
