@@ -210,6 +210,29 @@ def test_sinkhorn_of_few_tokens_has_its_own_way_on_gpus(monkeypatch, tokens, way
     assert set(taken) == {way}
 
 
+def test_what_is_in_empty_slots_counts_for_nothing(monkeypatch):
+    """Loads that leave slots empty: bits are those of zeros there, gradients' too."""
+    x_ND, (gate, up, down) = random(5, 8), (random(4, 8, 16), random(4, 8, 16), random(4, 16, 8))
+    experts = {"gate": gate, "up": up, "down": down}
+    choice_NK = jnp.asarray([[0, 1], [0, 3], [3, 0], [0, 1], [3, 1]])
+
+    def loss(experts, x_ND, weight_NK):
+        out_ND, _ = experts_weighed_first(experts, x_ND, choice_NK, weight_NK, 4)
+        return jnp.sum(out_ND * jnp.cos(out_ND)), out_ND
+
+    def made():
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(
+            experts, x_ND, jnp.abs(random(5, 2)))
+
+    seen, to_slots = [], moe.to_slots
+    monkeypatch.setattr(moe, "to_slots", lambda x, groups, empty="fill": (
+        seen.append(empty), to_slots(x, groups))[1])
+    zeros = made()
+    assert "clip" in seen
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, made(), zeros)
+
+
 @pytest.mark.parametrize("routed", [experts_here, experts_weighed_first])
 def test_what_is_weighed_first_has_no_array_with_a_row_for_each_choice(routed):
     """Nor have its gradients. Meshes of TPUs ask for it, other ones do not."""
