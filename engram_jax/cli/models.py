@@ -55,7 +55,7 @@ def _add_plan(commands: Commands) -> None:
     command = add_command(
         commands, plan,
         "compile a training step for a TPU slice, without one: memory, FLOPs, collectives, time",
-        "plan engram-27b --topology v5p:4x4x4 --set training.accumulate=20")
+        "plan engram-27b --topology v5p:4x4x4 --depth 3")
     add_recipe(command)
     command.add_argument("--topology", required=True, metavar="CHIP:LAYOUT",
                          help="a slice, for example v5e:16x16 or v5p:4x4x4")
