@@ -309,11 +309,11 @@ def test_a_dry_run_says_what_every_run_takes(micro_sweep, monkeypatch):
     text = "\n".join(said)
     assert all(f"{name}-seed0" in text for name in NAMES)
     assert "5 runs" in text
-    monkeypatch.setattr(forecast, "_available_bytes", lambda mesh: 1000)
+    monkeypatch.setattr(forecast, "device_bytes", lambda mesh: 1000)
     with pytest.raises(UserError, match=r"run = 'no-memory-seed0': needs .* MB .* have 0.0 MB"):
         sweep.dry_run(micro_sweep, said.append)
     assert "no" in said[-1].split()
-    monkeypatch.setattr(forecast, "_available_bytes", lambda mesh: 10**7)
+    monkeypatch.setattr(forecast, "device_bytes", lambda mesh: 10**7)
     sweep.dry_run(micro_sweep, said.append)
     with pytest.raises(UserError, match=r"^at-once = 900: runs need"):
         sweep.dry_run(dataclasses.replace(micro_sweep, seeds=tuple(range(200))), said.append,
@@ -321,7 +321,7 @@ def test_a_dry_run_says_what_every_run_takes(micro_sweep, monkeypatch):
 
 
 def test_what_does_not_fit_is_not_begun(micro_sweep, monkeypatch, tmp_path):
-    monkeypatch.setattr(forecast, "_available_bytes", lambda mesh: 1000)
+    monkeypatch.setattr(forecast, "device_bytes", lambda mesh: 1000)
     with pytest.raises(UserError, match="needs"):
         run_sweep(micro_sweep, tmp_path / "out", silent, allow_dirty=True)
     assert not (tmp_path / "out").exists()

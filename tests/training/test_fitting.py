@@ -80,6 +80,15 @@ def test_what_a_block_leaves_can_be_counted():
     assert of_a_block("ffn") == 4 * 32 + mixing + 32
 
 
+def test_a_fusion_leaves_the_streams_and_its_rows():
+    """And not what it computes of them, 15 times as much, whatever of blocks is kept."""
+    for remat in ("outputs", "ffn", "block"):
+        run = with_model(open_run(), remat=remat)
+        fusion = (kept_bytes(run.model, 256)
+                  - kept_bytes(with_model(run, engram=None).model, 256)) / (4 * 256)
+        assert fusion == 4 * 32 + 2 * 2 * 8
+
+
 def test_a_device_of_a_cpu_has_its_share(mesh, monkeypatch):
     monkeypatch.setattr("engram_jax.training.fitting.total_bytes", lambda: 2001)
     assert device_bytes(mesh) == 1000
