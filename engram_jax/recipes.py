@@ -3,7 +3,8 @@
 A recipe is a function that returns a `RunConfig`. Sizes are docs/spec.md section 3.1
 (arXiv 2601.07372 table 5, arXiv 2512.24880 table 5). All train their tables by row-wise RMSProp:
 the paper's dense Adam moves every row in every step, for which a large table has no time, and row
-Adam, which moves only rows that were read, trains worse (experiments/row_optimizers).
+Adam, which moves only rows that were read, trains worse (experiments/row_optimizers). In how many
+parts a step goes, and what is kept for its backward pass, the paper's models leave to the devices.
 """
 
 import importlib

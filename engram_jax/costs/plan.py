@@ -42,8 +42,8 @@ class Plan:
     Attributes:
       devices: of the slice, `mesh` (data x fsdp, x expert where experts are shared) of them.
       experts: how tokens and experts come together, and why; "" without experts.
-      parts, remat: `training.accumulate` and `model.remat`, as the run names them or as they fit by
-        the guess of `training.fitting`.
+      accumulate, remat: `training.accumulate` and `model.remat`, as the run names them or as they
+        fit by the guess of `training.fitting`.
       depth: blocks that were compiled; the rest is multiplied out. 0 is all of them.
       hbm_bytes: that a program may use.
       argument_bytes: state and batch.
@@ -73,7 +73,7 @@ class Plan:
     mesh: str
     devices: int
     experts: str = ""
-    parts: int = 1
+    accumulate: int = 1
     remat: str = ""
     depth: int = 0
     hbm_bytes: int
@@ -176,7 +176,7 @@ def plan(
         "name": run.name, "topology": topology, "mesh": placement.shape_of(mesh),
         "devices": mesh.size, "depth": depth,
         "experts": sharing.reason(run, there, fsdp, expert),
-        "parts": run.training.accumulate, "remat": run.model.remat, "hbm_bytes": memory,
+        "accumulate": run.training.accumulate, "remat": run.model.remat, "hbm_bytes": memory,
         "compile_s": time.perf_counter() - start}
     model_flops = account(run).flops_per_token * run.data.batch_size * run.data.sequence_length
     return Plan(**common, **_said(whole, there.chip, model_flops / count))
@@ -306,7 +306,7 @@ def described(plan: Plan) -> str:
               f"{plan.squares or 'none'}"),
         _line("fits", "yes" if plan.fits else f"no: {plan.reason}" if plan.reason else "no"),
     ]
-    lines.append(_line("a step in parts, keeping", f"{plan.parts}, {plan.remat}"))
+    lines.append(_line("a step in parts, keeping", f"{plan.accumulate}, {plan.remat}"))
     if plan.experts:
         lines.append(_line("experts", plan.experts))
     if plan.depth:

@@ -72,15 +72,15 @@ def train(
                                        "tokenizer_digest": inputs.tokens.tokenizer_digest})
         # Refuses bad settings before the folder is claimed.
         loop = _Loop(run, inputs, records, say, mesh)
+        chosen = {"accumulate": loop.run.training.accumulate, "remat": loop.run.model.remat}
+        distributed.agree("what fits the devices", chosen)
         env = environment(
             data_fingerprint=inputs.tokens.fingerprint,
             tokenizer_digest=inputs.tokens.tokenizer_digest,
             tokens=inputs.tokens.directory,
             data_revision=inputs.tokens.revision,
             mesh=placement.shape_of(loop.mesh),
-            row_capacity=loop.run.training.row_capacity,
-            accumulate=loop.run.training.accumulate,
-            remat=loop.run.model.remat)
+            row_capacity=loop.run.training.row_capacity, **chosen)
         records.make()
         with Lock(records.path, say) as lock:
             stopping.at_last(lock.release)

@@ -17,7 +17,7 @@ from engram_jax.errors import UserError
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.reader import open_inputs
 from engram_jax.runs.train import train
-from engram_jax.settings import with_settings
+from engram_jax.settings import changed, with_settings
 from engram_jax.training.placement import chosen_mesh
 
 TIMINGS = "perf/"  # what their names begin with
@@ -96,7 +96,7 @@ def reproduce(
     again = RunDirectory(records.path / FOLDER if out is None else out)
     require(again.path != records.path, "out", str(again.path), "is the run's own folder; choose "
             "another one")
-    run = with_settings(run, [f"data.tokenizer={records.tokenizer_path}"])
+    run = _with_what_it_chose(with_settings(run, [f"data.tokenizer={records.tokenizer_path}"]), env)
     _check_text(run, records, env)
     if (kept := records.artifact()) is not None:
         again.keep_artifact(kept)
@@ -105,6 +105,12 @@ def reproduce(
     return Reproduction(
         steps=steps, difference=difference, loss_before=before["loss"], loss=result["loss"],
         environment=differences(env, again.env()))
+
+
+def _with_what_it_chose(run: RunConfig, env: Mapping[str, Any]) -> RunConfig:
+    """The run in as many parts as it was trained in, whatever would fit these devices."""
+    chosen = {"training.accumulate": "accumulate", "model.remat": "remat"}
+    return changed(run, {field: env[name] for field, name in chosen.items() if name in env})
 
 
 def _check_text(run: RunConfig, records: RunDirectory, env: Mapping[str, Any]) -> None:

@@ -64,7 +64,7 @@ def fitted(run: RunConfig, mesh: Mesh, memory_bytes: int | None = None) -> RunCo
 
 
 def device_bytes(mesh: Mesh) -> int:
-    """Memory of a device of the mesh; CPU devices share the machine's or container's."""
+    """Bytes of memory of a device of the mesh; CPU devices share the machine's or container's."""
     device = mesh.local_devices[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
     if stats and "bytes_limit" in stats:
@@ -73,7 +73,7 @@ def device_bytes(mesh: Mesh) -> int:
 
 
 def step_bytes(run: RunConfig, mesh: Mesh) -> int:
-    """What a step takes of a device, by the guess of this module."""
+    """Bytes that a step takes of a device, by the guess of this module."""
     state = placement.placed_state(run, mesh)
     stretches, parts = mesh.shape[SEQUENCE], run.training.accumulate
     sequences = run.data.batch_size * stretches // mesh.size
@@ -114,7 +114,7 @@ def bytes_of_a_device(tree: Any) -> int:
 
 @functools.lru_cache(maxsize=16)
 def kept_bytes(model: ModelConfig, length: int) -> int:
-    """What each sequence more leaves for the backward pass."""
+    """Bytes that each further sequence of `length` tokens leaves for the backward pass."""
     one, two = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(
         jax.eval_shape(functools.partial(_left, model), *_arguments(model, count, length))))
         for count in (1, 2))

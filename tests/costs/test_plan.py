@@ -113,7 +113,7 @@ def test_what_a_run_leaves_to_the_devices_is_chosen_and_said(capsys):
              "--set", "model.remat=auto"]
     assert main.main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["parts"], found["remat"]) == (1, "none")
+    assert (found["accumulate"], found["remat"]) == (1, "none")
     assert main.main([*words, "--set", "data.batch_size=8", "--set", "training.accumulate=2"]) == 0
     assert "a step in parts, keeping            2, none" in capsys.readouterr().out
 

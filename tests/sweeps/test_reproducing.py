@@ -5,7 +5,7 @@ import math
 import shutil
 
 import pytest
-from micro import STEPS, micro, plain, write_text
+from micro import STEPS, micro, plain, with_model, with_training, write_text
 
 from engram_jax.cli import main
 from engram_jax.errors import UserError
@@ -13,6 +13,7 @@ from engram_jax.runs import train
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.sweeps import reproducing
 from engram_jax.sweeps.reproducing import compared, reproduce
+from engram_jax.training.placement import single_mesh
 
 pytestmark = pytest.mark.usefixtures("compilations")
 
@@ -121,6 +122,17 @@ def test_the_mesh_is_the_recorded_one(copy):
     change(copy / "env.json", mesh="3x5")
     with pytest.raises(UserError, match="mesh = '3x5': needs 15 devices"):
         reproduce(copy, copy.parent / "again", silent)
+
+
+def test_the_parts_of_a_step_are_the_recorded_ones(text, tmp_path, monkeypatch):
+    """As many as fitted there, though here another number would."""
+    run = with_training(with_model(plain(micro(text)), remat="auto"), accumulate=0, steps=2)
+    monkeypatch.setattr("engram_jax.training.fitting.total_bytes", lambda: 1)
+    train.train(run, tmp_path / "run", silent, single_mesh())
+    monkeypatch.undo()
+    assert reproduce(tmp_path / "run", say=silent).same
+    again = RunDirectory(tmp_path / "run" / "reproduction").config()
+    assert (again.training.accumulate, again.model.remat) == (4, "block")
 
 
 def test_what_cannot_be_reproduced(copy, text, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from links import chips
 
+from engram_jax.recipes import recipe
 from engram_jax.tables import collectives
 from engram_jax.training import placement
 from engram_jax.training.fsdp import AXES
@@ -90,6 +91,26 @@ def test_those_that_share_experts_are_a_block(monkeypatch):
     for block in mesh.reshape(8, 8):
         assert collectives.extent(list(block)) == (2, 2, 2)
     assert (placement.make_mesh(2, 32, list(given.flat)).reshape(2, 32) == given).all()
+
+
+def test_of_few_chips_devices_lie_in_rows(monkeypatch):
+    """`jax.make_mesh` makes a ring of them: there, back, and so on."""
+    rows = np.array(chips(4, 4)).reshape(4, 4)
+    ring = np.concatenate([row[::(-1) ** i] for i, row in enumerate(rows)])
+    monkeypatch.setattr(jax, "make_mesh", lambda *shape, **how: types.SimpleNamespace(
+        devices=ring[None]))
+    monkeypatch.setattr(placement, "_mesh", lambda devices, *shape: devices)
+    assert (placement.make_mesh(1, 16, list(ring)) == rows.reshape(1, 16)).all()
+
+
+@pytest.mark.parametrize(("sharing", "near", "near_fsdp"), [(1, 16, 16), (8, 4, 0)])
+def test_what_is_of_a_part_of_a_slice_goes_in_one_step(sharing, near, near_fsdp):
+    blocks = collectives.in_blocks(chips(16, 16), sharing)
+    mesh = types.SimpleNamespace(
+        devices=np.array(blocks).reshape(1, -1, sharing, 1),
+        shape={"fsdp": 256 // sharing, "expert": sharing})
+    how = placement.param_split(recipe("engram-27b"), mesh)
+    assert (how.near, how.near_fsdp) == (near, near_fsdp)
 
 
 def test_without_a_slice_there_is_one_step():

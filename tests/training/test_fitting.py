@@ -113,10 +113,10 @@ def test_a_run_records_what_it_chose_and_trains_alike(tmp_path, monkeypatch):
     ("v5e:16x16", "engram-27b", 8, 5, "outputs", 12.1),
     ("v5p:4x4x4", "engram-27b", 1, 1, "block", 81.5)])
 def test_the_papers_models(topology, name, expert, parts, remat, peak_gib):
-    """What libtpu 0.0.50 said of the compiled programs is within a twentieth of the guess."""
+    """What libtpu 0.0.50 said of the compiled programs is within 3 % of the guess."""
     there, run = slice_of(topology), recipe(name)
     mesh = make_mesh(1, len(there.devices) // expert, there.devices, expert)
     how = a_try(run, parts, remat)
-    assert step_bytes(how, mesh) / GIB == pytest.approx(peak_gib, rel=0.05)
+    assert step_bytes(how, mesh) / GIB == pytest.approx(peak_gib, rel=0.03)
     if remat != "block":
         assert fitted(run, mesh, int(there.chip.hbm_gib * GIB)) == how
