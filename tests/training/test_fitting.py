@@ -8,11 +8,14 @@ import pytest
 from micro import curve, micro, with_data, with_model, with_training, write_text
 
 from engram_jax.costs.slices import slice_of
+from engram_jax.hashing.addressing import address
+from engram_jax.hashing.compression import CompressedVocabulary
 from engram_jax.recipes import recipe
 from engram_jax.runs.directory import RunDirectory
 from engram_jax.runs.train import train
 from engram_jax.training.fitting import device_bytes, fitted, kept_bytes, step_bytes
-from engram_jax.training.placement import make_mesh
+from engram_jax.training.placement import make_mesh, placed_state
+from engram_jax.training.step import train_step
 
 GIB = 2**30
 KINDS = ("none", "outputs", "ffn", "block")
@@ -92,6 +95,19 @@ def test_a_fusion_leaves_the_streams_and_its_rows():
 def test_a_device_of_a_cpu_has_its_share(mesh, monkeypatch):
     monkeypatch.setattr("engram_jax.training.fitting.total_bytes", lambda: 2001)
     assert device_bytes(mesh) == 1000
+
+
+def test_a_step_is_that_of_what_fits(mesh, monkeypatch):
+    """Whoever calls `train_step` need not choose before."""
+    monkeypatch.setattr("engram_jax.training.fitting.total_bytes", lambda: 1)
+
+    def lowered(run):
+        batch = {name: jax.ShapeDtypeStruct((8, 256), dtype) for name, dtype in (
+            ("tokens_BT", "int32"), ("targets_BT", "int32"), ("starts_BT", "bool"))}
+        step = train_step(run, address(run.model, CompressedVocabulary.identity(300), 0), mesh)
+        return jax.jit(step).lower(placed_state(run, mesh), batch).as_text()
+
+    assert lowered(open_run()) == lowered(a_try(open_run(), 4, "block"))
 
 
 def test_a_run_records_what_it_chose_and_trains_alike(tmp_path, monkeypatch):
