@@ -5,7 +5,7 @@ import itertools
 
 import jax
 import pytest
-from micro import curve, micro, with_data, with_model, with_training, write_text
+from micro import curve, micro, plain, with_data, with_model, with_training, write_text
 
 from engram_jax.costs.slices import slice_of
 from engram_jax.hashing.addressing import address
@@ -17,6 +17,8 @@ from engram_jax.training.fitting import device_bytes, fitted, kept_bytes, step_b
 from engram_jax.training.placement import make_mesh, placed_state
 from engram_jax.training.step import train_step
 
+pytestmark = pytest.mark.usefixtures("compilations")
+
 GIB = 2**30
 KINDS = ("none", "outputs", "ffn", "block")
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
@@ -27,10 +29,10 @@ def a_try(run, parts, remat):
     return with_training(with_model(run, remat=remat), accumulate=parts)
 
 
-def open_run(**model):
+def open_run():
     """Eight sequences on two devices, longer than wide, so that what is kept counts."""
-    run = with_data(micro("none"), batch_size=8, sequence_length=256)
-    return a_try(with_model(run, **model), 0, "auto")
+    run = with_data(plain(micro("none")), batch_size=8, sequence_length=256)
+    return a_try(run, 0, "auto")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_what_is_named_stays(mesh):
 
 
 def test_less_is_kept_for_less_memory():
-    sizes = [kept_bytes(with_model(open_run(), remat=kind).model, 256) for kind in KINDS]
+    sizes = [kept_bytes(with_model(micro("none"), remat=kind).model, 256) for kind in KINDS]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == len(KINDS)
 
@@ -73,9 +75,8 @@ def test_what_a_block_leaves_can_be_counted():
     """Its input of four streams, and what mixes them twice: products, and three matrices; of
     the FFN [T, D] more. One block more, so the ends of the network do not count."""
     def of_a_block(remat):
-        few, more = (kept_bytes(with_model(
-            open_run(), remat=remat, depth=depth, stream_layout="apart").model, 256)
-            for depth in (3, 4))
+        run = with_model(micro("none"), remat=remat, stream_layout="apart", engram=None)
+        few, more = (kept_bytes(with_model(run, depth=depth).model, 256) for depth in (2, 3))
         return (more - few) / (4 * 256)
 
     mixing = 2 * ((24 + 1) + (4 + 4 + 16))
@@ -86,7 +87,7 @@ def test_what_a_block_leaves_can_be_counted():
 def test_a_fusion_leaves_the_streams_and_its_rows():
     """And not what it computes of them, 15 times as much, whatever of blocks is kept."""
     for remat in ("outputs", "ffn", "block"):
-        run = with_model(open_run(), remat=remat)
+        run = with_model(micro("none"), remat=remat)
         fusion = (kept_bytes(run.model, 256)
                   - kept_bytes(with_model(run, engram=None).model, 256)) / (4 * 256)
         assert fusion == 4 * 32 + 2 * 2 * 8
@@ -111,7 +112,7 @@ def test_a_step_is_that_of_what_fits(mesh, monkeypatch):
 
 
 def test_a_run_records_what_it_chose_and_trains_alike(tmp_path, monkeypatch):
-    run = micro(write_text(tmp_path / "text"))
+    run = plain(micro(write_text(tmp_path / "text")))
     mesh = make_mesh(1, 1, jax.devices()[:1])
     monkeypatch.setattr("engram_jax.training.fitting.total_bytes", lambda: 2**40)
     train(a_try(run, 0, "auto"), tmp_path / "open", lambda line: None, mesh)
