@@ -313,11 +313,11 @@ def test_a_dry_run_says_what_every_run_takes(micro_sweep, monkeypatch):
     with pytest.raises(UserError, match=r"run = 'no-memory-seed0': needs .* MB .* have 0.0 MB"):
         sweep.dry_run(micro_sweep, said.append)
     assert "no" in said[-1].split()
-    monkeypatch.setattr(forecast, "device_bytes", lambda mesh: 10**7)
+    monkeypatch.setattr(forecast, "device_bytes", lambda mesh: 10**6)
     sweep.dry_run(micro_sweep, said.append)
-    with pytest.raises(UserError, match=r"^at-once = 900: runs need"):
-        sweep.dry_run(dataclasses.replace(micro_sweep, seeds=tuple(range(200))), said.append,
-                      at_once=900)
+    with pytest.raises(UserError, match=r"^at-once = 90: runs need"):
+        sweep.dry_run(dataclasses.replace(micro_sweep, seeds=tuple(range(20))), said.append,
+                      at_once=90)
 
 
 def test_what_does_not_fit_is_not_begun(micro_sweep, monkeypatch, tmp_path):
